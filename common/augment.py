@@ -1,0 +1,145 @@
+"""Image augmentation in two halves: the crop on the loader's PIL image, colour and blur on the device as batched tensors.
+
+Every random number is drawn per sample in the loader (`crop_box`, `draw_colour`) from a generator seeded by the sample's
+position, and travels with the batch as a row of floats. So the same sample looks the same with any number of processes
+and workers, after a resume, and on any device. Each operation equals torchvision's per-image one (tests/test_augment.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def crop_box(width: int, height: int, scale, rng, ratio=(3 / 4, 4 / 3)) -> tuple[int, int, int, int]:
+    """RandomResizedCrop's box (left, top, right, bottom): area share from `scale`, log-uniform aspect ratio, ten tries,
+    then the largest central box within the ratio bounds."""
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            return left, top, left + w, top + h
+    w = min(width, round(height * ratio[1]))
+    h = min(height, round(width / ratio[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def centre_box(width: int, height: int) -> tuple[int, int, int, int]:
+    """The central square: with resize_to, the usual 'shorter side to S, centre crop S'."""
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def resize_to(img: Image.Image, box, size: int, how=Image.BICUBIC) -> np.ndarray:
+    """The box of a PIL image as (size, size, 3) uint8; crop and resize are one operation."""
+    if size == img.width == img.height and box == (0, 0, size, size):
+        return np.asarray(img)
+    return np.asarray(img.resize((size, size), how, box=box))
+
+
+@dataclass(frozen=True)
+class Colour:
+    """What draw_colour draws. Defaults: the strong view of CLIP-rocket and of most contrastive methods."""
+
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
+    jitter_p: float = 0.8
+    grey_p: float = 0.2
+    blur: tuple[float, float] = (0.1, 2.0)  # Gaussian sigma in pixels
+    blur_p: float = 0.5
+    solarise_p: float = 0.0
+    flip_p: float = 0.5
+
+
+def draw_colour(c: Colour, rng) -> np.ndarray:
+    """(12,) float32: brightness, contrast, saturation, hue; the place of each of the four in their random order; grey,
+    blur sigma (0: none), solarise, flip."""
+    b, con, s, h = c.jitter
+    u = rng.random(8)
+    row = np.zeros(12, np.float32)
+    row[:3] = [1 - b + 2 * b * u[0], 1 - con + 2 * con * u[1], 1 - s + 2 * s * u[2]]
+    row[3] = h * (2 * u[3] - 1)
+    if rng.random() >= c.jitter_p:
+        row[:4] = 1, 1, 1, 0
+    row[4:8] = rng.permutation(4)
+    row[8] = u[4] < c.grey_p
+    row[9] = rng.uniform(*c.blur) if u[5] < c.blur_p else 0
+    row[10] = u[6] < c.solarise_p
+    row[11] = u[7] < c.flip_p
+    return row
+
+
+def _grey(x):
+    """(B, 3, H, W) -> (B, 1, H, W), ITU-R 601 weights."""
+    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def _shift_hue(x, shift):
+    """Adds shift (B,) in turns to the hue of x in [0, 1], saturation and value kept: HSV in closed form, no branches."""
+    value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    chroma = value - low
+    safe = chroma.clamp_min(1e-12)
+    r, g, b = ((value - x) / safe).unbind(1)  # distance of each channel from the maximum
+    red, green = x[:, :1] == value, x[:, 1:2] == value
+    hue = torch.where(red[:, 0], b - g, torch.where(green[:, 0], 2 + r - b, 4 + g - r)) / 6 + shift.view(-1, 1, 1)
+    k = (hue[:, None] * 6 + x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def apply_colour(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """x (B, 3, H, W) in [0, 1], rows (B, 12) of draw_colour -> the same shape: jitter in each row's own order, grey, blur,
+    solarise, flip."""
+    rows = rows.to(x.device)
+    for place in range(4):
+        for op in range(4):
+            i = ((rows[:, 4 + op] == place) & (rows[:, op] != (0 if op == 3 else 1))).nonzero()[:, 0]
+            if not len(i):
+                continue
+            y, f = x[i], rows[i, op].view(-1, 1, 1, 1)
+            if op == 0:
+                y = y * f
+            elif op == 1:
+                y = f * y + (1 - f) * _grey(y).mean((1, 2, 3), keepdim=True)
+            elif op == 2:
+                y = f * y + (1 - f) * _grey(y)
+            else:
+                y = _shift_hue(y, f.flatten())
+            x = x.index_copy(0, i, y.clamp(0, 1))
+    grey = rows[:, 8].view(-1, 1, 1, 1)
+    x = torch.where(grey > 0, _grey(x), x)
+    if (i := rows[:, 9].nonzero()[:, 0]).numel():
+        x = x.index_copy(0, i, _blur(x[i], rows[i, 9]))
+    x = torch.where((rows[:, 10].view(-1, 1, 1, 1) > 0) & (x >= 0.5), 1 - x, x)
+    return torch.where(rows[:, 11].view(-1, 1, 1, 1) > 0, x.flip(-1), x)
+
+
+def _blur(x, sigma):
+    """True Gaussian, separable, its own sigma (B,) for every image; edges reflected."""
+    B, C, H, W = x.shape
+    radius = min(math.ceil(3 * float(sigma.max())), min(H, W) - 1)
+    t = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
+    kernel = torch.exp(-0.5 * (t / sigma[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(C, 0)  # (B * C, K)
+    x = F.pad(x, [radius] * 4, mode="reflect").reshape(1, B * C, H + 2 * radius, W + 2 * radius)
+    x = F.conv2d(x, kernel[:, None, :, None], groups=B * C)
+    return F.conv2d(x, kernel[:, None, None, :], groups=B * C).view(B, C, H, W)
+
+
+def to_float(x: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [0, 1]."""
+    return x.permute(0, 3, 1, 2).float() / 255
+
+
+def normalise(x: torch.Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> torch.Tensor:
+    mean, std = x.new_tensor(mean).view(1, 3, 1, 1), x.new_tensor(std).view(1, 3, 1, 1)
+    return (x - mean) / std

@@ -1,0 +1,82 @@
+"""Checkpoints: atomic, tensors and plain data only, refused when they belong to another configuration.
+
+    save(path, step, cfg, model=.., opt=.., extra={..})     rank 0 calls it
+    step, extra = resume(path, cfg, model=.., opt=..)       (0, {}) when there is none
+    export(path, state_dict, **meta)                        weights alone, as safetensors
+
+Resume is exact because nothing else has a state: data order, augmentation and dropout are functions of
+(seed, rank, step), schedules are functions of the step.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+# Fields that may change between a run and its continuation without changing the result.
+FREE = {"out_dir", "workers", "log_every", "save_every", "resume", "data", "eval_data", "max_bad"}
+
+
+def _replace(path, write) -> None:
+    """write(temporary name), sync, rename: readers see the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        write(str(tmp))
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException as error:
+        tmp.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError | SafetensorError):  # how torch.save and safetensors say that the disk is full
+            raise OSError(f"cannot write {path}: the disk is full or not writable; the file before it is whole") from error
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def save(path, step: int, cfg, extra: dict | None = None, **objects) -> None:
+    """step: updates done so far. objects: anything with state_dict()."""
+    state = {k: o.state_dict() for k, o in objects.items()}
+    data = dict(step=step, config=asdict(cfg), extra=extra or {}, **state)
+    _replace(path, lambda tmp: torch.save(data, tmp))
+
+
+def resume(path, cfg, **objects) -> tuple[int, dict]:
+    """Loads into the objects and returns (updates done, extra). ValueError if the checkpoint's settings differ."""
+    if not os.path.exists(path):
+        return 0, {}
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        old = data["config"]
+    except Exception as error:
+        raise ValueError(f"{path} is not a checkpoint of this project ({type(error).__name__}); move it away") from error
+    new, differ = asdict(cfg), _differences(old, cfg)
+    if differ:
+        what = ", ".join(f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in differ[:3])
+        raise ValueError(f"{path} holds a run with other settings ({what}); choose another --out_dir or --no-resume")
+    for key, obj in objects.items():
+        obj.load_state_dict(data[key])
+    return data["step"], data["extra"]
+
+
+def _differences(old: dict, cfg) -> list[str]:
+    return [k for k, v in asdict(cfg).items() if old.get(k) != v and k not in FREE]
+
+
+def same_config(old: dict, cfg) -> bool:
+    """Whether a saved config.json is the run that cfg describes."""
+    return not _differences(old, cfg)
+
+
+def export(path, state_dict: dict[str, torch.Tensor], **meta: str) -> None:
+    """Weights only, contiguous on the CPU, with strings as metadata."""
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}
+    _replace(path, lambda tmp: save_file(tensors, tmp, metadata={k: str(v) for k, v in meta.items()}))

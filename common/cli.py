@@ -1,0 +1,63 @@
+"""A dataclass is the command line: `main(run, Config, PRESETS)` parses it, runs it and turns user errors into one sentence.
+
+    --preset NAME     replaces defaults (without it: the defaults of Config, called "laptop")
+    --field value     wins over the preset; types come from the defaults; booleans are --field / --no-field
+    --help            every field with its end-of-line comment and its default
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+import sys
+from dataclasses import MISSING, fields
+
+
+def comments(Config) -> dict[str, str]:
+    """field -> the comment behind it in the source: written once, read by --help."""
+    found = re.findall(r"^    (\w+): [^\n]*?  # (.+)$", inspect.getsource(Config), re.MULTILINE)
+    return dict(found)
+
+
+def parse(Config, presets: dict[str, dict] | None = None, argv=None):
+    """Command line -> Config. Exits with status 2 and one sentence on an unknown field, preset or bad value. A field without
+    a default must be given."""
+    doc = inspect.getdoc(inspect.getmodule(Config)) or ""
+    parser = argparse.ArgumentParser(
+        description=doc.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    if presets:
+        parser.add_argument("--preset", choices=list(presets), help="a set of defaults (without it: laptop)")
+    notes = comments(Config)
+    for f in fields(Config):
+        text = notes.get(f.name, "").replace("%", "%%")
+        if f.default is MISSING:
+            parser.add_argument(f"--{f.name}", required=True, help=f"{text} (required)")
+            continue
+        text += f" (default: {f.default!r})".replace("%", "%%")
+        if isinstance(f.default, bool):
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(f"--{f.name}", type=type(f.default), help=text, metavar=type(f.default).__name__)
+    given = vars(parser.parse_args(argv))
+    preset = presets[given.pop("preset", "laptop")] if presets else {}
+    return Config(**{**preset, **given})
+
+
+def main(run, Config, presets=None, argv=None) -> None:
+    """run(parse(...)). What a user can get wrong is raised as ValueError or OSError with a whole sentence; it is printed
+    without a traceback, exit status 2. TRACEBACK=1 in the environment shows where it came from."""
+    try:
+        run(parse(Config, presets, argv))
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,277 @@
+"""Reads the one on-disk format: tar shards in the WebDataset convention plus manifest.json (data_prep/ writes it).
+
+    name-000000.tar     KEY.jpg|png|webp + KEY.json {"captions": [..], "label": 3, ...}      (KEY.txt, KEY.cls are read too)
+    manifest.json       source, licence, counts and sha256 of every shard, class names
+
+A source is anything with `sizes` (samples in each shard) and `read(shard, row) -> dict`; Shards and Folder are sources, a
+list in memory becomes one in three lines. `Order` turns a position in the endless stream of epochs into (shard, row), as
+a pure function of the seed. So a batch is a function of the step: resuming at step s needs no replay, several processes
+cut the same global batch into parts, and augmentation seeded by the position is the same for any number of workers.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MAX_PIXELS = 89_478_485  # 8,192 x 10,923: refuse decompression bombs
+
+
+class BadSample(ValueError):
+    """A damaged member: skipped and counted by kind, never fatal by itself."""
+
+    def __init__(self, text: str, kind: str = "damaged"):
+        super().__init__(text)
+        self.kind = kind
+
+
+def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Bytes -> RGB. Grey, palette, CMYK and 16-bit become RGB, transparency lies on white. BadSample if damaged or huge."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own bomb warning; the bound below decides
+            img = Image.open(io.BytesIO(data))
+            if img.width * img.height > max_pixels:
+                raise BadSample(f"{name}: {img.width} x {img.height} pixels exceed the bound of {max_pixels}")
+            img.load()
+            if img.mode.startswith("I"):  # 16 bit: convert() would clip instead of scale
+                img = Image.fromarray((np.asarray(img).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+            if img.mode in ("RGBA", "LA", "PA") or "transparency" in img.info:
+                img = img.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", img.size, "white"), img).convert("RGB")
+            return img if img.mode == "RGB" else img.convert("RGB")
+    except BadSample:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
+        raise BadSample(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
+
+
+# Sources ------------------------------------------------------------------------------------------------------------
+
+
+class Shards:
+    """Tar shards of a folder. Members are indexed when a shard is first touched, and only the last `keep` indices are
+    held, so memory does not grow with the number of shards. split: "" for all, or the manifest's "train", "val", ..."""
+
+    def __init__(self, folder, split: str = "", keep: int = 16):
+        self.folder, self.keep = Path(folder), keep
+        if not self.folder.is_dir():
+            raise ValueError(f"data folder {folder} does not exist; make one with a script of data_prep/")
+        path = self.folder / "manifest.json"
+        self.manifest = json.loads(path.read_text()) if path.exists() else {}
+        names = [s["name"] for s in self.manifest.get("shards", [])] or sorted(p.name for p in self.folder.glob("*.tar"))
+        names = [n for n in names if not split or n.startswith(f"{split}-")]
+        if not names:
+            what = f"shards of split {split!r}" if split else "*.tar shards"
+            raise ValueError(f"{folder} holds no {what}; write them with a script of data_prep/")
+        self.names, self.open = names, {}
+        counts = {s["name"]: s["count"] for s in self.manifest.get("shards", [])}
+        self.sizes = [counts[n] if n in counts else len(self._index(i)[1]) for i, n in enumerate(names)]
+        empty = [n for n, size in zip(names, self.sizes) if not size and n not in counts]
+        if empty or not sum(self.sizes):
+            raise ValueError(f"{self.folder / (empty or names)[0]} holds no samples; delete it or prepare the data again")
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.manifest.get("classes", [])
+
+    def _index(self, shard: int):
+        """(open file, [(key, {extension: (offset, size)})]) of one shard."""
+        if shard not in self.open:
+            path, samples = self.folder / self.names[shard], {}
+            try:
+                with tarfile.open(path, "r:") as tar:
+                    for m in tar:
+                        stem, dot, ext = m.name.rpartition("/")[2].partition(".")
+                        if m.isfile() and dot:
+                            key = m.name[: len(m.name) - len(ext) - 1]
+                            samples.setdefault(key, {})[ext.lower()] = (m.offset_data, m.size)
+            except (tarfile.TarError, EOFError) as error:
+                if not samples:  # a shard cut short still gives its whole members
+                    raise ValueError(f"{path} is not a tar file ({error}); prepare the data again") from error
+            if len(self.open) >= self.keep:
+                self.open.pop(next(iter(self.open)))[0].close()
+            self.open[shard] = (open(path, "rb"), sorted(samples.items()))  # noqa: SIM115
+        return self.open[shard]
+
+    def read(self, shard: int, row: int) -> dict:
+        """{"key", "image" (RGB), and the record's fields}; BadSample if damaged."""
+        file, samples = self._index(shard)
+        if row >= len(samples):
+            raise BadSample(f"{self.names[shard]}: sample {row} is missing, the shard was cut short")
+        key, members = samples[row]
+
+        def member(ext):
+            offset, size = members[ext]
+            file.seek(offset)
+            data = file.read(size)
+            if len(data) != size:
+                raise BadSample(f"{self.names[shard]}:{key}.{ext} is cut short")
+            return data
+
+        where, out = f"{self.names[shard]}:{key}", {"key": key}
+        try:
+            if "json" in members:
+                record = json.loads(member("json"))
+                if not isinstance(record, dict):
+                    raise BadSample(f"{where}.json is not an object")
+                out.update(record)
+            if "txt" in members:
+                out["captions"] = [member("txt").decode("utf-8").strip()]
+            if "cls" in members:
+                out["label"] = int(member("cls"))
+        except (UnicodeDecodeError, ValueError) as error:
+            raise BadSample(f"{where}: unreadable record ({error})") from error
+        if "caption" in out and "captions" not in out:
+            out["captions"] = [out["caption"]]
+        image = next((e for e in members if f".{e}" in IMAGE_TYPES), None)
+        if image is None:
+            raise BadSample(f"{where} has no image")
+        out["image"] = decode_image(member(image), where)
+        return out
+
+    def __getstate__(self):  # workers open their own files
+        return {**self.__dict__, "open": {}}
+
+
+class Folder:
+    """Images below a folder; class directories give labels. Same interface as Shards."""
+
+    def __init__(self, folder):
+        self.root = Path(folder)
+        self.files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in IMAGE_TYPES)
+        if not self.files:
+            raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_TYPES)})")
+        self.classes = sorted({p.parent.relative_to(self.root).as_posix() for p in self.files} - {"."})
+        self.sizes = [len(self.files)]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, shard: int, row: int) -> dict:
+        path = self.files[row]
+        out = {"key": path.relative_to(self.root).as_posix(), "image": decode_image(path.read_bytes(), str(path))}
+        parent = path.parent.relative_to(self.root).as_posix()
+        return out if parent == "." else {**out, "label": self.classes.index(parent)}
+
+
+# Order and batches --------------------------------------------------------------------------------------------------
+
+
+class Order:
+    """position -> (shard, row). Every epoch visits each sample once: shards in a random order, rows shuffled within windows
+    of `window` shards, so that reading stays local and memory small. A pure function of (seed, position)."""
+
+    def __init__(self, sizes: list[int], seed: int, window: int = 8):
+        self.sizes, self.seed, self.window = np.asarray(sizes), seed, window
+        self.total = int(self.sizes.sum())
+        self.epoch = self.block = None
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        epoch, p = divmod(position, self.total)
+        if epoch != self.epoch:
+            self.shards = np.random.default_rng((self.seed, epoch)).permutation(len(self.sizes))
+            self.ends, self.epoch, self.block = np.cumsum(self.sizes[self.shards]), epoch, None
+        block = int(np.searchsorted(self.ends, p, side="right")) // self.window
+        first = int(self.ends[block * self.window - 1]) if block else 0
+        if block != self.block:
+            shards = self.shards[block * self.window : (block + 1) * self.window]
+            rows = np.concatenate([np.stack([np.full(self.sizes[s], s), np.arange(self.sizes[s])], 1) for s in shards])
+            self.rows = np.random.default_rng((self.seed, epoch, block)).permutation(rows)
+            self.block = block
+        shard, row = self.rows[p - first]
+        return int(shard), int(row)
+
+
+class _Stream(torch.utils.data.Dataset):
+    """position -> make(sample, rng), with damaged samples replaced by the next good ones of the stream."""
+
+    def __init__(self, source, make, seed: int):
+        self.source, self.make, self.seed = source, make, seed
+        self.order = Order(source.sizes, seed)
+
+    def __getitem__(self, position: int):
+        problems = []
+        for p in range(position, position + 100):
+            try:
+                sample = self.source.read(*self.order(p))
+                return self.make(sample, np.random.default_rng((self.seed, 1, position))), problems
+            except BadSample as error:
+                problems.append(str(error))
+        raise ValueError(f"100 samples in a row are damaged, the last: {problems[-1]}")
+
+
+class Batches:
+    """Iterator of this process's part of global batches, from step `start` on, endless.
+
+    make(sample, rng) -> anything; collate(list) -> batch. `bad` counts skipped samples; when they exceed the share
+    `max_bad` of those seen (of 1,000 at least), ValueError names the first."""
+
+    def __init__(self, source, make, collate, batch_size, env, seed=0, start=0, workers=0, max_bad=0.01):
+        self.local, self.max_bad, self.seen, self.bad, self.first_bad = env.share(batch_size), max_bad, 0, 0, ""
+        positions = self._positions(batch_size, env.rank * self.local, start)
+        self.loader = iter(torch.utils.data.DataLoader(
+            _Stream(source, make, seed), batch_sampler=positions, num_workers=workers,
+            collate_fn=_Collate(collate), persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
+        ))  # fmt: skip
+
+    def _positions(self, batch_size, offset, step):
+        while True:
+            yield range(step * batch_size + offset, step * batch_size + offset + self.local)
+            step += 1
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch, problems = next(self.loader)
+        self.seen += self.local
+        self.bad += len(problems)
+        self.first_bad = self.first_bad or (problems[0] if problems else "")
+        if self.bad > self.max_bad * max(self.seen, 1000):
+            raise ValueError(f"{self.bad} of {self.seen} samples are damaged, more than --max_bad {self.max_bad}; "
+                             f"the first: {self.first_bad}")  # fmt: skip
+        return batch
+
+
+class _Collate:
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, items):
+        return self.collate([made for made, _ in items]), [text for _, problems in items for text in problems]
+
+
+class _InOrder(torch.utils.data.Dataset):
+    def __init__(self, source, make, part):
+        self.source, self.make = source, make
+        rows = [(s, r) for s, size in enumerate(source.sizes) for r in range(size)]
+        self.rows = rows[part]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        try:
+            return self.make(self.source.read(*self.rows[i]))
+        except BadSample:
+            return None
+
+
+def in_order(source, make, collate, batch_size: int, part: slice = slice(None), workers: int = 0):
+    """One pass without shuffling over the rows of `part`, for evaluation; damaged samples are left out."""
+    return torch.utils.data.DataLoader(
+        _InOrder(source, make, part), batch_size, num_workers=workers,
+        collate_fn=lambda items: collate([x for x in items if x is not None]),
+    )  # fmt: skip

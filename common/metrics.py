@@ -1,0 +1,39 @@
+"""Evaluation numbers, each checked against a slow or published definition in tests/test_metrics.py."""
+
+from __future__ import annotations
+
+import torch
+
+
+def retrieval_recall(f_query: torch.Tensor, f_item: torch.Tensor, match: torch.Tensor, ks=(1, 5, 10)) -> dict[int, float]:
+    """Share of queries with a right item among the k nearest, in percent.
+
+    f_query (Q, D), f_item (I, D): unit features; match (Q, I) bool: which items are right (several are allowed).
+    A right item's rank counts every wrong item that scores at least as much: ties never help."""
+    scores = f_query.float() @ f_item.float().T
+    best = scores.masked_fill(~match, -torch.inf).amax(1, keepdim=True)
+    rank = ((scores >= best) & ~match).sum(1)
+    return {k: 100 * (rank < k).float().mean().item() for k in ks}
+
+
+def accuracy(scores: torch.Tensor, labels: torch.Tensor, per_class: bool = False) -> float:
+    """Top-1 in percent of scores (N, C) against labels (N,). per_class: mean over the classes that occur (what Aircraft,
+    Pets, Caltech101 and Flowers report)."""
+    right = (scores.argmax(1) == labels).float()
+    if not per_class:
+        return 100 * right.mean().item()
+    return 100 * torch.stack([right[labels == c].mean() for c in labels.unique()]).mean().item()
+
+
+def roc_auc(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    """Area under the ROC curve in percent: the chance that a positive scores above a negative, ties count half.
+
+    scores (N,), labels (N,) of 0 and 1. By ranks (Mann-Whitney U), O(N log N)."""
+    values, inverse, counts = scores.double().unique(return_inverse=True, return_counts=True)
+    mean_rank = counts.cumsum(0) - (counts - 1) / 2  # 1-based, averaged over ties
+    positive = labels.bool()
+    n1, n0 = int(positive.sum()), int((~positive).sum())
+    if not n1 or not n0:
+        raise ValueError("roc_auc needs both classes among the labels")
+    u = mean_rank[inverse][positive].sum() - n1 * (n1 + 1) / 2
+    return 100 * (u / (n1 * n0)).item()

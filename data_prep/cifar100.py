@@ -1,0 +1,128 @@
+"""CIFAR-100 (or CIFAR-10) to labelled shards: the official python archive, or zips of one image mosaic a class.
+
+python data_prep/cifar100.py --archive cifar-100-python.tar.gz --out data/cifar100
+python data_prep/cifar100.py --train_zip cifar100/train.zip --test_zip cifar100/test.zip --labels cifar100/labels.json \\
+    --prompts clip/class_prompts.json:CIFAR100 --out data/cifar100
+
+The archive's batches are pickles: they are read by an unpickler that admits arrays, numbers and strings only. A mosaic
+is CLASS.webp (or .png) with 25 tiles of 32 x 32 a row. labels.json: {"fine", "coarse", "fine_to_coarse"} or {"classes"}.
+Learning Multiple Layers of Features from Tiny Images, A. Krizhevsky, 2009; no licence stated, the authors ask for a citation.
+"""
+
+import io
+import json
+import pickle
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+import numpy as np
+
+from common import cli
+from data_prep._write import Files, Image, decode_image, png, prepare, summary
+from data_prep.imagenet import read_prompts
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str  # folder to write
+    archive: str = ""  # the official cifar-100-python.tar.gz or cifar-10-python.tar.gz
+    train_zip: str = ""  # mosaics of the training images
+    test_zip: str = ""  # mosaics of the test images
+    labels: str = ""  # class names of the mosaics
+    prompts: str = ""  # file.json:KEY with a list "templates" under KEY
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Refuses every global but those that rebuild a numpy array."""
+
+    ALLOWED = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
+               ("numpy", "dtype"), ("_codecs", "encode")}  # fmt: skip
+
+    def find_class(self, module, name):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a CIFAR batch")
+        return super().find_class(module, name)
+
+
+def unpickle(data: bytes, what: str) -> dict:
+    try:
+        return ArraysOnly(io.BytesIO(data), encoding="bytes").load()
+    except Exception as error:  # a damaged pickle raises almost anything
+        raise ValueError(f"{what} is not a CIFAR batch: {type(error).__name__}: {error}") from error
+
+
+def from_archive(path):
+    """-> {split: (images (N, 32, 32, 3), fine, coarse or None)}, fine names, coarse names"""
+    files = {}
+    try:
+        with tarfile.open(path) as tar:
+            for m in tar:
+                if m.isfile():
+                    files[m.name.rpartition("/")[2]] = tar.extractfile(m).read()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"--archive {path} is not a tar archive: {error}") from error
+    fine = "train" in files
+    plan = {"train": ["train"] if fine else [f"data_batch_{i}" for i in range(1, 6)], "test": ["test" if fine else "test_batch"]}
+    meta = "meta" if fine else "batches.meta"
+    missing = [n for names in plan.values() for n in names if n not in files] + [meta] * (meta not in files)
+    if missing:
+        raise ValueError(f"--archive {path} lacks {', '.join(missing)}; expected the official python version")
+    out = {}
+    for split, names in plan.items():
+        batches = [unpickle(files[n], f"{path}:{n}") for n in names]
+        x = np.concatenate([b[b"data"] for b in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        y = [v for b in batches for v in b[b"fine_labels" if fine else b"labels"]]
+        out[split] = (x, y, [v for b in batches for v in b[b"coarse_labels"]] if fine else None)
+    names = unpickle(files[meta], f"{path}:{meta}")
+    words = [[w.decode() for w in names.get(k, [])] for k in (b"fine_label_names" if fine else b"label_names", b"coarse_label_names")]
+    return out, *words
+
+
+def from_mosaics(cfg):
+    try:
+        labels = json.loads(Path(cfg.labels).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--labels {cfg.labels} cannot be read: {error}") from error
+    names, coarse, out = labels.get("fine") or labels.get("classes"), labels.get("coarse", []), {}
+    for split, path in (("train", cfg.train_zip), ("test", cfg.test_zip)):
+        files, xs, ys = Files(path), [], []
+        stems = {Path(n).stem: n for n in files.names}
+        for i, name in enumerate(names):
+            if name not in stems:
+                raise ValueError(f"{path} holds no mosaic of class {name}")
+            m = np.asarray(decode_image(files.read(stems[name]), stems[name]))
+            if m.shape[0] % 32 or m.shape[1] != 800:
+                raise ValueError(f"{path}:{stems[name]} is {m.shape[1]} x {m.shape[0]} pixels, not 25 tiles of 32 a row")
+            xs.append(m.reshape(-1, 32, 25, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3))
+            ys += [i] * len(xs[-1])
+        to_coarse = labels.get("fine_to_coarse")
+        out[split] = (np.concatenate(xs), ys, [to_coarse[y] for y in ys] if to_coarse else None)
+    return out, names, coarse
+
+
+def run(cfg: Config) -> dict:
+    if not cfg.archive and not (cfg.train_zip and cfg.test_zip and cfg.labels):
+        raise ValueError("give --archive, or --train_zip, --test_zip and --labels")
+    sets, fine, coarse = from_archive(cfg.archive) if cfg.archive else from_mosaics(cfg)
+
+    def make(item):
+        split, i = item
+        x, y, c = sets[split]
+        record = {"label": int(y[i]), **({"coarse": int(c[i])} if c else {})}
+        return f"{split}_{i}", "png", png(Image.fromarray(np.ascontiguousarray(x[i]))), record
+
+    # Rows of the mosaics come class by class; a fixed shuffle makes every shard a fair sample
+    plan = {s: [(s, int(i)) for i in np.random.default_rng(0).permutation(len(v[0]))] for s, v in sets.items()}
+    manifest = prepare(cfg.out, plan, make, per_shard=5000, identity=repr(cfg), source="CIFAR, A. Krizhevsky 2009",
+                       licence="not stated; cite Krizhevsky 2009", classes=[n.replace("_", " ") for n in fine],
+                       coarse_classes=coarse, templates=read_prompts(cfg.prompts)["templates"] if cfg.prompts else [])  # fmt: skip
+    summary(cfg.out, manifest)
+    return manifest
+
+
+if __name__ == "__main__":
+    cli.main(run, Config)

@@ -1,0 +1,56 @@
+"""Running scripts as a user does, and functions in several processes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*args, cwd=ROOT, timeout=300, **env):
+    """python ARGS -> CompletedProcess with text output."""
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, timeout=timeout, capture_output=True, text=True, env={**os.environ, **env})
+
+
+def torchrun(n, *args, cwd=ROOT, timeout=300):
+    return run("-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--master_port={free_port()}", *args,
+               cwd=cwd, timeout=timeout, OMP_NUM_THREADS="1")  # fmt: skip
+
+
+def user_error(result, *words):
+    """The run ended with status 2 and one sentence that has all the words, without a traceback."""
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    assert "error: " in last and all(w in last for w in words), last
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _worker(rank, world, port, function, args, path):
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    sys.path.insert(0, str(ROOT))
+    torch.set_num_threads(1)
+    from common import ddp
+
+    env = ddp.start(0)
+    torch.save(function(env, *args), f"{path}/{rank}.pt")
+    ddp.stop()
+
+
+def in_processes(world, function, *args, path):
+    """function(env, *args) in `world` gloo processes -> list of results by rank."""
+    mp.spawn(_worker, (world, free_port(), function, args, str(path)), nprocs=world)
+    return [torch.load(f"{path}/{rank}.pt") for rank in range(world)]

@@ -1,0 +1,205 @@
+"""common/data.py: order, resume, processes and workers, damaged members, foreign shards."""
+
+import io
+import json
+import tarfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import data as D
+from data_prep._write import prepare
+
+
+def picture(value, size=(8, 6), mode="RGB", kind="PNG"):
+    out = io.BytesIO()
+    Image.new(mode, size, value).save(out, kind)
+    return out.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    items = list(range(25))
+    prepare(
+        tmp_path / "d",
+        {"train": items, "test": items[:3]},
+        lambda i: (f"k{i}", "png", picture((i, 0, 0)), {"captions": [f"c{i}"], "label": i}),
+        per_shard=7,
+    )
+    return tmp_path / "d"
+
+
+def env(rank=0, world=1):
+    from common.ddp import Env
+
+    return Env(rank, world, "cpu")
+
+
+def stream(
+    source, n, make=lambda s, rng: (s["label"], rng.integers(1 << 30)), start=0, batch=4, rank=0, world=1, workers=0, **kw
+):
+    it = D.Batches(source, make, list, batch, env(rank, world), seed=3, start=start, workers=workers, **kw)
+    return [next(it) for _ in range(n)]
+
+
+def test_every_epoch_visits_each_sample_once(folder):
+    source = D.Shards(folder, "train")
+    assert len(source) == 25 and source.sizes == [7, 7, 7, 4]
+    seen = [label for b in stream(source, 50, batch=1) for label, _ in b]
+    assert sorted(seen[:25]) == sorted(seen[25:]) == list(range(25)) and seen[:25] != seen[25:]
+    assert [s["label"] for s in (D.Shards(folder, "test").read(0, r) for r in range(3))] == [0, 1, 2]
+
+
+def test_order_is_local_and_pure():
+    order = D.Order([10] * 20, seed=1, window=4)
+    first = [order(p) for p in range(40)]
+    assert len({s for s, _ in first}) == 4 and len(set(first)) == 40  # four shards at a time
+    again = D.Order([10] * 20, seed=1, window=4)
+    assert [again(p) for p in reversed(range(40))] == first[::-1]
+    assert D.Order([10] * 20, seed=2, window=4)(0) != order(0) or D.Order([10] * 20, seed=2)(1) != order(1)
+
+
+def test_resume_is_exact_and_workers_and_processes_agree(folder):
+    source = D.Shards(folder, "train")
+    whole = stream(source, 20)
+    assert stream(source, 8, start=12) == whole[12:]
+    assert stream(D.Shards(folder, "train"), 6, workers=2) == whole[:6]
+    parts = [stream(source, 20, rank=r, world=2) for r in range(2)]
+    assert [a + b for a, b in zip(*parts)] == whole
+
+
+def test_damaged_members_are_replaced_counted_and_limited(folder):
+    path = folder / "train-000001.tar"
+    raw = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        m = tar.getmembers()[4]  # the third picture
+    raw[m.offset_data : m.offset_data + 20] = b"\0" * 20
+    path.write_bytes(raw)
+    source = D.Shards(folder, "train")
+    it = D.Batches(source, lambda s, rng: s["label"], list, 5, env(), seed=3, max_bad=0.5)
+    labels = [x for _ in range(5) for x in next(it)]
+    assert it.bad == 1 and "train-000001.tar" in it.first_bad and 9 not in labels and len(labels) == 25
+    with pytest.raises(ValueError, match="damaged.*--max_bad"):
+        stream(source, 20, max_bad=0.0)
+
+
+def test_a_shard_that_was_cut_short_gives_its_whole_members(folder):
+    path = folder / "train-000000.tar"
+    path.write_bytes(path.read_bytes()[:4000])
+    it = D.Batches(D.Shards(folder, "train"), lambda s, rng: s["label"], list, 5, env(), seed=3, max_bad=0.5)
+    labels = [x for _ in range(5) for x in next(it)]
+    assert it.bad > 0 and len(set(labels)) < 25
+
+
+def test_nothing_but_damage_ends_with_a_sentence(tmp_path):
+    prepare(tmp_path, {"train": [0, 1]}, lambda i: (str(i), "png", b"not an image", {}))
+    with pytest.raises(ValueError, match="100 samples in a row"):
+        stream(D.Shards(tmp_path), 1)
+
+
+@pytest.mark.parametrize("content,words", [(b"", "holds no samples|not a tar"), (b"x" * 2000, "not a tar file")])
+def test_empty_and_broken_shards(tmp_path, content, words):
+    (tmp_path / "a-000000.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        D.Shards(tmp_path)
+
+
+def test_missing_folder_and_split(tmp_path, folder):
+    with pytest.raises(ValueError, match="does not exist.*data_prep"):
+        D.Shards(tmp_path / "none")
+    with pytest.raises(ValueError, match="no shards of split 'val'"):
+        D.Shards(folder, "val")
+    with pytest.raises(ValueError, match="no images"):
+        D.Folder(folder)
+
+
+def test_foreign_webdataset_shards_without_manifest(tmp_path):
+    with tarfile.open(tmp_path / "x-0.tar", "w") as tar:
+        for i in range(3):
+            for name, blob in (
+                (f"dir/s{i}.jpg", picture((9, 9, 9), kind="JPEG")),
+                (f"dir/s{i}.txt", f"word {i}".encode()),
+                (f"dir/s{i}.cls", b"2"),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(blob)
+                tar.addfile(info, io.BytesIO(blob))
+    source = D.Shards(tmp_path)
+    assert len(source) == 3
+    sample = source.read(0, 1)
+    assert sample["captions"] == ["word 1"] and sample["label"] == 2 and sample["image"].size == (8, 6)
+
+
+def test_image_modes():
+    for mode, value in (("L", 100), ("P", 3), ("CMYK", (0, 0, 0, 0)), ("1", 1), ("LA", (10, 255))):
+        kind = {"CMYK": "TIFF"}.get(mode, "PNG")
+        assert D.decode_image(picture(value, mode=mode, kind=kind)).mode == "RGB"
+    sixteen = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 256 * 77, np.uint16)).save(sixteen, "PNG")
+    assert np.asarray(D.decode_image(sixteen.getvalue())).max() == 77  # scaled, not clipped
+    assert np.asarray(D.decode_image(picture((200, 0, 0, 0), mode="RGBA"))).min() == 255  # transparency lies on white
+
+
+def test_refused_images():
+    with pytest.raises(D.BadSample, match="exceed the bound"):
+        D.decode_image(picture(0, (100, 100)), max_pixels=9999)
+    whole = picture((1, 2, 3), (64, 64))
+    for blob in (b"", whole[: len(whole) // 2], b"GIF89a" + b"\0" * 10, whole[:30]):
+        with pytest.raises(D.BadSample, match="not a readable image"):
+            D.decode_image(blob)
+
+
+def test_bad_records_are_bad_samples(tmp_path):
+    with tarfile.open(tmp_path / "x-0.tar", "w") as tar:
+        for name, blob in (
+            ("a.png", picture(0, mode="L")),
+            ("a.json", b"{broken"),
+            ("b.json", b"{}"),
+            ("c.png", picture(0, mode="L")),
+            ("c.json", b"[1]"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(blob)
+            tar.addfile(info, io.BytesIO(blob))
+    source = D.Shards(tmp_path)
+    for row, words in ((0, "unreadable record"), (1, "no image"), (2, "not an object")):
+        with pytest.raises(D.BadSample, match=words):
+            source.read(0, row)
+
+
+def test_memory_does_not_grow_with_shards(tmp_path):
+    prepare(tmp_path, {"train": list(range(40))}, lambda i: (str(i), "png", picture((i, 0, 0)), {"label": i}), per_shard=1)
+    source = D.Shards(tmp_path, keep=3)
+    for s in range(40):
+        assert source.read(s, 0)["label"] == s
+    assert len(source.open) == 3
+
+
+def test_plain_image_folder(tmp_path):
+    for i, name in enumerate(("cat/a.png", "dog/b.png", "cat/c.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(picture((i, 0, 0)))
+    source = D.Folder(tmp_path)
+    assert source.classes == ["cat", "dog"] and [source.read(0, r)["label"] for r in range(3)] == [0, 0, 1]
+    assert [b[0] for b in stream(source, 1, batch=3)[0]] in ([0, 0, 1], [0, 1, 0], [1, 0, 0])
+
+
+def test_in_order_leaves_out_damage_and_splits_over_processes(folder):
+    source = D.Shards(folder, "train")
+    rows = [x for b in D.in_order(source, lambda s: s["label"], list, 4) for x in b]
+    assert rows == list(range(25))
+    parts = [[x for b in D.in_order(source, lambda s: s["label"], list, 4, slice(r, None, 2)) for x in b] for r in range(2)]
+    assert parts == [list(range(0, 25, 2)), list(range(1, 25, 2))]
+
+
+def test_batch_must_divide_by_processes(folder):
+    with pytest.raises(ValueError, match="batch_size 5 cannot be divided by 2"):
+        stream(D.Shards(folder, "train"), 1, batch=5, world=2)
+
+
+def test_manifest_names_what_was_written(folder):
+    m = json.loads((folder / "manifest.json").read_text())
+    assert m["counts"] == {"train": 25, "test": 3} and m["complete"] and len(m["shards"]) == 5
+    assert SimpleNamespace(**m["shards"][0]).sha256

@@ -1,0 +1,135 @@
+"""common/ddp.py: two and three processes against one, values AND gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import ddp
+from tests.helpers import in_processes
+
+
+def towers():
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            "a": nn.Linear(5, 4).double(),
+            "b": nn.Linear(5, 4).double(),
+            "t": nn.ParameterList([torch.tensor(1.3, dtype=torch.double)]),
+        }
+    )
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.m = towers()
+
+    def forward(self, x, y):
+        return F.normalize(self.m["a"](x), dim=-1), F.normalize(self.m["b"](y), dim=-1), self.m["t"][0].exp()
+
+
+def batch():
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(12, 5, generator=g, dtype=torch.double), torch.randn(12, 5, generator=g, dtype=torch.double)
+
+
+def contrastive(env, gather="grad"):
+    x, y = (v.chunk(env.world)[env.rank] for v in batch())
+    model = Pair()
+    wrapped = ddp.wrap(model, env)  # must live until backward: it owns the hooks
+    fx, fy, s = wrapped(x, y)
+    g = ddp.gather_rows if gather == "grad" else lambda v: ddp.gather_rows(v.detach())
+    label = torch.arange(len(x)) + env.rank * len(x)
+    loss = (F.cross_entropy(s * fx @ g(fy).T, label) + F.cross_entropy(s * fy @ g(fx).T, label)) / 2
+    loss.backward()
+    return ddp.mean({"loss": loss})["loss"], {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_contrastive_gradient_equals_one_process(world, tmp_path):
+    loss, want = contrastive(ddp.Env(0, 1, torch.device("cpu")))
+    for got_loss, got in in_processes(world, contrastive, path=tmp_path):
+        assert got_loss == pytest.approx(loss, abs=1e-6)
+        for n in want:
+            torch.testing.assert_close(got[n], want[n], rtol=1e-10, atol=1e-12)
+
+
+def test_a_gather_without_gradient_gives_the_right_loss_and_a_wrong_gradient(tmp_path):
+    """The released code's variant: the reason why losses alone prove nothing."""
+    loss, want = contrastive(ddp.Env(0, 1, torch.device("cpu")))
+    got_loss, got = in_processes(2, contrastive, "none", path=tmp_path)[0]
+    assert got_loss == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(got["m.t.0"], want["m.t.0"])  # the temperature's gradient is right
+    cosine = F.cosine_similarity(got["m.a.weight"].flatten(), want["m.a.weight"].flatten(), dim=0)
+    assert cosine < 0.99 and (got["m.a.weight"] - want["m.a.weight"]).norm() > 0.1 * want["m.a.weight"].norm()
+
+
+def summed(env):
+    x = batch()[0].chunk(env.world)[env.rank]
+    model = nn.Linear(5, 4).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.arange(20).view(4, 5) / 20)
+        model.bias.zero_()
+    wrapped = ddp.wrap(model, env)
+    z = wrapped(x)
+    C = ddp.all_sum(z.T @ z) / (len(x) * env.world)
+    ((C - torch.eye(4)) ** 2).sum().backward()
+    return model.weight.grad
+
+
+def test_all_sum_has_the_full_gradient(tmp_path):
+    want = summed(ddp.Env(0, 1, torch.device("cpu")))
+    for got in in_processes(2, summed, path=tmp_path):
+        torch.testing.assert_close(got, want)
+
+
+def normed(env):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3), nn.BatchNorm1d(3, affine=False)
+    ).double()
+    x, y = (v.chunk(env.world)[env.rank] for v in batch())
+    wrapped = ddp.wrap(model, env)
+    for _ in range(2):
+        out = wrapped(x)
+        ((out - y[:, :3]) ** 2).mean().backward()
+    conv = ddp.wrap(
+        nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).double().requires_grad_(False), ddp.Env(0, 1, env.device)
+    )
+    conv[1].__class__ = ddp.SyncBatchNorm
+    picture = conv(x.view(len(x), 1, 1, 5))
+    return {n: p.grad for n, p in model.named_parameters()}, {n: b for n, b in model.named_buffers()}, picture.std()
+
+
+def test_synchronised_batch_norm_equals_one_process(tmp_path):
+    grads, buffers, _ = normed(ddp.Env(0, 1, torch.device("cpu")))
+    for got, stats, _ in in_processes(2, normed, path=tmp_path):
+        for n in grads:
+            torch.testing.assert_close(got[n], grads[n], rtol=1e-8, atol=1e-10)
+        for n in buffers:
+            torch.testing.assert_close(stats[n], buffers[n])
+
+
+def helpers(env):
+    ddp.reseed(3, env.rank, 5)
+    return ddp.mean({"r": torch.tensor(float(env.rank))})["r"], torch.rand(3), ddp.interrupted(), env.share(10)
+
+
+def test_means_and_randomness(tmp_path):
+    a, b = in_processes(2, helpers, path=tmp_path)
+    assert a[0] == b[0] == 0.5 and not torch.equal(a[1], b[1]) and not a[2] and a[3] == 5
+    ddp.reseed(3, 1, 5)
+    assert torch.equal(torch.rand(3), b[1])
+
+
+def test_one_process_is_the_identity():
+    x = torch.ones(2)
+    assert ddp.gather_rows(x) is x and ddp.all_sum(x) is x and ddp.world_size() == 1
+    env = ddp.start(0)
+    model = nn.Linear(1, 1)
+    assert ddp.wrap(model, env) is model and ddp.raw(model) is model and env.is_main
+    with pytest.raises(ValueError, match="batch_size 7 cannot be divided by 2"):
+        ddp.Env(0, 2, "cpu").share(7)
+    with pytest.raises(ValueError, match="step 4 on rank 0"):
+        ddp.check_finite({"loss": float("nan")}, 4)

@@ -1,0 +1,185 @@
+"""common/cli.py, log.py, ckpt.py, plot.py: the parts that every run leans on."""
+
+import json
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common import ckpt, cli, plot
+from common.ddp import Env
+from common.log import RunLog, table
+
+ENV = Env(0, 1, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Config:
+    out_dir: str = "x"  # folder
+    steps: int = 5  # updates, 50 % of them useless
+    batch_size: int = 2  # items
+    lr: float = 0.1  # rate
+    fast: bool = False  # a switch
+
+
+def test_cli_merges_preset_and_flags(capsys):
+    presets = {"laptop": {}, "smoke": {"steps": 1, "lr": 0.5}}
+    assert cli.parse(Config, presets, []) == Config()
+    assert cli.parse(Config, presets, ["--preset", "smoke", "--lr", "2", "--fast"]) == Config(steps=1, lr=2.0, fast=True)
+    assert cli.parse(Config, presets, ["--no-fast"]).fast is False
+    for argv, words in (
+        (["--bogus", "1"], "--bogus"),
+        (["--preset", "huge"], "huge"),
+        (["--steps", "x"], "invalid int"),
+        (["--step", "1"], "--step"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.parse(Config, presets, argv)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.parse(Config, presets, ["--help"])
+    text = capsys.readouterr().out
+    assert "updates, 50 % of them useless (default: 5)" in text and "a switch" in text
+
+
+def test_cli_turns_user_errors_into_one_sentence(capsys):
+    def run(cfg):
+        raise ValueError("the thing is wrong; mend it")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.main(run, Config, {"laptop": {}}, [])
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: the thing is wrong; mend it\n"
+
+    def unwritable(cfg):
+        open("/proc/nope/x", "w")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.main(unwritable, Config, {"laptop": {}}, [])
+    assert stop.value.code == 2 and "/proc/nope/x" in capsys.readouterr().err
+
+
+def test_required_fields(capsys):
+    @dataclass(frozen=True)
+    class Needs:
+        out: str  # folder
+        n: int = 1  # number
+
+    assert cli.parse(Needs, None, ["--out", "a"]) == Needs("a")
+    with pytest.raises(SystemExit):
+        cli.parse(Needs, None, [])
+    assert "--out" in capsys.readouterr().err
+
+
+def state(seed):
+    torch.manual_seed(seed)
+    model = nn.Linear(3, 2)
+    opt = torch.optim.AdamW(model.parameters(), 0.1)
+    model(torch.ones(1, 3)).sum().backward()
+    opt.step()
+    return model, opt
+
+
+def test_checkpoint_round_trip_is_exact(tmp_path):
+    cfg, (model, opt) = Config(), state(0)
+    ckpt.save(tmp_path / "last.pt", 3, cfg, {"best": 1.5}, model=model, opt=opt)
+    other, opt2 = state(1)
+    assert ckpt.resume(tmp_path / "last.pt", cfg, model=other, opt=opt2) == (3, {"best": 1.5})
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    for key, moments in opt.state_dict()["state"].items():
+        assert all(torch.equal(v, opt2.state_dict()["state"][key][k]) for k, v in moments.items())
+    assert ckpt.resume(tmp_path / "none.pt", cfg, model=other) == (0, {})
+
+
+def test_checkpoint_of_other_settings_is_refused(tmp_path):
+    cfg, (model, opt) = Config(), state(0)
+    ckpt.save(tmp_path / "last.pt", 3, cfg, model=model)
+    assert ckpt.resume(tmp_path / "last.pt", replace(cfg, out_dir="elsewhere"), model=model)[0] == 3
+    with pytest.raises(ValueError, match="lr was 0.1 and is now 0.2.*--no-resume"):
+        ckpt.resume(tmp_path / "last.pt", replace(cfg, lr=0.2), model=model)
+    assert ckpt.same_config({**cfg.__dict__, "processes": 1}, cfg) and not ckpt.same_config({**cfg.__dict__, "lr": 9}, cfg)
+    (tmp_path / "bad.pt").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        ckpt.resume(tmp_path / "bad.pt", cfg, model=model)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
+    cfg, (model, opt) = Config(), state(0)
+    path = tmp_path / "last.pt"
+    ckpt.save(path, 1, cfg, model=model)
+    before = path.read_bytes()
+
+    class Broken:
+        def state_dict(self):
+            return {"x": lambda: 0}  # cannot be pickled
+
+    with pytest.raises(Exception, match="pickle"):
+        ckpt.save(path, 2, cfg, model=Broken())
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_full_disk_is_one_sentence(tmp_path):
+    model = nn.Linear(800, 800)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(OSError, match="disk is full"):
+        ckpt._replace(tmp_path / "last.pt", lambda tmp: torch.save(model.state_dict(), "/dev/full"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_export_has_metadata(tmp_path):
+    from safetensors import safe_open
+
+    ckpt.export(tmp_path / "m.safetensors", nn.Linear(2, 2).state_dict(), step=3)
+    with safe_open(tmp_path / "m.safetensors", "pt") as f:
+        assert f.metadata() == {"step": "3"} and set(f.keys()) == {"weight", "bias"}
+
+
+def test_log_is_one_json_object_a_line_and_resumes(tmp_path):
+    cfg = Config(out_dir=str(tmp_path))
+    log = RunLog(cfg, ENV)
+    for s in range(4):
+        log.write(s, loss=torch.tensor(float(s)))
+        log.tick(s)
+    log.close()
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"step": 4, "lo')  # killed in the middle of a line
+    log = RunLog(cfg, ENV, start=2)
+    log.write(2, loss=9.0)
+    log.finish({"a": 1.0})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["loss"]) for x in lines] == [(0, 0.0), (1, 1.0), (2, 9.0)] and "items_per_s" in lines[0]
+    assert log.history("loss")["loss"] == ([0, 1, 2], [0.0, 1.0, 9.0])
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["lr"] == 0.1 and saved["versions"]["torch"] == torch.__version__
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"a": 1.0}
+
+
+def test_only_rank_zero_writes(tmp_path):
+    log = RunLog(Config(out_dir=str(tmp_path / "r1")), Env(1, 2, torch.device("cpu")))
+    log.write(0, loss=1.0)
+    log.finish({})
+    assert not (tmp_path / "r1").exists()
+
+
+def test_table_aligns():
+    assert table([["a", 1.26, None], ["long", "x", 2]], ["name", "v", "w"]).splitlines() == [
+        "name  v    w", "----  ---  -", "a     1.3", "long  x    2"]  # fmt: skip
+
+
+def test_pictures_have_the_right_pixels(tmp_path):
+    red, blue = np.full((4, 4, 3), (255, 0, 0), np.uint8), np.full((4, 4, 3), (0, 0, 255), np.uint8)
+    img = plot.grid([red, blue, red], 2, ["a " * 60, "b", "c"], [None, (0, 255, 0), None], "title", cell=40)
+    a = np.asarray(img)
+    assert (a[38 + 20, 10 + 20] == (255, 0, 0)).all() and (a[38 + 20, 10 + 50 + 20] == (0, 0, 255)).all()
+    assert (a == (0, 255, 0)).all(-1).sum() > 100  # the frame
+    chart = plot.lines(
+        {"up": ([0, 1, 2], [0.0, 1.0, 2.0]), "nan": ([0, 1], [float("nan"), 1.0]), "none": ([], [])}, "t", y="loss"
+    )
+    ink = np.asarray(chart)
+    xs = [np.nonzero((np.abs(ink[y].astype(int) - plot.PALETTE[0]).sum(-1) < 60))[0] for y in range(60, 400)]
+    xs = [x[x < 600].mean() for x in xs if (x < 600).any()]
+    assert len(xs) > 100 and np.corrcoef(xs, -np.arange(len(xs)))[0, 1] > 0.95  # rises from left to right
+    plot.save(chart, tmp_path / "c.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["c.png"]
+    plot.lines({})

@@ -1,0 +1,315 @@
+"""common/vit.py: against a plain-loop reference, through every published layout, with negative controls."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from common.vit import CLIP, Attention, Block, TextTransformer, ViT, load_clip, load_dino, quick_gelu, resize_positions, trim
+
+
+def tiny_clip(act="quick_gelu"):
+    torch.manual_seed(0)
+    visual = ViT(32, 8, 64, 2, 1, act=act, eps=1e-5, out_dim=48, patch_bias=False, norm_pre=True)
+    model = CLIP(visual, TextTransformer(100, 16, 128, 2, 2, 48, act))
+    with torch.no_grad():
+        for p in model.parameters():  # norms and biases too: a swapped one must be seen
+            p.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+def to_openai(model):
+    """Independent of the loader's table: written from the published key list."""
+    s, out = model.state_dict(), {"logit_scale": model.logit_scale.detach()}
+    v, t = "visual.", "text."
+    out["visual.class_embedding"], out["visual.positional_embedding"] = s[v + "cls_token"][0, 0], s[v + "pos_embed"][0]
+    out["visual.conv1.weight"], out["visual.proj"] = s[v + "patch_embed.weight"], s[v + "proj.weight"].T.contiguous()
+    out["token_embedding.weight"], out["positional_embedding"] = s[t + "token_embed.weight"], s[t + "pos_embed"]
+    out["text_projection"] = s[t + "proj.weight"].T.contiguous()
+    for e in ("weight", "bias"):
+        out[f"visual.ln_pre.{e}"], out[f"visual.ln_post.{e}"] = s[f"{v}norm_pre.{e}"], s[f"{v}norm.{e}"]
+        out[f"ln_final.{e}"] = s[f"{t}norm.{e}"]
+        for tower, prefix in ((v, "visual.transformer"), (t, "transformer")):
+            for i in range(2):
+                a, b = f"{prefix}.resblocks.{i}", f"{tower}blocks.{i}"
+                out[f"{a}.attn.in_proj_{e}"], out[f"{a}.attn.out_proj.{e}"] = s[f"{b}.attn.qkv.{e}"], s[f"{b}.attn.proj.{e}"]
+                out[f"{a}.ln_1.{e}"], out[f"{a}.ln_2.{e}"] = s[f"{b}.norm1.{e}"], s[f"{b}.norm2.{e}"]
+                out[f"{a}.mlp.c_fc.{e}"], out[f"{a}.mlp.c_proj.{e}"] = s[f"{b}.mlp.fc1.{e}"], s[f"{b}.mlp.fc2.{e}"]
+    return out
+
+
+def to_hf(openai):
+    out = {"logit_scale": openai["logit_scale"], "text_projection.weight": openai["text_projection"].T.contiguous(),
+           "visual_projection.weight": openai["visual.proj"].T.contiguous(),
+           "text_model.embeddings.token_embedding.weight": openai["token_embedding.weight"],
+           "text_model.embeddings.position_embedding.weight": openai["positional_embedding"],
+           "text_model.embeddings.position_ids": torch.arange(16)[None],
+           "vision_model.embeddings.class_embedding": openai["visual.class_embedding"],
+           "vision_model.embeddings.patch_embedding.weight": openai["visual.conv1.weight"],
+           "vision_model.embeddings.position_embedding.weight": openai["visual.positional_embedding"]}  # fmt: skip
+    for e in ("weight", "bias"):
+        out[f"text_model.final_layer_norm.{e}"] = openai[f"ln_final.{e}"]
+        out[f"vision_model.pre_layrnorm.{e}"] = openai[f"visual.ln_pre.{e}"]
+        out[f"vision_model.post_layernorm.{e}"] = openai[f"visual.ln_post.{e}"]
+        for a, b in (("vision_model", "visual.transformer"), ("text_model", "transformer")):
+            for i in range(2):
+                h, o = f"{a}.encoder.layers.{i}", f"{b}.resblocks.{i}"
+                for c, part in zip("qkv", openai[f"{o}.attn.in_proj_{e}"].chunk(3)):
+                    out[f"{h}.self_attn.{c}_proj.{e}"] = part.contiguous()
+                out[f"{h}.self_attn.out_proj.{e}"] = openai[f"{o}.attn.out_proj.{e}"]
+                out[f"{h}.layer_norm1.{e}"], out[f"{h}.layer_norm2.{e}"] = openai[f"{o}.ln_1.{e}"], openai[f"{o}.ln_2.{e}"]
+                out[f"{h}.mlp.fc1.{e}"], out[f"{h}.mlp.fc2.{e}"] = openai[f"{o}.mlp.c_fc.{e}"], openai[f"{o}.mlp.c_proj.{e}"]
+    return out
+
+
+def features(model):
+    g = torch.Generator().manual_seed(1)
+    img, ids = torch.randn(3, 3, 32, 32, generator=g), torch.randint(1, 99, (3, 16), generator=g)
+    ids[:, 9] = 99
+    with torch.no_grad():
+        return torch.cat([model.encode_image(img), model.encode_text(ids)])
+
+
+def test_published_size():
+    visual = ViT(224, 32, 768, 12, 12, act="quick_gelu", eps=1e-5, out_dim=512, patch_bias=False, norm_pre=True)
+    model = CLIP(visual, TextTransformer(out_dim=512))
+    assert len(model.state_dict()) == 302 and sum(p.numel() for p in model.parameters()) == 151_277_313
+    assert sum(p.numel() for p in model.visual.parameters()) == 87_849_216
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+
+
+@pytest.mark.parametrize("layout", ["openai", "open_clip", "custom_text", "hf", "hf_folder", "torchscript", "checkpoint"])
+def test_every_layout_gives_bit_equal_weights(layout, tmp_path):
+    model = tiny_clip()
+    state, path, act = to_openai(model), tmp_path / "model.safetensors", "quick_gelu"
+    if layout == "openai":
+        path = tmp_path / "clip.pt"
+        torch.save({**state, "input_resolution": torch.tensor(32), "context_length": torch.tensor(16)}, path)
+    elif layout == "open_clip":
+        save_file(state, path)
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": True}}))
+        act = ""
+    elif layout == "custom_text":
+        text = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
+        save_file({("text." if k.startswith(text) else "") + k: v for k, v in state.items()}, path)
+    elif layout.startswith("hf"):
+        save_file(to_hf(state), path)
+        config = {"hidden_act": "quick_gelu"}
+        (tmp_path / "config.json").write_text(json.dumps({"vision_config": config, "text_config": config}))
+        path, act = (tmp_path if layout == "hf_folder" else path), ""
+    elif layout == "torchscript":
+
+        class Holder(torch.nn.Module):
+            pass
+
+        def put(module, name, value):
+            head, _, rest = name.partition(".")
+            if not rest:
+                return module.register_parameter(head, torch.nn.Parameter(value.clone()))
+            if not hasattr(module, head):
+                module.add_module(head, Holder())
+            put(getattr(module, head), rest, value)
+
+        holder, path = Holder(), tmp_path / "ViT.pt"
+        for k, v in state.items():
+            put(holder, k, v)
+        torch.jit.save(torch.jit.script(holder), path)
+    else:
+        path = tmp_path / "epoch.pt"
+        torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+    loaded = load_clip(path, act=act)
+    for k, v in model.state_dict().items():
+        assert torch.equal(v, loaded.state_dict()[k]), k
+    assert torch.equal(features(model), features(loaded))
+
+
+def test_negative_controls(tmp_path):
+    """Each mistake that loads without an error must be visible, or the test above proves nothing."""
+    model = tiny_clip()
+    good = features(model)
+
+    def damaged(change):
+        state = to_openai(model)
+        change(state)
+        save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "m.safetensors")
+        return (features(load_clip(tmp_path / "m.safetensors", act="quick_gelu")) - good).abs().max()
+
+    def swap_qk(state):
+        q, k, v = state["transformer.resblocks.0.attn.in_proj_weight"].chunk(3)
+        state["transformer.resblocks.0.attn.in_proj_weight"] = torch.cat([k, q, v])
+
+    def gelu(state):
+        pass
+
+    assert damaged(gelu) == 0
+    assert damaged(swap_qk) > 1e-3
+    save_file(to_openai(model), tmp_path / "m.safetensors")
+    assert (features(load_clip(tmp_path / "m.safetensors", act="gelu")) - good).abs().max() > 1e-3
+    assert model.visual.norm.eps == 1e-5 and ViT(32, 8, 64, 1, 1).norm.eps == 1e-6
+
+
+def test_square_text_projection_is_transposed(tmp_path):
+    torch.manual_seed(0)
+    visual = ViT(32, 8, 64, 1, 1, act="gelu", eps=1e-5, out_dim=64, patch_bias=False, norm_pre=True)
+    model = CLIP(visual, TextTransformer(100, 16, 64, 2, 1, 64, "gelu"))  # square, like B/32: a wrong transpose loads
+    model.visual.blocks.append(Block(64, 1, 256, "gelu", 1e-5))
+    state = to_openai(model)
+    save_file(state, tmp_path / "m.safetensors")
+    loaded = load_clip(tmp_path / "m.safetensors", act="gelu")
+    assert torch.equal(loaded.text.proj.weight, model.text.proj.weight)
+    assert not torch.equal(loaded.text.proj.weight, loaded.text.proj.weight.T)
+
+
+def test_wrong_files_are_named(tmp_path):
+    model, path = tiny_clip(), tmp_path / "m.safetensors"
+    state = to_openai(model)
+    save_file({k: v for k, v in state.items() if "ln_final" not in k} | {"extra.weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="missing: text.norm.bias.*unexpected: .*extra.weight"):
+        load_clip(path, act="gelu")
+    save_file(state, path)
+    with pytest.raises(ValueError, match="activation"):
+        load_clip(path)
+    with pytest.raises(ValueError, match="not a DINO"):
+        load_dino(path)
+    save_file({"a.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="not a CLIP ViT"):
+        load_clip(path, act="gelu")
+    path.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="not a readable weight file"):
+        load_clip(path, act="gelu")
+    torch.save({"x": Exception("code")}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="refused"):
+        load_clip(tmp_path / "evil.pt", act="gelu")
+    with pytest.raises(ValueError, match="does not exist"):
+        load_clip(tmp_path / "none.pt", act="gelu")
+
+
+def test_attention_equals_loops():
+    torch.manual_seed(0)
+    attn, x = Attention(12, 3).double(), torch.randn(2, 5, 12, dtype=torch.double)
+    for causal in (False, True):
+        out = torch.zeros_like(x)
+        q, k, v = attn.qkv(x).chunk(3, -1)
+        for b in range(2):
+            for h in range(3):
+                c = slice(4 * h, 4 * h + 4)
+                for i in range(5):
+                    seen = range(i + 1) if causal else range(5)
+                    w = torch.stack([q[b, i, c] @ k[b, j, c] / 2 for j in seen]).softmax(0)
+                    out[b, i, c] = sum(w[n] * v[b, j, c] for n, j in enumerate(seen))
+        torch.testing.assert_close(attn(x, causal), attn.proj(out))
+
+
+def test_causality_padding_and_trim():
+    model = tiny_clip()
+    ids = torch.randint(1, 99, (4, 16), generator=torch.Generator().manual_seed(2))
+    ids[:, 7] = 99
+    ids[:, 8:] = 0
+    f = model.encode_text(ids)
+    padded = ids.clone()
+    padded[:, 8:] = 99  # Hugging Face pads with the end token; the first one counts
+    assert torch.equal(model.encode_text(padded), f)
+    torch.testing.assert_close(model.encode_text(trim(ids)), f)
+    assert trim(ids).shape == (4, 8) and trim(ids, 16).shape == (4, 16) and trim(ids, 3).shape == (4, 9)
+    before = ids.clone()
+    before[:, 3] = before[:, 3] % 98 + 1
+    assert (model.encode_text(before) - f).abs().max() > 1e-3
+    h = model.text.hidden(ids)
+    torch.testing.assert_close(model.text.hidden(ids[:, :5]), h[:, :5])
+
+
+def test_text_dropout_acts_in_training_only():
+    model = tiny_clip()
+    ids = torch.tensor([[5, 6, 99]])
+    assert torch.equal(model.text(ids, 0.5), model.text(ids))
+    model.train()
+    assert torch.equal(model.text(ids, 0.0), model.text(ids))
+    assert not torch.equal(model.text(ids, 0.5), model.text(ids, 0.5))
+
+
+def test_position_resizing_rules():
+    torch.manual_seed(0)
+    pos = torch.randn(1, 1 + 37 * 37, 8)
+    assert resize_positions(pos, (37, 37), "offset") is pos
+    out = {rule: resize_positions(pos, (16, 16), rule) for rule in ("antialias", "plain", "offset")}
+    for v in out.values():
+        assert v.shape == (1, 257, 8) and torch.equal(v[:, 0], pos[:, 0])
+    assert (out["plain"] - out["offset"]).abs().max() > 1e-3 and (out["plain"] - out["antialias"]).abs().max() > 1e-2
+    grid = pos[:, 1:].reshape(1, 37, 37, 8).permute(0, 3, 1, 2)
+    want = F.interpolate(grid, scale_factor=(16.1 / 37, 16.1 / 37), mode="bicubic").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(out["offset"][:, 1:], want)
+
+
+def dino(layout, registers=0, scaled=False, swiglu=False):
+    torch.manual_seed(0)
+    model = ViT(28, 14, 64, 2, 1, hidden=176 if swiglu else 0, layer_scale=scaled, swiglu=swiglu, registers=registers).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    state = {k.replace("patch_embed.", "patch_embed.proj.").replace(".ls1", ".ls1.gamma").replace(".ls2", ".ls2.gamma"): v
+             for k, v in model.state_dict().items()}  # fmt: skip
+    if layout == "training":
+        state = {"teacher": {f"module.backbone.{k}": v for k, v in state.items()} | {"head.mlp.0.weight": torch.zeros(2)}}
+    if layout == "v2":
+        state["mask_token"] = torch.zeros(1, 64)
+    if layout == "hf":
+        out = {}
+        for k, v in state.items():
+            if ".attn.qkv." in k:
+                for c, part in zip(("query", "key", "value"), v.chunk(3)):
+                    out["encoder.layer." + k[7:].replace("attn.qkv", f"attention.attention.{c}")] = part
+                continue
+            for a, b in (("blocks.", "encoder.layer."), ("attn.proj", "attention.output.dense"), ("ls1.gamma", "layer_scale1.lambda1"),
+                         ("ls2.gamma", "layer_scale2.lambda1"), ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+                         ("pos_embed", "embeddings.position_embeddings"), ("cls_token", "embeddings.cls_token"),
+                         ("w12", "weights_in"), ("w3", "weights_out")):  # fmt: skip
+                k = k.replace(a, b)
+            out[
+                "layernorm" + k[4:] if k.startswith("norm.") else k.replace("register_tokens", "embeddings.register_tokens")
+            ] = v
+        state = out
+    return model, state
+
+
+@pytest.mark.parametrize("layout,options", [
+    ("backbone", {}), ("training", {}), ("v2", dict(scaled=True)), ("v2", dict(scaled=True, registers=4)),
+    ("v2", dict(scaled=True, swiglu=True)), ("hf", dict(scaled=True)), ("hf", dict(scaled=True, registers=4, swiglu=True)),
+])  # fmt: skip
+def test_dino_layouts(layout, options, tmp_path):
+    model, state = dino(layout, **options)
+    torch.save(state, tmp_path / "d.pth")
+    loaded = load_dino(tmp_path / "d.pth")
+    x = torch.randn(2, 3, 28, 28)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    assert loaded.pos_rule == ("antialias" if options.get("registers") else "offset")
+    assert loaded.norm.eps == 1e-6
+
+
+def test_registers_have_no_position():
+    model, _ = dino("v2", registers=4, scaled=True)
+    x = torch.randn(1, 3, 28, 28)
+    before = model.tokens(x)
+    assert before.shape == (1, 1 + 4 + 4, 64)
+    with torch.no_grad():
+        model.register_tokens.copy_(model.register_tokens[:, [2, 0, 3, 1]])
+    after = model.tokens(x)
+    torch.testing.assert_close(after[:, 5:], before[:, 5:])
+    torch.testing.assert_close(after[:, 0], before[:, 0])
+    assert (after[:, 1:5] - before[:, 1:5]).abs().max() > 1e-3
+
+
+def test_layer_scale_of_one_is_a_plain_block():
+    torch.manual_seed(0)
+    plain, scaled = Block(8, 2, 32), Block(8, 2, 32, layer_scale=True)
+    scaled.load_state_dict({**plain.state_dict(), "ls1": torch.ones(8), "ls2": torch.ones(8)})
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(plain(x), scaled(x))
+
+
+def test_bad_image_size():
+    with pytest.raises(ValueError, match="multiple of the patch 8"):
+        ViT(32, 8, 16, 1, 1)(torch.zeros(1, 3, 30, 32))
+    torch.testing.assert_close(quick_gelu(torch.tensor(1.0)), torch.tensor(0.8458), atol=1e-4, rtol=0)
