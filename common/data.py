@@ -86,6 +86,17 @@ class Shards:
     def classes(self) -> list[str]:
         return self.manifest.get("classes", [])
 
+    def captions(self) -> list[str]:
+        """All captions, without decoding a picture: what a tokenizer is trained on."""
+        out = []
+        for shard, size in enumerate(self.sizes):
+            for row in range(size):
+                try:
+                    out += self.record(shard, row).get("captions", [])
+                except BadSample:
+                    continue
+        return out
+
     def _index(self, shard: int):
         """(open file, [(key, {extension: (offset, size)})]) of one shard."""
         if shard not in self.open:
@@ -105,40 +116,51 @@ class Shards:
             self.open[shard] = (open(path, "rb"), sorted(samples.items()))  # noqa: SIM115
         return self.open[shard]
 
-    def read(self, shard: int, row: int) -> dict:
-        """{"key", "image" (RGB), and the record's fields}; BadSample if damaged."""
+    def _member(self, shard: int, row: int, wanted) -> tuple[str, bytes] | None:
+        """(extension, bytes) of the first member whose extension is wanted."""
         file, samples = self._index(shard)
         if row >= len(samples):
             raise BadSample(f"{self.names[shard]}: sample {row} is missing, the shard was cut short")
         key, members = samples[row]
+        ext = next((e for e in members if f".{e}" in wanted), None)
+        if ext is None:
+            return None
+        offset, size = members[ext]
+        file.seek(offset)
+        blob = file.read(size)
+        if len(blob) != size:
+            raise BadSample(f"{self.names[shard]}:{key}.{ext} is cut short")
+        return ext, blob
 
-        def member(ext):
-            offset, size = members[ext]
-            file.seek(offset)
-            data = file.read(size)
-            if len(data) != size:
-                raise BadSample(f"{self.names[shard]}:{key}.{ext} is cut short")
-            return data
-
-        where, out = f"{self.names[shard]}:{key}", {"key": key}
+    def record(self, shard: int, row: int) -> dict:
+        """The fields of KEY.json, KEY.txt and KEY.cls, and the key; BadSample if damaged."""
+        parts = {ext: self._member(shard, row, (ext,)) for ext in (".json", ".txt", ".cls")}
+        key = self._index(shard)[1][row][0]
+        out = {"key": key}
         try:
-            if "json" in members:
-                record = json.loads(member("json"))
-                if not isinstance(record, dict):
-                    raise BadSample(f"{where}.json is not an object")
-                out.update(record)
-            if "txt" in members:
-                out["captions"] = [member("txt").decode("utf-8").strip()]
-            if "cls" in members:
-                out["label"] = int(member("cls"))
-        except (UnicodeDecodeError, ValueError) as error:
-            raise BadSample(f"{where}: unreadable record ({error})") from error
+            if parts[".json"]:
+                fields = json.loads(parts[".json"][1])
+                if not isinstance(fields, dict):
+                    raise BadSample(f"{self.names[shard]}:{key}.json is not an object")
+                out.update(fields)
+            if parts[".txt"]:
+                out["captions"] = [parts[".txt"][1].decode("utf-8").strip()]
+            if parts[".cls"]:
+                out["label"] = int(parts[".cls"][1])
+        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise BadSample(f"{self.names[shard]}:{key}: unreadable record ({error})") from error
         if "caption" in out and "captions" not in out:
             out["captions"] = [out["caption"]]
-        image = next((e for e in members if f".{e}" in IMAGE_TYPES), None)
-        if image is None:
+        return out
+
+    def read(self, shard: int, row: int) -> dict:
+        """The record with its picture as "image" (RGB); BadSample if damaged."""
+        out = self.record(shard, row)
+        where = f"{self.names[shard]}:{out['key']}"
+        found = self._member(shard, row, IMAGE_TYPES)
+        if found is None:
             raise BadSample(f"{where} has no image")
-        out["image"] = decode_image(member(image), where)
+        out["image"] = decode_image(found[1], where)
         return out
 
     def __getstate__(self):  # workers open their own files

@@ -166,6 +166,15 @@ def mean(values: dict[str, torch.Tensor | float]) -> dict[str, float]:
     return dict(zip(values, stack.tolist()))
 
 
+def gather_lists(items: list) -> list:
+    """Every process's list, joined in rank order; picklable items. For evaluation."""
+    if world_size() == 1:
+        return items
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, items)
+    return [x for part in parts for x in part]
+
+
 def check_finite(values: dict[str, float], step: int) -> None:
     """Stops the run at a non-finite loss, before it can reach a checkpoint."""
     bad = [k for k, v in values.items() if not torch.isfinite(torch.tensor(v))]

@@ -20,6 +20,7 @@ import re
 from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image
 
 # Three families of three shapes: the class hierarchy. Synonyms serve paraphrases and text augmentation.
 FAMILIES = {
@@ -272,7 +273,8 @@ def caption(s: Scene, variant: int = 0) -> str:
         core = first if detail[1] or s.grid == 1 else f"{first} {place(a, s.grid)}"
     text = ("a picture of {}", "there is {}", "{}", "we see {}")[kind].format(core)
     text += f" on {backdrop(s)}" if detail[2] else ""
-    words = [rng.choice((w, *SYNONYMS[w])) if w in SYNONYMS else w for w in text.split()]
+    words = [(w, *SYNONYMS.get(w, ())) for w in text.split()]
+    words = [options[int(rng.random() * len(options))] for options in words]
     return _articles(" ".join(words))
 
 
@@ -370,3 +372,30 @@ def negatives(s: Scene, seed: int = 0) -> list[dict]:
         extra = Thing(other(SHAPES, shapes), other(tuple(COLOURS), [t.colour]), t.size, "solid", cell)
         emit("add_obj", things + [extra])
     return out
+
+
+# A data source --------------------------------------------------------------------------------------------------------
+
+
+class Source:
+    """`count` scenes in memory, with the interface of data.Shards: image, five captions, class labels. options: of scene()."""
+
+    def __init__(self, count: int, seed: int, size: int, **options):
+        self.scenes = [scene(i, seed, **options) for i in range(count)]
+        self.images = np.concatenate([render(self.scenes[i : i + 256], size) for i in range(0, count, 256)])
+        self.captions = [[caption(s, 4 * i + v if v else 0) for v in range(5)] for i, s in enumerate(self.scenes)]
+        self.sizes = [count]
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def record(self, shard: int, row: int) -> dict:
+        """Labels are those of the first object."""
+        t = self.scenes[row].things[0]
+        values = {"shape": SHAPES, "colour": tuple(COLOURS), "texture": TEXTURES, "size": tuple(SIZES)}
+        labels = {k: v.index(getattr(t, k)) for k, v in values.items()}
+        labels["colour and shape"] = labels["colour"] * len(SHAPES) + labels["shape"]
+        return {"key": f"{row:08d}", "captions": self.captions[row], "labels": labels}
+
+    def read(self, shard: int, row: int) -> dict:
+        return {**self.record(shard, row), "image": Image.fromarray(self.images[row])}

@@ -3,34 +3,35 @@
 Paper      Fini, Astolfi, Romero-Soriano, Verbeek, Drozdzal: Improved baselines for vision-language pre-training.
            TMLR 2023, arXiv 2305.08675
 Idea       Many papers add a non-contrastive loss (SimSiam, BYOL, Barlow Twins, SwAV) between image and text to CLIP and
-           beat CLIP. The paper asks how much of that is CLIP's poor training recipe. It keeps the contrastive loss and
-           adds, per pair, A strongly augmented images and captions. Strong pairs are noisy, and features that match them
-           are too invariant, so they get projection heads and a temperature of their own; label smoothing and dropout
-           in the text tower act on them alone. Weak and strong are never contrasted with each other. With this recipe
-           plain CLIP gains, and the added losses no longer do.
-Equations  One contrastive term -> clip_loss(). The recipe, (l + A m) / (1 + A) -> rocket_loss(). The four baselines ->
-           siam_loss(), barlow_loss(), sinkhorn() + swap_loss(); BYOLIP is siam_loss() with an EMA teacher.
-Read first section 2 of this file, then RECIPES, then train(); the rest is ordinary
+           beat CLIP. How much of that is CLIP's poor training recipe? Keep the contrastive loss and add, per pair, A
+           strongly augmented images and captions. Strong pairs are noisy, and features that match them are too
+           invariant, so they get projection heads and a temperature of their own; label smoothing and text dropout act
+           on them alone. Weak and strong are never contrasted with each other. So trained, plain CLIP gains, and the
+           added losses no longer do.
+Equations  one contrastive term -> clip_loss()     the recipe, (l + A m) / (1 + A) -> rocket_loss()
+           SiamLIP, BYOLIP -> siam_loss()     BarLIP -> barlow_loss()     SwALIP -> sinkhorn(), swap_loss()
+Read first section 2, then RECIPES in section 3, then method_loss() and train(); the rest is ordinary
 Symbols    z weak ("global") and h strong ("local") unit embeddings (B, D); s_z, s_h their scales 1 / temperature;
            A strong views a pair; v projection and p prediction of the added losses; K global batch
 Run        python methods/clip_recipe.py --preset smoke                        (CPU, no data, under 30 s)
            python methods/clip_recipe.py                                       (CPU, no data, about 5 min)
-           python methods/clip_recipe.py --recipe ladder --extra none          (one recipe step after the other)
-           torchrun --nproc_per_node=8 methods/clip_recipe.py --preset cc3m --data /data/cc3m --tokenizer merges.txt.gz
-Data       common/scenes.py, generated; or shards by data_prep/captions.py, cc12m.py, coco.py (split "train", retrieval on
-           "test"); zero-shot classes by data_prep/imagenet.py or cifar100.py as --eval_data
+           python methods/clip_recipe.py --recipe ladder --extra none          (one step of the recipe after the other)
+           torchrun --nproc_per_node=8 methods/clip_recipe.py --preset cc3m --data data/cc3m --tokenizer MERGES
+Data       generated (common/scenes.py), or shards by data_prep/captions.py, coco.py, cc12m.py (splits train and test), and
+           by imagenet.py or cifar100.py as --eval_data for zero-shot classes
 Expect     EXPECT
-Differs    from the paper: blur is an exact Gaussian of the same sigma, scaled with the image size; synonyms come from a
-           table (data_prep/wordnet.py), a word without one falls back to a swap; stop-words are our own list.
-           from the released code: features are gathered WITH gradient (there: without, so the key side's gradient is
-           lost; --gather no_grad repeats it); Barlow's correlation is summed over processes with gradient (there: 1 / W
-           of it); the plain baseline is plain (there: stop-word removal stays on); randomness is per sample, not one
-           global generator; text dropout is written out (there: an in-place side effect); the second temperature is
-           clamped only if it exists; batch norm is synchronised; the last checkpoint is reported, the best one only kept;
-           the head ensemble has a fixed weight, 0.5. SwALIP on a recipe without strong views swaps modalities (undefined
-           there). Left out: SwALIPV1 with prototypes, drop-path, own extra heads for strong views.
-Uses       common/augment.py ckpt.py cli.py data.py ddp.py log.py metrics.py optim.py plot.py scenes.py tokenizer.py
-           vision.py vit.py   (copy these with this file)
+Differs    from the paper: an exact Gaussian blur, its sigma scaled with the picture; synonyms from a table
+           (data_prep/wordnet.py), a word without one is left to a swap; our own stop-words. The laptop run has a small
+           ResNet, milder crops, and no hue or greyscale in strong views, because its captions name colours.
+           from the released code: features are gathered WITH gradient (there the key side has none; --gather no_grad
+           repeats it); Barlow's correlation is summed over processes with gradient (there 1 / W of it); plain is plain
+           (there stop-word removal stays on); randomness belongs to the sample, not to one global generator; text
+           dropout is written out (there an in-place side effect); the second temperature is clamped where it exists;
+           batch norm is synchronised; the last checkpoint is reported, the best only kept; the ensemble weight is fixed.
+           SwALIP without strong views swaps modalities (undefined there). Left out: SwALIPV1, drop-path, own extra heads
+           for strong views, the readers of single data sets.
+Uses       common/augment.py ckpt.py cli.py data.py ddp.py log.py metrics.py optim.py plot.py resnet.py scenes.py
+           tokenizer.py vision.py vit.py   (copy these with this file)
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,20 +53,21 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, torchrun and python -m all find common/
 
 from common import augment, ckpt, cli, data, ddp, metrics, optim, plot, scenes
-from common.log import RunLog, table
+from common.log import RunLog, table, write_json
+from common.resnet import ResNet
 from common.tokenizer import Tokenizer
 from common.vit import TextTransformer, ViT, trim
 
 
-# 1. CONFIG ---------------------------------------------------------------------------------------------------------
+# 1. CONFIG (presets stand in section 7) ------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:
     # run: the same names in all ten files
     out_dir: str = "runs/clip_recipe"  # one folder a run; each arm gets a sub-folder
     seed: int = 0  # of weights, scenes, data order and augmentation
-    steps: int = 400  # optimiser updates of each arm
-    batch_size: int = 64  # GLOBAL number of pairs: divided by the number of processes
-    accum: int = 1  # micro-batches an update; they do not add negatives to each other
+    steps: int = 500  # optimiser updates of each arm
+    batch_size: int = 64  # GLOBAL number of pairs, divided by the number of processes
+    accum: int = 1  # micro-batches an update; they are no negatives of each other
     lr: float = 2e-3  # peak, AdamW; the paper: 3e-3 at batch 4096
     wd: float = 0.5  # weight decay; the paper: 0.1, on CC3M 0.5
     warmup: int = 40  # updates of linear warm-up from 1e-6; the paper: one epoch
@@ -74,92 +76,45 @@ class Config:
     dtype: str = "float32"  # float32, or bfloat16 autocast (losses stay in float32)
     compile: bool = False  # torch.compile the model
     data: str = ""  # folder of shards with captions; "" = generated scenes
-    eval_data: str = ""  # folder of shards with labels for zero-shot; "" = generated scenes, or none with --data
-    workers: int = 0  # loader processes on each rank
-    log_every: int = 20  # steps between lines of log.jsonl
-    eval_every: int = 0  # steps between evaluations (best.safetensors is kept), 0 = at the end only
-    save_every: int = 100  # steps between checkpoints
+    eval_data: str = ""  # folder of shards with labels, for zero-shot classification
+    workers: int = 0  # loader processes of each rank
+    log_every: int = 20  # updates between lines of log.jsonl
+    eval_every: int = 0  # updates between evaluations, best.safetensors is kept; 0 = at the end only
+    save_every: int = 100  # updates between checkpoints
     resume: bool = True  # continue from last.pt, exactly; --no-resume starts again
     max_bad: float = 0.01  # share of damaged samples at which the run stops
-    # method
+    # the method
     recipe: str = "plain,rocket"  # comma list of RECIPES, or "ladder" for all; crossed with --extra, one arm each
     extra: str = "none,siam,bar"  # comma list of none, siam, byol, bar, swal, or "all"
     gather: str = "grad"  # grad, or no_grad: the released code's gather, whose gradient is wrong over processes
-    p_stop: float = 0.8  # chance that a caption loses its stop-words; YFCC15M ResNet-50: 0.9
+    p_stop: float = 0.8  # chance that a caption loses its stop-words; YFCC15M with ResNet-50: 0.9
     smoothing: float = 0.1  # label smoothing of the strong pairs
     text_drop: float = 0.2  # dropout before every text block, strong captions only; CC3M 0.2, CC12M 0.05, else 0
     loss_sum: bool = False  # sum the two directions instead of averaging them (all data sets but CC3M)
-    captions: str = "single"  # one random caption a sample for all views, or "multi": each view draws its own (29M)
-    clean_text: bool = False  # lower-case and unescape before the edits (YFCC15M, 29M)
+    strong_scale: float = 0.35  # smallest area of a strong crop; the paper: 0.08, too little of a tiny picture
+    hue: bool = False  # strong views also shift hue and turn grey, as in the paper; off where captions name colours
+    captions: str = "single"  # one random caption for all views of a pair, or "multi": each view draws its own (29M)
+    clean_text: bool = False  # unescape and lower-case before the edits (YFCC15M, 29M)
     ensemble: float = 0.5  # weight of the z head in zero-shot and retrieval, fixed in advance
     # data and model
-    pairs: int = 1000  # generated training pairs
-    image_size: int = 32  # weak view; pixels
-    strong_size: int = 0  # strong views; 0 = image_size (29M: 192)
+    pairs: int = 150  # generated training pairs
+    image_size: int = 24  # pixels of the weak view and of evaluation
+    strong_size: int = 0  # pixels of the strong views, 0 = image_size; 29M: 192
     tokenizer: str = ""  # CLIP's merges file or folder; "" trains one on the training captions
-    synonyms: str = ""  # table of data_prep/wordnet.py; "" = the scenes' own
-    backbone: str = "vit"  # vit or resnet50
-    patch: int = 8  # ViT
-    width: int = 96  # ViT
-    depth: int = 3  # ViT
-    heads: int = 3  # ViT
-    text_width: int = 96  # text transformer
+    synonyms: str = ""  # table of data_prep/wordnet.py; "" = that of the scenes
+    backbone: str = "small"  # small (common/resnet.py), resnet50 (torchvision) or vit
+    patch: int = 8  # vit: pixels
+    width: int = 16  # small, vit
+    depth: int = 3  # vit
+    heads: int = 3  # vit
+    text_width: int = 64  # text transformer
     text_depth: int = 2  # CC3M: 6, else 12
-    text_heads: int = 3  # text transformer
+    text_heads: int = 2  # text transformer
     context: int = 77  # longest caption in tokens
     embed_dim: int = 64  # shared space; the paper: 256
     mlp_hidden: int = 256  # hidden width of the strong heads; the paper: 4096
     extra_hidden: int = 256  # hidden width of the added losses' heads; SiamLIP 2048, BarLIP 3000
     extra_dim: int = 128  # output of the added losses' heads; SiamLIP 128, BarLIP 8192
-
-
-_PAPER = dict(steps=96_900, batch_size=4096, lr=3e-3, wd=0.1, warmup=3_000, dtype="bfloat16", workers=12, log_every=50,
-              eval_every=3_000, save_every=1_000, recipe="rocket", extra="none", text_drop=0.05, loss_sum=True,
-              image_size=224, backbone="resnet50", text_width=512, text_depth=12, text_heads=8, embed_dim=256,
-              mlp_hidden=4096, extra_hidden=2048, out_dir="runs/clip_recipe_cc12m")  # fmt: skip
-PRESETS = {
-    "smoke": dict(steps=8, batch_size=16, warmup=2, pairs=64, width=48, depth=1, text_width=48, text_depth=1,
-                  extra="none,siam", log_every=2, save_every=4, out_dir="runs/clip_recipe_smoke"),
-    "laptop": {},
-    "gpu": dict(steps=6_000, batch_size=1024, lr=1e-3, wd=0.1, warmup=300, pairs=20_000, image_size=64, width=384, depth=12,
-                heads=6, text_width=256, text_depth=6, text_heads=4, embed_dim=256, mlp_hidden=1024, extra_hidden=1024,
-                extra="all", dtype="bfloat16", workers=14, out_dir="runs/clip_recipe_gpu"),
-    # Flickr8k photographs, a small real run: data_prep/captions.py
-    "flickr8k": dict(steps=600, batch_size=64, pairs=0, image_size=64, patch=8, width=192, depth=6, heads=3, text_width=128,
-                     text_depth=3, text_heads=4, recipe="plain,rocket", extra="none", embed_dim=128, workers=0, warmup=60,
-                     context=48, eval_every=200, out_dir="runs/clip_recipe_flickr8k"),
-    # the paper's runs (32 epochs at batch 4096), values from the released commands
-    "paper": _PAPER,
-    "cc3m": {**_PAPER, **dict(steps=25_800, warmup=800, wd=0.5, text_depth=6, text_drop=0.2, loss_sum=False,
-                              out_dir="runs/clip_recipe_cc3m")},
-    "yfcc15m": {**_PAPER, **dict(steps=115_000, warmup=3_600, p_stop=0.9, text_drop=0.0, clean_text=True,
-                                 out_dir="runs/clip_recipe_yfcc15m")},
-    "open29m": {**_PAPER, **dict(steps=240_000, warmup=7_500, lr=2e-3, text_drop=0.0, clean_text=True, strong_size=192,
-                                 captions="multi", out_dir="runs/clip_recipe_open29m")},
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Recipe:
-    views: int = 0  # A, strong views of image and text beside the weak one
-    first: str = "weak"  # the first image view is weak, or "either" weak or strong
-    heads: str = "shared"  # projection of the strong views: the weak view's, own "linear" ones, or own "mlp" ones
-    text: bool = False  # stop-word removal, and one edit of each strong caption
-    smooth: bool = False  # label smoothing of the strong pairs
-    drop: bool = False  # text dropout on the strong captions
-
-
-RECIPES = {  # one change a line: the ablation ladder
-    "plain": Recipe(),
-    "strong": Recipe(first="either"),
-    "views": Recipe(2),
-    "heads": Recipe(2, heads="linear"),
-    "mlp": Recipe(2, heads="mlp"),
-    "text": Recipe(2, heads="mlp", text=True),
-    "smooth": Recipe(2, heads="mlp", text=True, smooth=True),
-    "rocket": Recipe(2, heads="mlp", text=True, smooth=True, drop=True),
-}
-EXTRAS = ("none", "siam", "byol", "bar", "swal")
 
 
 # 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
@@ -251,116 +206,106 @@ def gather_no_grad(x):
     return ddp.gather_rows(x.detach()) if ddp.world_size() > 1 else x
 
 
-# 3. MODULES: the heads; backbones come from common ---------------------------------------------------------------------
+# 3. MODULES: what a recipe switches, and the heads; backbones come from common ------------------------------------------
+@dataclass(frozen=True)
+class Recipe:
+    views: int = 0  # A, strong views of image and text beside the weak one
+    first: str = "weak"  # the first image view: weak, or "either" weak or strong
+    heads: str = "shared"  # of the strong views: the weak view's, own "linear" ones, or own "mlp" ones
+    text: bool = False  # stop-word removal, and one edit of each strong caption
+    smooth: bool = False  # label smoothing of the strong pairs
+    drop: bool = False  # text dropout on the strong captions
+
+
+RECIPES = {  # the ablation ladder: one change a line
+    "plain": Recipe(),
+    "strong": Recipe(first="either"),
+    "views": Recipe(2),
+    "heads": Recipe(2, heads="linear"),
+    "mlp": Recipe(2, heads="mlp"),
+    "text": Recipe(2, heads="mlp", text=True),
+    "smooth": Recipe(2, heads="mlp", text=True, smooth=True),
+    "rocket": Recipe(2, heads="mlp", text=True, smooth=True, drop=True),
+}
+EXTRAS = ("none", "siam", "byol", "bar", "swal")
+
+
 def mlp(*dims, last_bn=None, bias=True):
-    """Linear BN ReLU ... Linear; last_bn None, or whether the closing batch norm has an affine part."""
+    """Linear BN ReLU ... Linear; last_bn: None, or whether a closing batch norm has an affine part."""
     layers = []
-    for i, (a, b) in enumerate(itertools.pairwise(dims)):
-        hidden = i < len(dims) - 2
-        layers += [nn.Linear(a, b, bias=bias), *([nn.BatchNorm1d(b), nn.ReLU()] if hidden else [])]
-    return nn.Sequential(*layers, *([] if last_bn is None else [nn.BatchNorm1d(dims[-1], affine=last_bn)]))
-
-
-def two(make, model):
-    """One head for each tower, of the tower's width."""
-    return nn.ModuleDict({"img": make(model.visual.out_dim), "txt": make(model.text.out_dim)})
-
-
-class Residual(nn.Module):
-    """BN ReLU conv (stride 2), BN ReLU conv, and a 1 x 1 shortcut."""
-
-    def __init__(self, a, b):
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(a), nn.Conv2d(a, b, 3, 2, 1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(b), nn.Conv2d(b, b, 3, 1, 1, bias=False)
-        self.short = nn.Conv2d(a, b, 1, 2, bias=False)
-
-    def forward(self, x):
-        x = F.relu(self.bn1(x))
-        return self.conv2(F.relu(self.bn2(self.conv1(x)))) + self.short(x)
-
-
-class SmallResNet(nn.Module):
-    """The laptop's backbone: three residual blocks of stride 2, average pool -> (B, 4 * width)."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, 1, 1, bias=False)
-        self.blocks = nn.Sequential(Residual(width, width * 2), Residual(width * 2, width * 4), Residual(width * 4, width * 4))
-        self.bn = nn.BatchNorm2d(width * 4)
-        self.out_dim = width * 4
-
-    def forward(self, x):
-        return F.relu(self.bn(self.blocks(self.stem(x)))).mean((2, 3))
+    for a, b in itertools.pairwise(dims):
+        layers += [nn.Linear(a, b, bias=bias), nn.BatchNorm1d(b), nn.ReLU()]
+    return nn.Sequential(*layers[:-2], *([] if last_bn is None else [nn.BatchNorm1d(dims[-1], affine=last_bn)]))
 
 
 class Rocket(nn.Module):
-    """Two towers, head pair z (linear) for the weak view, pair h for the strong views, and the added loss's heads."""
+    """Two towers, head pair z for the weak view, head pair h for the strong views, and the added loss's heads v and p."""
 
     def __init__(self, cfg: Config, recipe: Recipe, extra: str, vocab: int):
         super().__init__()
-        self.recipe, self.drop = recipe, cfg.text_drop if recipe.drop else 0.0
-        if cfg.backbone == "vit":
+        self.drop = cfg.text_drop if recipe.drop else 0.0
+        if cfg.backbone == "small":
+            self.visual = ResNet(cfg.width)
+        elif cfg.backbone == "vit":
             self.visual = ViT(cfg.image_size, cfg.patch, cfg.width, cfg.depth, cfg.heads)
         elif cfg.backbone == "resnet50":
             from common.vision import torchvision
 
             self.visual = torchvision.models.resnet50()
             self.visual.out_dim, self.visual.fc = self.visual.fc.in_features, nn.Identity()
-        elif cfg.backbone == "small":
-            self.visual = SmallResNet(cfg.width)
         else:
-            raise ValueError(f"--backbone {cfg.backbone} is unknown; choose small, vit or resnet50")
+            raise ValueError(f"--backbone {cfg.backbone} is unknown; choose small, resnet50 or vit")
         self.text = TextTransformer(vocab, cfg.context, cfg.text_width, cfg.text_depth, cfg.text_heads)
+        widths = {"img": self.visual.out_dim, "txt": self.text.out_dim}
 
-        def linear(d):
-            head = nn.Linear(d, cfg.embed_dim, bias=False)
-            nn.init.normal_(head.weight, std=d**-0.5)
+        def pair(make):  # one head for each tower
+            return nn.ModuleDict({tower: make(width) for tower, width in widths.items()})
+
+        def linear(width):
+            head = nn.Linear(width, cfg.embed_dim, bias=False)
+            nn.init.normal_(head.weight, std=width**-0.5)
             return head
 
-        self.z = two(linear, self)
-        self.log_s_z = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.z, self.log_s_z = pair(linear), nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.h = None
         if recipe.heads != "shared":
-            make = linear if recipe.heads == "linear" else lambda d: mlp(d, cfg.mlp_hidden, cfg.mlp_hidden, cfg.embed_dim)
-            self.h = two(make, self)
-            self.log_s_h = nn.Parameter(torch.tensor(math.log(1 / 0.1)))
+            own = linear if recipe.heads == "linear" else lambda w: mlp(w, cfg.mlp_hidden, cfg.mlp_hidden, cfg.embed_dim)
+            self.h, self.log_s_h = pair(own), nn.Parameter(torch.tensor(math.log(1 / 0.1)))
+        hidden, dim = cfg.extra_hidden, cfg.extra_dim
+        self.v = self.p = None
         if extra in ("siam", "byol"):
-            hid, dim = cfg.extra_hidden, cfg.extra_dim
-            self.v = two(lambda d: mlp(d, hid, dim, last_bn=False, bias=False), self)
-            # nn.Linear's bias before a batch norm has no effect, so only the predictor's last layer would need one
-            self.p = nn.ModuleDict({m: mlp(dim, hid, dim) for m in ("img", "txt")})
+            self.v = pair(lambda w: mlp(w, hidden, dim, last_bn=False, bias=False))
+            self.p = pair(lambda w: nn.Sequential(*mlp(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+                                                  nn.Linear(hidden, dim)))  # fmt: skip
         elif extra == "bar":
-            self.v = two(lambda d: mlp(d, cfg.extra_hidden, cfg.extra_hidden, cfg.extra_dim, last_bn=True), self)
+            self.v = pair(lambda w: mlp(w, hidden, hidden, dim, last_bn=True))
 
     def scales(self):
-        s_z = self.log_s_z.exp()
-        return s_z, self.log_s_h.exp() if hasattr(self, "h") else s_z
+        return self.log_s_z.exp(), (self.log_s_z if self.h is None else self.log_s_h).exp()
 
     def forward(self, images, captions):
-        """images, captions: lists of 1 + A views, weak first -> dict of lists over views: z, h (unit), v, p; and scales.
+        """Lists of 1 + A views, weak first: images (B, 3, S, S), token ids (B, L) -> dict of z, and lists h, v, p of both.
 
-        One forward a view: batch norm sees one kind of view at a time, as in the released code."""
+        One forward a view, so that batch norm sees one kind of view at a time, as in the released code."""
         out = {"scales": self.scales()}
         towers = {"img": [self.visual(x) for x in images],
                   "txt": [self.text(t, self.drop if i else 0.0) for i, t in enumerate(captions)]}  # fmt: skip
         for m, features in towers.items():
-            strong = self.h[m] if hasattr(self, "h") else self.z[m]
+            strong = (self.h or self.z)[m]
             out[f"z_{m}"] = F.normalize(self.z[m](features[0]).float(), dim=-1)
             out[f"h_{m}"] = [F.normalize(strong(f).float(), dim=-1) for f in features[1:]]
-            if hasattr(self, "v"):
-                out[f"v_{m}"] = [self.v[m](f) for f in features]
-            if hasattr(self, "p"):
-                out[f"p_{m}"] = [self.p[m](v) for v in out[f"v_{m}"]]
+            out[f"v_{m}"] = [self.v[m](f) for f in features] if self.v else []
+            out[f"p_{m}"] = [self.p[m](v) for v in out[f"v_{m}"]] if self.p else []
         return out
 
     @torch.no_grad()
     def embed(self, tower: str, x, w: float):
-        """Inference: {"z", "h", "both"} unit features of images ("img") or captions ("txt").
+        """Inference on images ("img") or token ids ("txt"): unit features {"z"} or {"z", "h", "both"}.
 
         both = [sqrt(w) z, sqrt(1 - w) h] is a unit vector whose dot product is w cos_z + (1 - w) cos_h."""
         f = self.visual(x) if tower == "img" else self.text(x)
         z = F.normalize(self.z[tower](f).float(), dim=-1)
-        if not hasattr(self, "h"):
+        if self.h is None:
             return {"z": z}
         h = F.normalize(self.h[tower](f).float(), dim=-1)
         return {"z": z, "h": h, "both": torch.cat([math.sqrt(w) * z, math.sqrt(1 - w) * h], -1)}
@@ -428,7 +373,8 @@ class Views:
     def __init__(self, cfg: Config, recipe: Recipe, tok: Tokenizer, synonyms):
         self.cfg, self.recipe, self.tok, self.synonyms = cfg, recipe, tok, synonyms
         size = self.size = (cfg.image_size, cfg.strong_size or cfg.image_size)
-        self.strong = augment.Colour(blur=(0.1 * size[1] / 224, 2.0 * size[1] / 224))  # sigma 0.1 to 2 at 224 px
+        jitter, grey = ((0.4, 0.4, 0.4, 0.1), 0.2) if cfg.hue else ((0.4, 0.4, 0.4, 0.0), 0.0)
+        self.strong = augment.Colour(jitter, grey_p=grey, blur=(0.1 * size[1] / 224, 2.0 * size[1] / 224))  # as at 224 px
         self.weak = augment.Colour(jitter_p=0, grey_p=0, blur_p=0, flip_p=0)
 
     def __call__(self, sample, rng):
@@ -440,7 +386,7 @@ class Views:
             kinds[0] = ("weak", "strong")[rng.integers(2)]
         one, crops, rows, texts = captions[rng.integers(len(captions))], [], [], []
         for i, kind in enumerate(kinds):
-            box = augment.crop_box(*img.size, (0.5, 1.0) if kind == "weak" else (0.08, 1.0), rng)
+            box = augment.crop_box(*img.size, (0.5 if kind == "weak" else self.cfg.strong_scale, 1.0), rng)
             crops.append(augment.resize_to(img, box, self.size[min(i, 1)]))
             rows.append(augment.draw_colour(self.weak if kind == "weak" else self.strong, rng))
             text = captions[rng.integers(len(captions))] if self.cfg.captions == "multi" else one
@@ -459,166 +405,134 @@ class Views:
                 [trim(self.tok(list(v), self.cfg.context), 8) for v in zip(*texts)])  # fmt: skip
 
 
-def to_device(batch, device, colour=True):
-    """Colour and normalisation run here, on the device, for the whole batch."""
+def to_device(batch, device):
+    """Colour, blur, flip and normalisation run here, on the device, for the whole batch."""
     images, rows, ids = batch
-    images = [augment.to_float(x.to(device, non_blocking=True)) for x in images]
-    images = [augment.apply_colour(x, r) for x, r in zip(images, rows)] if colour else images
-    return [augment.normalise(x) for x in images], [t.to(device, non_blocking=True) for t in ids]
-
-
-class Scenes:
-    """Generated pairs in memory, with the interface of data.Shards."""
-
-    def __init__(self, count, seed, size, objects=(1, 2), grid=1):
-        self.scenes = [scenes.scene(i, seed, objects, grid=grid) for i in range(count)]
-        self.sizes = [count]
-        self.images = np.concatenate([scenes.render(self.scenes[i : i + 256], size) for i in range(0, count, 256)])
-
-    def read(self, shard, row):
-        s = self.scenes[row]
-        t = s.things[0]
-        labels = {"shape": scenes.SHAPES.index(t.shape), "colour": list(scenes.COLOURS).index(t.colour),
-                  "texture": scenes.TEXTURES.index(t.texture)}  # fmt: skip
-        labels["colour and shape"] = labels["colour"] * len(scenes.SHAPES) + labels["shape"]
-        image = data.Image.fromarray(self.images[row])
-        captions = [scenes.caption(s, v) for v in (0, 5 * row + 1, 5 * row + 2, 5 * row + 3, 5 * row + 4)]
-        return {"key": str(row), "image": image, "captions": captions, "labels": labels}
-
-
-def scene_tasks():
-    """task -> for each class all its prompts: templates x words for what the class leaves open."""
-    colours, shapes, forms = list(scenes.COLOURS), scenes.SHAPES, ("a {}", "a picture of a {}", "there is a {}")
-    return {
-        "shape": [[f.format(f"{c} {s}") for f in forms for c in colours] for s in shapes],
-        "colour": [[f.format(f"{c} {s}") for f in forms for s in shapes] for c in colours],
-        "texture": [[f.format(f"{t} {c} {s}") for f in forms for c in colours[::2] for s in shapes[::2]]
-                    for t in ("", *scenes.TEXTURES[1:])],
-        "colour and shape": [[f.format(f"{c} {s}") for f in forms] for c in colours for s in shapes],
-    }  # fmt: skip
+    images = [augment.apply_colour(augment.to_float(x.to(device, non_blocking=True)), r) for x, r in zip(images, rows)]
+    images = [augment.normalise(x).contiguous(memory_format=torch.channels_last) for x in images]
+    return images, [t.to(device, non_blocking=True) for t in ids]
 
 
 @dataclass
 class Test:
-    """An evaluation set: its images are classified zero-shot (tasks: name -> prompts of each class) or retrieved."""
+    """An evaluation set. tasks: name -> all prompts of each class; retrieval: whether its captions are searched."""
 
     source: object
     tasks: dict
     retrieval: bool
 
 
+def scene_tests(size):
+    """New scenes, classified by prompts that average over what the class leaves open."""
+    colours, shapes, forms = tuple(scenes.COLOURS), scenes.SHAPES, ("a {}", "a picture of a {}", "there is a {}")
+    textures = ("", *scenes.TEXTURES[1:])  # a solid object is just called by its colour
+    tasks = {
+        "shape": [[f.format(f"{c} {s}") for f in forms for c in colours] for s in shapes],
+        "colour": [[f.format(f"{c} {s}") for f in forms for s in shapes] for c in colours],
+        "texture": [[f"a {t} {c} {s}" for c in colours for s in shapes] for t in textures],
+        "colour and shape": [[f.format(f"{c} {s}") for f in forms] for c in colours for s in shapes],
+    }
+    return [Test(scenes.Source(1000, 1_000_003, size, objects=(1, 1), grid=1), tasks, True)]
+
+
 def open_data(cfg: Config):
-    """-> (training source, [Test], tokenizer, synonyms)"""
+    """-> training source, [Test], tokenizer, synonyms"""
     synonyms = scenes.SYNONYMS
     if cfg.synonyms:
         rows = [line.split("\t") for line in Path(cfg.synonyms).read_text("utf-8").splitlines() if "\t" in line]
-        synonyms = {w: tuple(s.split(",")) for w, s in rows}
+        synonyms = {word: tuple(others.split(",")) for word, others in rows}
     if cfg.data:
         source, tests = data.Shards(cfg.data, "train"), [Test(data.Shards(cfg.data, "test"), {}, True)]
-        if not cfg.tokenizer:
-            words = [c for s in range(len(source.sizes)) for r in range(source.sizes[s]) for c in captions_of(source, s, r)]
     else:
-        source = Scenes(cfg.pairs, cfg.seed, cfg.image_size)
-        tests = [Test(Scenes(1000, 1_000_003, cfg.image_size, (1, 1)), scene_tasks(), True)]
-        words = [c for r in range(len(source.scenes)) for c in source.read(0, r)["captions"]]
+        source = scenes.Source(cfg.pairs, cfg.seed, cfg.image_size, objects=(1, 1), grid=1)
+        tests = scene_tests(cfg.image_size)
     if cfg.eval_data:
         labelled = data.Shards(cfg.eval_data)
-        names, forms = labelled.classes, labelled.manifest.get("templates") or ["a photo of a {}."]
-        if not names:
-            raise ValueError(f"--eval_data {cfg.eval_data}: manifest.json lists no classes; prepare it with data_prep/imagenet.py")
-        # "king penguin, Aptenodytes patagonica": synonyms of a class are separated by commas, all are averaged
-        prompts = [[f.format(n.strip()) for n in name.split(",") for f in forms] for name in names]
+        forms = labelled.manifest.get("templates") or ["a photo of a {}."]
+        if not labelled.classes:
+            raise ValueError(f"--eval_data {cfg.eval_data} lists no classes in manifest.json; prepare it with data_prep/imagenet.py")
+        # "king penguin, Aptenodytes patagonica": a class's synonyms are separated by commas; all of them are averaged
+        prompts = [[f.format(word.strip()) for word in names.split(",") for f in forms] for names in labelled.classes]
         tests.append(Test(labelled, {"classes": prompts}, False))
-    tok = Tokenizer.from_clip(cfg.tokenizer) if cfg.tokenizer else Tokenizer.train(words, 4096)
-    return source, tests, tok, synonyms
-
-
-def captions_of(source, shard, row):
-    try:
-        return source.read(shard, row).get("captions") or []
-    except data.BadSample:
-        return []
+    if cfg.tokenizer:
+        return source, tests, Tokenizer.from_clip(cfg.tokenizer), synonyms
+    texts = source.captions() if cfg.data else [c for captions in source.captions for c in captions]
+    return source, tests, Tokenizer.train(texts, 4096), synonyms
 
 
 # 5. EVALUATE -----------------------------------------------------------------------------------------------------------
 def embed_texts(model, tok, texts, cfg, device):
     out = [model.embed("txt", trim(tok(texts[i : i + 512], cfg.context)).to(device), cfg.ensemble)
            for i in range(0, len(texts), 512)]  # fmt: skip
-    return {k: torch.cat([o[k] for o in out]) for k in out[0]}
+    return {k: torch.cat([o[k].cpu() for o in out]) for k in out[0]}
 
 
 def class_weights(model, tok, prompts, cfg, device):
-    """prompts: for each class a list -> {head: (C, D)}: every prompt normalised, averaged, normalised again."""
+    """prompts: a list for each of C classes -> {head: (C, D)}: every prompt normalised, averaged, normalised again."""
     unique = list(dict.fromkeys(p for names in prompts for p in names))
-    where = {p: i for i, p in enumerate(unique)}
+    row = {p: i for i, p in enumerate(unique)}
     f = embed_texts(model, tok, unique, cfg, device)
-    mean = {k: torch.stack([v[[where[p] for p in dict.fromkeys(names)]].mean(0) for names in prompts]) for k, v in f.items()}
-    out = {k: F.normalize(v, dim=-1) for k, v in mean.items() if k != "both"}
+    out = {k: torch.stack([v[[row[p] for p in dict.fromkeys(names)]].mean(0) for names in prompts]) for k, v in f.items()}
+    out = {k: F.normalize(v, dim=-1) for k, v in out.items()}
     if "h" in out:  # each head's classifier is normalised on its own, then joined as in embed()
         out["both"] = torch.cat([math.sqrt(cfg.ensemble) * out["z"], math.sqrt(1 - cfg.ensemble) * out["h"]], -1)
     return out
 
 
 def embed_images(model, source, cfg, env):
-    """All images of a source, split over processes -> ({head: (N, D)}, records without images), in the source's order."""
+    """All pictures of a source, split over processes -> {head: (N, D)}, records; in the order of their keys."""
 
     def make(sample):
         img = sample.pop("image")
         return augment.resize_to(img, augment.centre_box(*img.size), cfg.image_size, data.Image.BILINEAR), sample
 
-    def collate(items):
-        return torch.from_numpy(np.stack([i for i, _ in items])) if items else None, [r for _, r in items]
+    items = []
+    for batch in data.in_order(source, make, list, 256, slice(env.rank, None, env.world), cfg.workers):
+        if batch:
+            x = torch.from_numpy(np.stack([img for img, _ in batch])).to(env.device)
+            f = model.embed("img", augment.normalise(augment.to_float(x)), cfg.ensemble)
+            items += [(r, {k: v[i].cpu() for k, v in f.items()}) for i, (_, r) in enumerate(batch)]
+    items = sorted(ddp.gather_lists(items), key=lambda item: item[0]["key"])
+    return {k: torch.stack([f[k] for _, f in items]) for k in items[0][1]}, [r for r, _ in items]
 
-    loader = data.in_order(source, make, collate, 256, slice(env.rank, None, env.world), cfg.workers)
-    mine = []
-    for x, records in loader:
-        if records:
-            x = augment.normalise(augment.to_float(x.to(env.device)))
-            mine.append(({k: v.cpu() for k, v in model.embed("img", x, cfg.ensemble).items()}, records))
-    if env.world > 1:
-        parts = [None] * env.world
-        torch.distributed.all_gather_object(parts, mine)
-        mine = [batch for part in parts for batch in part]
-    records = [r for _, batch in mine for r in batch]
-    features = {k: torch.cat([f[k] for f, _ in mine]) for k in mine[0][0]}
-    order = sorted(range(len(records)), key=lambda i: records[i]["key"])
-    return {k: v[order] for k, v in features.items()}, [records[i] for i in order]
+
+def matches(records):
+    """All captions, and (captions, records) bool: a caption fits every record that has it, generated ones repeat."""
+    texts = [c for r in records for c in r["captions"]]
+    holders: dict[str, list[int]] = {}
+    for i, r in enumerate(records):
+        for c in r["captions"]:
+            holders.setdefault(c, []).append(i)
+    match = torch.zeros(len(texts), len(records), dtype=torch.bool)
+    for i, t in enumerate(texts):
+        match[i, holders[t]] = True
+    return texts, match
 
 
 def evaluate(model, tests, tok, cfg, env):
-    """Flat dict of percentages: zero-shot top-1 of every task, retrieval both ways, for the z and h heads and `both`.
+    """Flat dict of percentages for the heads z, h and both: zero-shot top-1 of every task, retrieval R@1, 5, 10 both ways.
 
-    `zero_shot` and `retrieval` are the headline: means over the tasks and over R@1 both ways, of the fixed ensemble."""
+    zero_shot (mean over the tasks) and retrieval (mean R@1 both ways) are the headlines, from both heads where there are two."""
     model.eval()
-    out, zero_shot, retrieval = {}, [], []
+    out, headline = {}, {"zero_shot": [], "retrieval": []}
     for test in tests:
         f, records = embed_images(model, test.source, cfg, env)
         for task, prompts in test.tasks.items():
             w = class_weights(model, tok, prompts, cfg, env.device)
             labels = torch.tensor([r["labels"][task] if "labels" in r else r["label"] for r in records])
-            scores = {k: metrics.accuracy(f[k] @ w[k].cpu().T, labels) for k in f}
-            out.update({f"{task.replace(' ', '_')}_{k}": v for k, v in scores.items()})
-            zero_shot.append(list(scores.values())[-1])
+            for head in f:
+                out[f"{task.replace(' ', '_')}_{head}"] = metrics.accuracy(f[head] @ w[head].T, labels)
+            headline["zero_shot"].append(out[f"{task.replace(' ', '_')}_{head}"])
         if test.retrieval:
-            texts = [c for r in records for c in r["captions"]]
-            owner = torch.tensor([i for i, r in enumerate(records) for _ in r["captions"]])
-            # pictures with the same words are equally right: generated captions repeat
-            same = {}
-            for t, o in zip(texts, owner.tolist()):
-                same.setdefault(t, set()).add(o)
-            match = torch.zeros(len(texts), len(records), dtype=torch.bool)
-            for i, t in enumerate(texts):
-                match[i, list(same[t])] = True
-            f_txt = {k: v.cpu() for k, v in embed_texts(model, tok, texts, cfg, env.device).items()}
-            for k in f:
-                to_image = metrics.retrieval_recall(f_txt[k], f[k], match)
-                to_text = metrics.retrieval_recall(f[k], f_txt[k], match.T)
-                out.update({f"text_to_image_r{n}_{k}": v for n, v in to_image.items()})
-                out.update({f"image_to_text_r{n}_{k}": v for n, v in to_text.items()})
-            retrieval += [to_image[1], to_text[1]]
+            texts, match = matches(records)
+            f_txt = embed_texts(model, tok, texts, cfg, env.device)
+            for head in f:
+                for name, recall in (("text_to_image", metrics.retrieval_recall(f_txt[head], f[head], match)),
+                                     ("image_to_text", metrics.retrieval_recall(f[head], f_txt[head], match.T))):  # fmt: skip
+                    out.update({f"{name}_r{k}_{head}": v for k, v in recall.items()})
+            headline["retrieval"] += [out[f"{name}_r1_{head}"] for name in ("text_to_image", "image_to_text")]
     model.train()
-    out.update({"zero_shot": float(np.mean(zero_shot))} if zero_shot else {})
-    return {**out, **({"retrieval": float(np.mean(retrieval))} if retrieval else {})}
+    return {**{k: float(np.mean(v)) for k, v in headline.items() if v}, **out}
 
 
 # 6. TRAIN --------------------------------------------------------------------------------------------------------------
@@ -645,38 +559,30 @@ def method_loss(model, teacher, images, captions, extra, recipe, cfg):
 
 
 def train(cfg: Config) -> dict:
-    """Trains one arm (a single --recipe and --extra) in cfg.out_dir and returns its metrics."""
+    """Trains one arm (a single recipe and extra) in cfg.out_dir and returns its metrics."""
     env = ddp.start(cfg.seed)
     recipe, extra, out = RECIPES[cfg.recipe], cfg.extra, Path(cfg.out_dir)
     source, tests, tok, synonyms = open_data(cfg)
-    ddp.reseed(cfg.seed, 0, 0)  # the same initial weights on every process
-    model = Rocket(cfg, recipe, extra, len(tok)).to(env.device)
-    wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
-    teacher = copy.deepcopy(model).requires_grad_(False) if extra == "byol" else None
-    ema = optim.Ema(model, cfg.ema_decay) if extra == "byol" else None
-    opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, (0.9, 0.98), 1e-8, fused=True)
-    parts = {"model": model, "opt": opt, **({"ema": ema, "teacher": teacher} if ema else {})}
-    if cfg.resume:
-        start, best = ckpt.resume(out / "last.pt", cfg, **parts)
-    else:
-        start, best = 0, {}
     views = Views(cfg, recipe, tok, synonyms)
-    batches = data.Batches(source, views, views.collate, env.share(cfg.batch_size) * env.world // cfg.accum, env, cfg.seed,
-                           start * cfg.accum, cfg.workers, cfg.max_bad)  # fmt: skip
-    log = RunLog(cfg, env, f"{cfg.recipe} + {extra}" if extra != "none" else cfg.recipe, start)
-    amp = torch.autocast(env.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-
-    def save(done):
-        if env.is_main:
-            ckpt.save(out / "last.pt", done, cfg, best, **parts)
-
+    ddp.reseed(cfg.seed, 0, 0)  # the same initial weights on every process
+    model = Rocket(cfg, recipe, extra, len(tok)).to(env.device, memory_format=torch.channels_last)
+    teacher = copy.deepcopy(model).requires_grad_(False) if extra == "byol" else None
+    wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
+    opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, (0.9, 0.98), 1e-8, fused=True)
+    state = {"model": model, "opt": opt, **({"teacher": teacher} if teacher else {})}
+    start, best = ckpt.resume(out / "last.pt", cfg, **state) if cfg.resume else (0, {})
+    if env.share(cfg.batch_size) % cfg.accum:
+        raise ValueError(f"batch_size {cfg.batch_size} on {env.world} processes cannot be cut into {cfg.accum} micro-batches")
+    batches = data.Batches(source, views, views.collate, cfg.batch_size // cfg.accum, env, cfg.seed, start * cfg.accum,
+                           cfg.workers, cfg.max_bad)  # fmt: skip
+    log = RunLog(cfg, env, cfg.recipe if extra == "none" else f"{cfg.recipe} + {extra}", start)
     for step in range(start, cfg.steps):
-        ddp.reseed(cfg.seed, env.rank, step)
+        ddp.reseed(cfg.seed, env.rank, step)  # dropout; data and augmentation are functions of the sample's position
         optim.set_lr(opt, optim.warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr, 1e-6, 1e-5))
         for _ in range(cfg.accum):
             images, captions = to_device(next(batches), env.device)
-            with amp:
-                loss, terms = method_loss(wrapped, teacher, images, captions, extra, recipe, cfg)
+            with torch.autocast(env.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+                loss, parts = method_loss(wrapped, teacher, images, captions, extra, recipe, cfg)
             (loss / cfg.accum).backward()
         if cfg.grad_clip:
             nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
@@ -686,26 +592,28 @@ def train(cfg: Config) -> dict:
             for name, p in model.named_parameters():
                 if name.startswith("log_s"):
                     p.clamp_(0, math.log(100))  # both temperatures, after every update
-            if ema:  # only parameters are averaged; the teacher's batch norm statistics are its own
-                ema.update(model)
-                teacher.load_state_dict(ema.shadow)
-        last = step + 1 == cfg.steps
-        if (step + 1) % cfg.log_every == 0 or last:
-            ddp.check_finite({"loss": float(loss)}, step)
+            if teacher:  # parameters only: the teacher's batch norm statistics are its own
+                for old, new in zip(teacher.parameters(), model.parameters()):
+                    old.lerp_(new, 1 - cfg.ema_decay)
+        done, last = step + 1, step + 1 == cfg.steps
+        due = done % cfg.log_every == 0 or last
+        if due or done % cfg.save_every == 0:
+            ddp.check_finite({"loss": loss.item()}, step)
+        if due:
             scales = dict(zip(("s_z", "s_h"), model.scales()))
-            log.write(step, **ddp.mean({"loss": loss, **terms, **scales}), lr=opt.param_groups[0]["lr"], bad=batches.bad)
-        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and not last:
+            log.write(step, **ddp.mean({"loss": loss, **parts, **scales}), lr=opt.param_groups[0]["lr"], bad=batches.bad)
+        if cfg.eval_every and done % cfg.eval_every == 0 and not last:
             scores = evaluate(model, tests, tok, cfg, env)
             log.write(step, **scores)
-            key = next((k for k in scores if k.endswith("_z")), "")  # the released code's choice: zero-shot of the z head
-            if env.is_main and scores[key] > best.get("score", -1.0):
-                best = {"score": scores[key], "step": step + 1}
+            score = next(v for k, v in scores.items() if k.endswith("_z"))  # the released code's choice: the z head
+            if env.is_main and score > best.get("score", -1.0):
+                best = {"score": score, "step": done}
                 ckpt.export(out / "best.safetensors", model.state_dict(), **best)
         log.tick(step)
-        stop = ((step + 1) % cfg.log_every == 0 or env.world == 1) and ddp.interrupted()
-        if (step + 1) % cfg.save_every == 0 or last or stop:
-            save(step + 1)
-        if stop:
+        leave = (due or env.world == 1) and ddp.interrupted()
+        if env.is_main and (done % cfg.save_every == 0 or last or leave):
+            ckpt.save(out / "last.pt", done, cfg, best, **state)
+        if leave:
             log.close()
             raise KeyboardInterrupt
     result = evaluate(model, tests, tok, cfg, env)
@@ -713,81 +621,124 @@ def train(cfg: Config) -> dict:
     if env.is_main:
         ckpt.export(out / "model.safetensors", model.state_dict(), recipe=cfg.recipe, extra=extra)
         tok.save(out / "merges.txt")
-        pictures(model, source, tests[0].source, tok, cfg, env, views)
-        plot.save(plot.lines(log.history("loss", "weak", "strong", "extra"), "training", y="loss"), out / "curves.png")
+        plot.save(plot.lines(log.history("loss", "weak", "strong", "extra"), log.name, y="loss"), out / "curves.png")
+        draw_views(source, views, out / "samples" / "views.png")
+        draw_retrieval(model, tests[0].source, tok, cfg, env.device, out / "samples" / "retrieval.png")
     log.finish(result)
     return result
 
 
-def pictures(model, source, test, tok, cfg, env, views):
-    """samples/views.png: what the recipe does to pairs. samples/retrieval.png: query, top five, the right ones framed."""
-    rng = np.random.default_rng(0)
+def draw_views(source, views, path):
+    """What the recipe makes of four pairs."""
     cells, labels = [], []
     for row in range(4):
         sample = source.read(0, row)
-        batch = views.collate([views(sample, rng)])
-        images = [augment.apply_colour(augment.to_float(x), r) for x, r in zip(*batch[:2])]
-        cells += [sample["image"], *[(x[0].permute(1, 2, 0) * 255).byte().numpy() for x in images]]
-        labels += [sample["captions"][0], *[tok.decode(t[0]) for t in batch[2]]]
-    names = ["original", "weak", *[f"strong {i + 1}" for i in range(views.recipe.views)]]
-    title = "   |   ".join(names)
-    plot.save(plot.grid(cells, len(names), labels, title=title, cell=190, rows_of_text=4), Path(cfg.out_dir, "samples/views.png"))
+        images, rows, ids = views.collate([views(sample, np.random.default_rng(row))])
+        images = [augment.apply_colour(augment.to_float(x), r)[0] for x, r in zip(images, rows)]
+        cells += [sample["image"], *[(x.permute(1, 2, 0) * 255).byte().numpy() for x in images]]
+        labels += [sample["captions"][0], *[views.tok.decode(t[0]) for t in ids]]
+    title = "original  |  weak view" + "  |  strong view" * views.recipe.views
+    plot.save(plot.grid(cells, len(cells) // 4, labels, title=title, cell=170, rows_of_text=4), path)
+
+
+def draw_retrieval(model, source, tok, cfg, device, path, queries=6):
+    """For six captions the five nearest pictures, right ones framed in green."""
     model.eval()
-    f, records = embed_images(model, test, cfg, replace_world(env))
-    queries = records[:: max(1, len(records) // 6)][:6]
-    f_txt = embed_texts(model, tok, [q["captions"][0] for q in queries], cfg, env.device)
+    f, records = embed_images(model, source, cfg, ddp.Env(0, 1, device))  # rank 0 alone
+    head, pick = list(f)[-1], [i * len(records) // queries for i in range(queries)]
+    f_txt = embed_texts(model, tok, [records[i]["captions"][0] for i in pick], cfg, device)[head]
+    place = {source.record(s, r)["key"]: (s, r) for s, size in enumerate(source.sizes) for r in range(size)}
     cells, labels, marks = [], [], []
-    head = list(f)[-1]
-    by_key = {}
-    for i in range(test.sizes[0]):
-        try:
-            s = test.read(0, i)
-        except data.BadSample:
-            continue
-        by_key[s["key"]] = s["image"]
-    for q, t in zip(queries, f_txt[head].cpu()):
-        cells, labels, marks = cells + [by_key[q["key"]]], labels + [q["captions"][0]], marks + [None]
-        for i in (f[head] @ t).topk(5).indices.tolist():
-            right = q["captions"][0] in records[i]["captions"]
-            cells, labels = cells + [by_key[records[i]["key"]]], labels + [records[i]["captions"][0]]
-            marks.append((46, 160, 67) if right else (200, 200, 200))
-    title = "query (its own picture)   |   the five pictures nearest to its caption, the right one in green"
-    plot.save(plot.grid(cells, 6, labels, marks, title, cell=150, rows_of_text=4), Path(cfg.out_dir, "samples/retrieval.png"))
+    for i, t in zip(pick, f_txt):
+        text = records[i]["captions"][0]
+        for j in [i, *(f[head] @ t).topk(5).indices.tolist()]:
+            cells.append(source.read(*place[records[j]["key"]])["image"])
+            labels.append(records[j]["captions"][0])
+            marks.append(None if len(cells) % 6 == 1 else plot.GREEN if text in records[j]["captions"] else plot.FAINT)
+    title = "caption with its picture  |  the five pictures nearest to the caption; right ones in green"
+    plot.save(plot.grid(cells, 6, labels, marks, title, cell=140, rows_of_text=4), path)
     model.train()
-
-
-def replace_world(env):
-    return ddp.Env(0, 1, env.device)
 
 
 def run(cfg: Config) -> dict:
     """All arms of --recipe x --extra side by side, each in its own folder; finished arms are kept. Prints the claim."""
     recipes = list(RECIPES) if cfg.recipe == "ladder" else cfg.recipe.split(",")
     extras = list(EXTRAS) if cfg.extra == "all" else cfg.extra.split(",")
-    for name, known, field in [*((r, RECIPES, "recipe") for r in recipes), *((e, EXTRAS, "extra") for e in extras)]:
-        if name not in known:
-            raise ValueError(f"--{field} {name} is unknown; choose from {', '.join(known)}")
-    for field, known in {"gather": ("grad", "no_grad"), "dtype": ("float32", "bfloat16"), "captions": ("single", "multi")}.items():
-        if getattr(cfg, field) not in known:
-            raise ValueError(f"--{field} {getattr(cfg, field)} is unknown; choose from {', '.join(known)}")
-    out, result, scores = Path(cfg.out_dir), {}, {}
+    choices = {"gather": ("grad", "no_grad"), "dtype": ("float32", "bfloat16"), "captions": ("single", "multi")}
+    asked = [("recipe", r, RECIPES) for r in recipes] + [("extra", e, EXTRAS) for e in extras]
+    for field, value, known in asked + [(f, getattr(cfg, f), known) for f, known in choices.items()]:
+        if value not in known:
+            raise ValueError(f"--{field} {value} is unknown; choose from {', '.join(known)}")
+    out, scores = Path(cfg.out_dir), {}
     for extra, recipe in itertools.product(extras, recipes):
         arm = replace(cfg, recipe=recipe, extra=extra, out_dir=str(out / f"{recipe}_{extra}"))
         done = Path(arm.out_dir, "metrics.json")
-        saved = Path(arm.out_dir, "config.json")
-        if cfg.resume and done.exists() and ckpt.same_config(json.loads(saved.read_text()), arm):
+        if cfg.resume and done.exists() and ckpt.same_config(json.loads(Path(arm.out_dir, "config.json").read_text()), arm):
             scores[recipe, extra] = json.loads(done.read_text())
         else:
             scores[recipe, extra] = train(arm)
-        result.update({f"{recipe}_{extra}_{k}": v for k, v in scores[recipe, extra].items()})
-    report(cfg, recipes, extras, scores, result)
+    result = {f"{r}_{e}_{k}": v for (r, e), s in scores.items() for k, v in s.items()}
+    if ddp.rank() == 0:
+        report(cfg, recipes, extras, scores)
+        write_json(out / "metrics.json", result)
     return result
 
 
-def report(cfg, recipes, extras, scores, result):
-    pass
+def report(cfg, recipes, extras, scores):
+    """Tables on the terminal, one curve an arm, a contact sheet."""
+    for name in ("zero_shot", "retrieval"):
+        if name in next(iter(scores.values())):
+            print(f"\n{name.replace('_', '-')} in percent, added loss by recipe")
+            print(table([[e, *[scores[r, e][name] for r in recipes]] for e in extras], ["", *recipes]))
+    key = "zero_shot" if "zero_shot" in next(iter(scores.values())) else "retrieval"
+    rows, added = [], [e for e in extras if e != "none"]
+    if "none" in extras and {"plain", "rocket"} <= set(recipes):
+        base, best = scores["plain", "none"][key], scores["rocket", "none"][key]
+        rows.append(["the recipe lifts plain CLIP", base, best, f"{best - base:+.1f}", "up to 25 % relative"])
+        for recipe, words, paper in (("plain", "added losses help the plain recipe", "they do"),
+                                     ("rocket", "... and no longer help the strong one", "the advantage disappears")):  # fmt: skip
+            if added:
+                one, mean = scores[recipe, "none"][key], float(np.mean([scores[recipe, e][key] for e in added]))
+                rows.append([words, one, mean, f"{mean - one:+.1f}", paper])
+        print("\n" + table(rows, [f"claim ({key.replace('_', '-')})", "baseline", "method", "difference", "paper"]))
+    curves = {}
+    for (r, e), _ in scores.items():
+        lines = map(json.loads, (Path(cfg.out_dir) / f"{r}_{e}" / "log.jsonl").read_text().splitlines())
+        points = [(line["step"], line["weak"]) for line in lines if "weak" in line]
+        curves[f"{r} + {e}" if e != "none" else r] = tuple(map(list, zip(*points)))
+    plot.save(plot.lines(curves, "contrastive loss of the weak pairs (training)"), Path(cfg.out_dir, "curves.png"))
+    if not cfg.data:
+        source = scenes.Source(32, cfg.seed, cfg.image_size, objects=(1, 1), grid=1)
+        Path(cfg.out_dir, "samples").mkdir(exist_ok=True)
+        sheet = plot.grid(list(source.images), 8, [c[0] for c in source.captions], title="training pairs", cell=110, rows_of_text=4)
+        plot.save(sheet, Path(cfg.out_dir, "samples", "scenes.png"))
+    print(f"\npictures, curves and weights: {cfg.out_dir}")
 
 
 # 7. MAIN ---------------------------------------------------------------------------------------------------------------
+# The paper's runs: 32 epochs at batch 4096, values of the released commands. bfloat16 takes the place of float16.
+_PAPER = dict(steps=96_900, batch_size=4096, lr=3e-3, wd=0.1, warmup=3_000, dtype="bfloat16", workers=12, log_every=50,
+              eval_every=3_000, save_every=1_000, recipe="rocket", extra="none", text_drop=0.05, loss_sum=True,
+              strong_scale=0.08, hue=True, image_size=224, backbone="resnet50", text_width=512, text_depth=12, text_heads=8,
+              embed_dim=256, mlp_hidden=4096, extra_hidden=2048, out_dir="runs/clip_recipe_cc12m")  # fmt: skip
+PRESETS = {
+    "smoke": dict(steps=8, batch_size=16, warmup=2, pairs=64, text_depth=1, extra="none,siam", log_every=2, save_every=4,
+                  out_dir="runs/clip_recipe_smoke"),
+    "laptop": {},
+    "gpu": dict(steps=3_000, batch_size=512, warmup=150, pairs=2_000, image_size=64, width=64, text_width=256, text_depth=6,
+                text_heads=4, embed_dim=256, mlp_hidden=1024, extra_hidden=1024, extra="all", dtype="bfloat16", workers=14,
+                out_dir="runs/clip_recipe_gpu"),
+    # 800 Flickr8k photographs on a laptop, data by data_prep/captions.py
+    "flickr8k": dict(steps=600, image_size=64, width=32, text_width=128, text_depth=3, text_heads=4, embed_dim=128, extra="none",
+                     strong_scale=0.2, hue=True, eval_every=200, out_dir="runs/clip_recipe_flickr8k"),
+    "paper": _PAPER,
+    "cc3m": {**_PAPER, **dict(steps=25_800, warmup=800, wd=0.5, text_depth=6, text_drop=0.2, loss_sum=False,
+                              out_dir="runs/clip_recipe_cc3m")},
+    "yfcc15m": {**_PAPER, **dict(steps=115_000, warmup=3_600, p_stop=0.9, text_drop=0.0, clean_text=True,
+                                 out_dir="runs/clip_recipe_yfcc15m")},
+    "open29m": {**_PAPER, **dict(steps=240_000, warmup=7_500, lr=2e-3, text_drop=0.0, clean_text=True, strong_size=192,
+                                 captions="multi", out_dir="runs/clip_recipe_open29m")},
+}  # fmt: skip
+
 if __name__ == "__main__":
     cli.main(run, Config, PRESETS)

@@ -1,0 +1,526 @@
+"""methods/clip_recipe.py: the equations against slow versions (T1 to T16 of the paper note), then the run as a user sees it."""
+
+import itertools
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common import ddp, optim
+from methods import clip_recipe as M
+from tests.helpers import ROOT, in_processes, run, torchrun, user_error
+
+ENV = ddp.Env(0, 1, torch.device("cpu"))
+SMOKE = M.Config(**M.PRESETS["smoke"])
+
+
+def unit(seed, *shape):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double), dim=-1)
+
+
+def views(A, B=6, D=5, seed=0):
+    return [unit(10 * seed + a, B, D) for a in range(A)]
+
+
+def slow_clip(a, b, s, e=0.0):
+    """Textbook loops: -sum target * log softmax, both directions."""
+    K, total = len(a), 0.0
+    for x, y in ((a, b), (b, a)):
+        for i in range(K):
+            logits = [s * float(x[i] @ y[j]) for j in range(K)]
+            norm = math.log(sum(math.exp(v) for v in logits))
+            total -= sum(((1 - e) * (i == j) + e / K) * (logits[j] - norm) for j in range(K)) / K
+    return total / 2
+
+
+# Section 2: the losses ------------------------------------------------------------------------------------------------
+
+
+def test_t1_without_strong_views_it_is_infonce():
+    z = unit(0, 6, 5), unit(1, 6, 5)
+    loss, parts = M.rocket_loss(z, ([], []), 14.0, 10.0, smoothing=0.3)
+    assert loss.item() == pytest.approx(slow_clip(*z, 14.0), abs=1e-5) and parts["weak"] is loss
+    label = torch.arange(6)
+    one_line = (F.cross_entropy(14 * z[0] @ z[1].T, label) + F.cross_entropy(14 * z[1] @ z[0].T, label)) / 2
+    assert loss.item() == pytest.approx(one_line.item(), abs=1e-5)
+
+
+def test_loss_equals_the_formula():
+    z, h = (unit(0, 6, 5), unit(1, 6, 5)), (views(2, seed=1), views(2, seed=2))
+    strong = np.mean([slow_clip(a, b, 10.0, 0.1) for a, b in itertools.product(*h)])
+    loss, parts = M.rocket_loss(z, h, 14.0, 10.0, 0.1)
+    assert parts["strong"].item() == pytest.approx(strong, abs=1e-5)
+    assert loss.item() == pytest.approx((slow_clip(*z, 14.0) + 2 * strong) / 3, abs=1e-5)  # weights 1/3 and 2/3
+
+
+@pytest.mark.parametrize("A", [1, 2])
+def test_t2_strong_views_equal_to_the_weak_one_change_nothing(A):
+    z = unit(0, 6, 5), unit(1, 6, 5)
+    loss, _ = M.rocket_loss(z, ([z[0]] * A, [z[1]] * A), 14.0, 14.0, 0.0)
+    assert loss.item() == pytest.approx(M.clip_loss(*z, 14.0).item(), abs=1e-6)
+
+
+def test_t4_smoothing_and_its_floor():
+    a, b = unit(0, 6, 5), unit(1, 6, 5)
+    logits = 10 * a.float() @ b.float().T
+    logp = logits.log_softmax(1)
+    mixed = 0.9 * -logp.diagonal().mean() + 0.1 * -logp.mean()
+    to_image = (10 * b.float() @ a.float().T).log_softmax(1)
+    other = 0.9 * -to_image.diagonal().mean() + 0.1 * -to_image.mean()
+    assert M.clip_loss(a, b, 10.0, 0.1).item() == pytest.approx(((mixed + other) / 2).item(), abs=1e-5)
+    target = torch.full((6,), 0.1 / 6, dtype=torch.double)
+    target[0] += 0.9
+    floor = -(target * target.log()).sum().item()
+    perfect = torch.eye(6, dtype=torch.double)
+    values = [M.clip_loss(perfect, perfect, s, 0.1).item() for s in np.linspace(1, 30, 60)]
+    assert min(values) >= floor - 1e-6 and min(values) == pytest.approx(floor, abs=1e-3)
+
+
+def test_t5_symmetries():
+    z, h = (unit(0, 6, 5), unit(1, 6, 5)), (views(2, seed=1), views(2, seed=2))
+    loss = M.rocket_loss(z, h, 14.0, 10.0, 0.1)[0].item()
+    assert M.rocket_loss(z[::-1], h[::-1], 14.0, 10.0, 0.1)[0].item() == pytest.approx(loss, abs=1e-6)
+    p = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    mixed = M.rocket_loss(tuple(v[p] for v in z), tuple([v[p] for v in m] for m in h), 14.0, 10.0, 0.1)[0]
+    assert mixed.item() == pytest.approx(loss, abs=1e-6)
+    assert M.rocket_loss(z, (h[0][::-1], h[1]), 14.0, 10.0, 0.1)[0].item() == pytest.approx(loss, abs=1e-6)
+
+
+def test_t7_siam():
+    v = unit(0, 6, 5).requires_grad_()
+    p = (3.0 * v.detach()).requires_grad_()
+    pairs = M.view_pairs(0)
+    assert pairs == [(0, 0)] and M.view_pairs(2) == [(0, 0), (1, 1), (1, 2), (2, 1), (2, 2)]
+    assert M.siam_loss([p], [v], [p], [v], pairs).item() == pytest.approx(0, abs=1e-6)
+    assert M.siam_loss([-p], [v], [-p], [v], pairs).item() == pytest.approx(4, abs=1e-6)
+    M.siam_loss([p + 1], [v], [p], [v], pairs).backward()
+    assert v.grad is None and p.grad.abs().sum() > 0  # stop-gradient
+
+
+def test_t8_barlow_equals_loops_and_vanishes_at_the_identity():
+    K, D = 8, 3
+    q = torch.linalg.qr(torch.randn(K, D, generator=torch.Generator().manual_seed(0)))[0] * math.sqrt(K)  # q^T q / K = I
+    assert M.barlow_loss([q], [q], [(0, 0)]).item() == pytest.approx(0, abs=1e-8)
+    a, b = views(3, K, D, 1), views(3, K, D, 2)
+    total = 0.0
+    for i, j in M.view_pairs(2):
+        C = [[sum(float(a[i][k, m] * b[j][k, n]) for k in range(K)) / K for n in range(D)] for m in range(D)]
+        total += sum((C[m][n] - 1) ** 2 if m == n else 5e-3 * C[m][n] ** 2 for m in range(D) for n in range(D))
+    assert M.barlow_loss(a, b, M.view_pairs(2)).item() == pytest.approx(0.025 * total / 5, abs=1e-6)
+
+
+def test_t9_sinkhorn():
+    S = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    Q = M.sinkhorn(S, 0.5, 3)
+    torch.testing.assert_close(Q.sum(1), torch.ones(6))
+    torch.testing.assert_close(M.sinkhorn(S, 0.5, 200).sum(0), torch.ones(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(M.sinkhorn(S + 7.0, 0.5, 3), Q)
+    torch.testing.assert_close(M.sinkhorn(torch.zeros(4, 8)), torch.full((4, 8), 1 / 8))
+    P = (S.double() / 0.5).exp()  # the released code's order, slowly: rows (columns here) first, then samples
+    for _ in range(3):
+        for c in range(6):
+            P[:, c] /= P[:, c].sum() * 6
+        for r in range(6):
+            P[r] /= P[r].sum() * 6
+    torch.testing.assert_close(Q.double(), P * 6, atol=1e-6, rtol=1e-5)
+    assert M.sinkhorn(torch.tensor([[300.0, -300.0], [0.0, 5.0]])).isfinite().all()  # no overflow
+
+
+def test_swap_loss_equals_loops():
+    I, T = views(2, seed=1), views(2, seed=2)  # noqa: E741
+    total = 0.0
+    for a, b in itertools.product(range(2), repeat=2):
+        for x, y, u, w in ((I[a], T[b], I[1 - a], T[1 - b]), (T[b], I[a], T[1 - b], I[1 - a])):
+            Q = M.sinkhorn(u @ w.T, 0.05, 3).double()
+            total -= (Q * (7.0 * x @ y.T).log_softmax(1)).sum(1).mean().item() / 2
+    assert M.swap_loss(I, T, 7.0).item() == pytest.approx(0.2 * total / 4, abs=1e-5)
+
+
+def test_t16_accumulation_is_not_a_larger_batch():
+    z, w = unit(0, 8, 5), unit(1, 8, 5)
+    halves = (M.clip_loss(z[:4], w[:4], 14.0) + M.clip_loss(z[4:], w[4:], 14.0)) / 2
+    assert abs(halves - M.clip_loss(z, w, 14.0)) > 0.05  # fewer negatives
+
+
+# Model, schedule, one step -----------------------------------------------------------------------------------------------
+
+
+def setup(recipe="rocket", extra="none", **kw):
+    cfg = replace(SMOKE, recipe=recipe, extra=extra, **kw)
+    source, tests, tok, synonyms = M.open_data(cfg)
+    torch.manual_seed(0)
+    model = M.Rocket(cfg, M.RECIPES[recipe], extra, len(tok))
+    views_ = M.Views(cfg, M.RECIPES[recipe], tok, synonyms)
+    batches = M.data.Batches(source, views_, views_.collate, cfg.batch_size, ENV, 0)
+    return cfg, model, M.to_device(next(batches), "cpu"), tok, tests
+
+
+@pytest.mark.parametrize("recipe", list(M.RECIPES))
+@pytest.mark.parametrize("extra", M.EXTRAS)
+def test_every_arm_has_a_finite_loss_and_gradients_everywhere(recipe, extra):
+    cfg, model, (images, captions), _, _ = setup(recipe, extra)
+    assert len(images) == len(captions) == 1 + M.RECIPES[recipe].views
+    teacher = model if extra == "byol" else None
+    loss, parts = M.method_loss(model, teacher, images, captions, extra, M.RECIPES[recipe], cfg)
+    loss.backward()
+    assert loss.isfinite() and ("extra" in parts) == (extra != "none")
+    # a bias before batch norm has no effect; its gradient is rounding only, so only presence is asked
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_t3_sum_is_twice_the_average():
+    cfg, model, (images, captions), _, _ = setup()
+    model.eval()
+    a = M.method_loss(model, None, images, captions, "none", M.RECIPES["rocket"], cfg)[0]
+    b = M.method_loss(model, None, images, captions, "none", M.RECIPES["rocket"], replace(cfg, loss_sum=True))[0]
+    assert b.item() == pytest.approx(2 * a.item(), rel=1e-6)
+
+
+def test_plain_is_really_plain():
+    cfg, model, (images, _), tok, _ = setup("plain")
+    assert len(images) == 1 and not hasattr(model, "h") and M.RECIPES["plain"] == M.Recipe()
+    source = M.Scenes(8, 0, 32)
+    texts = [M.Views(cfg, M.RECIPES["plain"], tok, {})(source.read(0, i), np.random.default_rng(i))[2][0] for i in range(8)]
+    assert all(t in source.read(0, i)["captions"] for i, t in enumerate(texts))  # captions untouched
+
+
+def test_the_paper_sized_model():
+    """Widths of the released code: 2048 -> 256 linear, 4096-4096-256 MLP, both without a bias where it says so."""
+    cfg = M.Config(**M.PRESETS["paper"])
+    with torch.device("meta"):
+        model = M.Rocket(cfg, M.RECIPES["rocket"], "none", 49408)
+    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    assert shapes["z.img.weight"] == (256, 2048) and shapes["z.txt.weight"] == (256, 512) and "z.img.bias" not in shapes
+    assert shapes["h.img.0.weight"] == (4096, 2048) and shapes["h.img.3.weight"] == (4096, 4096) and shapes["h.txt.6.weight"] == (256, 4096)
+    assert sum(p.numel() for n, p in model.visual.named_parameters()) == 23_508_032  # ResNet-50 without its classifier
+
+
+def test_t10_temperatures_start_and_stay_in_range(tmp_path):
+    _, model, _, _, _ = setup()
+    s_z, s_h = model.scales()
+    assert s_z.item() == pytest.approx(1 / 0.07) and s_h.item() == pytest.approx(10)
+    result_dir = tmp_path / "run"
+    M.train(replace(SMOKE, recipe="rocket", extra="none", out_dir=str(result_dir), lr=2.0, steps=4, warmup=0))
+    lines = [json.loads(x) for x in (result_dir / "log.jsonl").read_text().splitlines()]
+    values = [x[k] for x in lines for k in ("s_z", "s_h") if k in x]
+    assert values and all(1 <= v <= 100.001 for v in values)
+
+
+def test_t11_what_decays():
+    _, model, _, _, _ = setup("rocket", "siam")
+    decay, _ = optim.decay_groups(model, 0.1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed = {names[id(p)] for p in decay["params"]}
+    assert {"visual.pos_embed", "visual.cls_token", "text.token_embed.weight", "text.pos_embed", "z.img.weight"} <= decayed
+    free = set(names.values()) - decayed
+    assert {"log_s_z", "log_s_h", "h.img.1.weight", "text.norm.weight"} <= free
+    assert all(n.endswith("bias") or "norm" in n or n.startswith("log_s") or ".1." in n or ".4." in n for n in free)
+
+
+def test_t13_text_dropout_is_for_strong_captions_in_training():
+    cfg, model, (images, captions), _, _ = setup()
+    model.train()
+    a, b = model(images, [captions[0]] * 3), model(images, [captions[0]] * 3)
+    assert torch.equal(a["z_txt"], b["z_txt"]) and not torch.equal(a["h_txt"][0], b["h_txt"][0])
+    model.drop = 0.0
+    a, b = model(images, [captions[0]] * 3), model(images, [captions[0]] * 3)
+    assert torch.equal(a["h_txt"][0], b["h_txt"][0]) and torch.equal(a["h_txt"][0], a["h_txt"][1])
+    model.eval().drop = 0.5
+    a, b = model(images, captions), model(images, captions)
+    assert torch.equal(a["h_txt"][1], b["h_txt"][1])
+
+
+def test_t15_schedule_of_the_paper():
+    lr = [optim.warmup_cosine(s, 96_900, 3_000, 3e-3, 1e-6, 1e-5) for s in (0, 3_000, 96_899)]
+    assert lr == pytest.approx([1e-6, 3e-3, 1e-5])
+
+
+def test_byol_teacher_follows_parameters_only(tmp_path):
+    """T7: after one step the teacher is 0.99 old + 0.01 new; its batch norm statistics are its own."""
+    cfg = replace(SMOKE, recipe="rocket", extra="byol", out_dir=str(tmp_path), steps=1, save_every=1)
+    _, tests, tok, _ = M.open_data(cfg)
+    ddp.reseed(cfg.seed, 0, 0)
+    old = M.Rocket(cfg, M.RECIPES["rocket"], "byol", len(tok)).state_dict()
+    M.train(cfg)
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    for n in ("z.img.weight", "v.txt.0.weight", "log_s_h"):
+        torch.testing.assert_close(saved["teacher"][n], 0.99 * old[n] + 0.01 * saved["model"][n])
+    assert (saved["teacher"]["v.img.1.running_mean"] - saved["model"]["v.img.1.running_mean"]).abs().max() < 1e-6  # same inputs, once
+
+
+def rocket_gradients(env, extra):
+    torch.manual_seed(0)
+    cfg = replace(SMOKE, recipe="rocket", extra=extra, text_drop=0.0)
+    source, _, tok, synonyms = M.open_data(cfg)
+    model = M.Rocket(cfg, M.RECIPES["rocket"], extra, len(tok))
+    teacher = model if extra == "byol" else None
+    v = M.Views(cfg, M.RECIPES["rocket"], tok, synonyms)
+    batch = next(M.data.Batches(source, v, v.collate, 16, env, 0))
+    wrapped = ddp.wrap(model, env)
+    loss, _ = M.method_loss(wrapped, teacher, *M.to_device(batch, "cpu"), extra, M.RECIPES["rocket"], cfg)
+    loss.backward()
+    return ddp.mean({"loss": loss})["loss"], {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("extra", M.EXTRAS)
+def test_t6_two_processes_equal_one(extra, tmp_path):
+    """Data, augmentation, batch norm, gathers, Sinkhorn and Barlow's correlation: the same loss and gradients."""
+    loss, want = rocket_gradients(ENV, extra)
+    for got_loss, got in in_processes(2, rocket_gradients, extra, path=tmp_path):
+        assert got_loss == pytest.approx(loss, abs=2e-5)
+        for n in want:
+            error = (got[n] - want[n]).norm() / (want[n].norm() + 1e-4)
+            assert error < 2e-3, (n, error)
+
+
+# Captions ------------------------------------------------------------------------------------------------------------------
+
+
+def test_t12_edits():
+    rng, words = np.random.default_rng(0), "a large red star on the dark background".split()
+    syn = {"red": ("scarlet",), "star": ("asterisk", "pentagram"), "the": ("thy",)}
+    for _ in range(200):
+        assert Counter(M.swap_edit(words, rng)) == Counter(words)
+        kept = M.delete_edit(words, rng, 0.9)
+        assert kept and not Counter(kept) - Counter(words)
+        changed = {(a, b) for a, b in zip(words, M.synonym_edit(words, rng, syn)) if a != b}
+        assert len(changed) == 1 and next(iter(changed))[0] in ("red", "star")  # never a stop-word
+    assert M.delete_edit(["one"], rng, 1.0) == ["one"]
+    assert M.synonym_edit("red red sky".split(), rng, syn) == ["scarlet", "scarlet", "sky"]
+    assert Counter(M.synonym_edit(["green", "moon"], rng, syn)) == Counter(["green", "moon"])  # falls back to a swap
+    assert M.edit_caption("", rng, syn) == "" and M.edit_caption("  ", rng, syn) == "  "
+
+
+def test_t12_stop_words():
+    rng = np.random.default_rng(0)
+    assert M.drop_stop_words("a dog is on the mat .", rng, 1.0) == "dog mat ."
+    assert M.drop_stop_words("it is what it was", rng, 1.0) == "it is what it was"  # nothing would remain
+    assert M.drop_stop_words("a dog", rng, 0.0) == "a dog"
+    assert M.drop_stop_words("The dog's tail", rng, 1.0) == "dog tail"
+    assert 150 < len(M.STOP_WORDS) < 220
+
+
+def test_t12_frequencies_and_seeds(monkeypatch):
+    counts = Counter()
+    for name in ("synonym_edit", "swap_edit", "delete_edit"):
+        monkeypatch.setattr(M, name, lambda words, rng, *a, name=name: counts.update([name]) or words)
+    rng = np.random.default_rng(0)
+    for _ in range(5000):
+        M.edit_caption("a b", rng, {})
+    shares = [counts[n] / 5000 for n in ("synonym_edit", "swap_edit", "delete_edit")]
+    assert shares == pytest.approx([0.4, 0.4, 0.2], abs=0.02)
+    monkeypatch.undo()
+    text = "a large red star on the dark background"
+    edits = [M.edit_caption(text, np.random.default_rng(s), M.scenes.SYNONYMS) for s in range(20)]
+    assert edits == [M.edit_caption(text, np.random.default_rng(s), M.scenes.SYNONYMS) for s in range(20)] and len(set(edits)) > 8
+
+
+def test_views_of_a_sample():
+    cfg, recipe = replace(SMOKE, strong_size=24, captions="multi"), M.RECIPES["rocket"]
+    source, _, tok, synonyms = M.open_data(cfg)
+    v = M.Views(cfg, recipe, tok, synonyms)
+    crops, rows, texts = v(source.read(0, 0), np.random.default_rng(0))
+    assert [c.shape for c in crops] == [(32, 32, 3), (24, 24, 3), (24, 24, 3)] and len(texts) == 3
+    assert rows[0][:4].tolist() == [1, 1, 1, 0] and not rows[0][8:].any()  # the weak view has no colour, blur or flip
+    with pytest.raises(M.data.BadSample, match="no caption"):
+        v({"key": "k", "image": source.read(0, 0)["image"], "captions": []}, np.random.default_rng(0))
+    images, _, ids = v.collate([v(source.read(0, i), np.random.default_rng(i)) for i in range(3)])
+    assert [tuple(i.shape) for i in images] == [(3, 32, 32, 3), (3, 24, 24, 3), (3, 24, 24, 3)]
+    assert all(t.shape[1] % 8 == 0 and (t.max(1).values == tok.end).all() for t in ids)
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------------
+
+
+class Fake(torch.nn.Module):
+    """Encoders that know the answer: an image is its label, a prompt's class is its last word."""
+
+    def embed(self, tower, x, w):
+        z = F.one_hot(x[:, 0].long(), 6).float() if tower == "txt" else x
+        h = z.flip(-1)
+        return {"z": z, "h": h, "both": torch.cat([math.sqrt(w) * z, math.sqrt(1 - w) * h], -1)}
+
+
+def test_t14_zero_shot_weights():
+    cfg = SMOKE
+
+    def tok(texts, length):
+        return torch.tensor([[int(t.split()[-1])] for t in texts])
+
+    prompts = [[f"a {c}", f"the {c}"] for c in range(4)]
+    w = M.class_weights(Fake(), tok, prompts, cfg, "cpu")
+    images = Fake().embed("img", torch.eye(6)[:4], cfg.ensemble)
+    for head in ("z", "h", "both"):
+        assert ((images[head] @ w[head].T).argmax(1) == torch.arange(4)).all()
+    again = M.class_weights(Fake(), tok, [p + p for p in prompts], cfg, "cpu")
+    assert all(torch.equal(w[k], again[k]) for k in w)  # a class listed twice changes nothing
+
+
+def test_the_joined_vector_is_the_score_ensemble():
+    _, model, (images, captions), _, _ = setup()
+    model.eval()
+    for w in (0.3, 1.0):
+        i, t = model.embed("img", images[0], w), model.embed("txt", captions[0], w)
+        torch.testing.assert_close(i["both"] @ t["both"].T, w * i["z"] @ t["z"].T + (1 - w) * i["h"] @ t["h"].T)
+        torch.testing.assert_close(i["both"].norm(dim=-1), torch.ones(len(images[0])))
+
+
+# The run ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_thirty_steps_on_one_batch_overfit():
+    cfg, model, (images, captions), _, _ = setup("plain", lr=3e-3)
+    opt = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(30):
+        loss, _ = M.method_loss(model, None, images, captions, "none", M.RECIPES["plain"], cfg)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_run_is_deterministic_and_resumes_exactly(tmp_path, capsys):
+    cfg = replace(SMOKE, recipe="rocket", extra="byol")
+    whole = M.train(replace(cfg, out_dir=str(tmp_path / "a")))
+    again = M.train(replace(cfg, out_dir=str(tmp_path / "b"), workers=1))
+    assert whole == again and all(math.isfinite(v) for v in whole.values())
+
+    def stop_at_six(*args):
+        raise KeyboardInterrupt
+
+    (tmp_path / "c").mkdir()
+    original = ddp.interrupted
+    try:
+        calls = itertools.count()
+        ddp.interrupted = lambda: next(calls) == 5
+        with pytest.raises(KeyboardInterrupt):
+            M.train(replace(cfg, out_dir=str(tmp_path / "c")))
+    finally:
+        ddp.interrupted = original
+    assert torch.load(tmp_path / "c" / "last.pt", weights_only=True)["step"] == 6
+    assert M.train(replace(cfg, out_dir=str(tmp_path / "c"))) == whole
+    names = ("model.safetensors", "merges.txt")
+    assert all((tmp_path / d / n).read_bytes() == (tmp_path / "a" / n).read_bytes() for d in "bc" for n in names)
+
+
+def test_kill_minus_nine_and_start_again_gives_the_same_bytes(tmp_path):
+    args = [sys.executable, "methods/clip_recipe.py", "--preset", "smoke", "--recipe", "rocket", "--extra", "none", "--steps", "60",
+            "--save_every", "5"]  # fmt: skip
+    whole = tmp_path / "a"
+    subprocess.run([*args, "--out_dir", whole], cwd=ROOT, check=True, capture_output=True)
+    killed = tmp_path / "b"
+    for wait in (0.0, 0.7):
+        p = subprocess.Popen([*args, "--out_dir", killed], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        last = killed / "rocket_none" / "last.pt"
+        deadline = time.monotonic() + 60
+        while not last.exists() and time.monotonic() < deadline and p.poll() is None:
+            time.sleep(0.05)
+        time.sleep(wait)
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+    assert not (killed / "metrics.json").exists()
+    subprocess.run([*args, "--out_dir", killed], cwd=ROOT, check=True, capture_output=True)
+    name = "rocket_none/model.safetensors"
+    assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert json.loads((killed / "metrics.json").read_text()) == json.loads((whole / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("sig,code", [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_ctrl_c_saves_and_leaves(tmp_path, sig, code):
+    p = subprocess.Popen([sys.executable, "methods/clip_recipe.py", "--preset", "smoke", "--steps", "5000", "--save_every", "100000",
+                          "--out_dir", tmp_path], cwd=ROOT, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    log = tmp_path / "plain_none" / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.1)
+    p.send_signal(sig)
+    err = p.communicate(timeout=30)[1]
+    assert p.returncode == code and "Traceback" not in err
+    assert torch.load(tmp_path / "plain_none" / "last.pt", weights_only=True)["step"] > 2
+
+
+def test_smoke_in_all_three_ways(tmp_path):
+    began = time.monotonic()
+    direct = run("methods/clip_recipe.py", "--preset", "smoke", "--out_dir", tmp_path / "a")
+    assert direct.returncode == 0, direct.stderr
+    assert time.monotonic() - began < 60
+    assert "claim" in direct.stdout and "paper" in direct.stdout
+    module = run("-m", "methods.clip_recipe", "--preset", "smoke", "--out_dir", tmp_path / "b")
+    assert module.returncode == 0, module.stderr
+    assert (tmp_path / "a" / "metrics.json").read_bytes() == (tmp_path / "b" / "metrics.json").read_bytes()
+    two = torchrun(2, "methods/clip_recipe.py", "--preset", "smoke", "--out_dir", tmp_path / "c", "--text_drop", 0)
+    assert two.returncode == 0, two.stderr
+    one = run("methods/clip_recipe.py", "--preset", "smoke", "--out_dir", tmp_path / "d", "--text_drop", 0)
+    assert one.returncode == 0
+    for arm in ("plain_none", "rocket_siam"):
+        losses = [[json.loads(x)["loss"] for x in (tmp_path / d / arm / "log.jsonl").read_text().splitlines() if '"loss"' in x] for d in "cd"]
+        assert losses[0] == pytest.approx(losses[1], rel=2e-3)  # one and two processes, the same eight steps
+    arm = tmp_path / "a" / "rocket_none"
+    made = {str(p.relative_to(arm)) for p in arm.rglob("*") if p.is_file()}
+    assert {"config.json", "log.jsonl", "metrics.json", "curves.png", "last.pt", "model.safetensors", "merges.txt",
+            "samples/views.png", "samples/retrieval.png"} <= made  # fmt: skip
+    assert (tmp_path / "a" / "samples" / "scenes.png").exists() and (tmp_path / "a" / "curves.png").exists()
+
+
+def test_help_shows_every_field():
+    text = run("methods/clip_recipe.py", "--help").stdout
+    assert all(f"--{f}" in text for f in M.Config.__dataclass_fields__)
+    assert "the paper" in text and "default" in text
+
+
+@pytest.mark.parametrize("args,words", [
+    (["--recipe", "strange"], ["strange is unknown", "plain", "rocket"]),
+    (["--extra", "dino"], ["dino is unknown", "siam"]),
+    (["--bogus", "1"], ["--bogus"]),
+    (["--data", "/nonexistent/folder"], ["/nonexistent/folder does not exist", "data_prep"]),
+    (["--tokenizer", "/nonexistent/merges.txt"], ["/nonexistent/merges.txt"]),
+    (["--out_dir", "/proc/nowhere"], ["/proc/nowhere"]),
+    (["--backbone", "vgg"], ["vgg is unknown"]),
+    (["--dtype", "float8"], ["float8 is unknown"]),
+    (["--accum", "3"], ["16", "3"]),
+    (["--heads", "5"], ["multiple of 5 heads"]),
+])  # fmt: skip
+def test_wrong_input_is_one_sentence(args, words, tmp_path):
+    base = [] if "--out_dir" in args else ["--out_dir", tmp_path]
+    user_error(run("methods/clip_recipe.py", "--preset", "smoke", *base, *args), *words)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_batch_must_divide(tmp_path):
+    r = torchrun(2, "methods/clip_recipe.py", "--preset", "smoke", "--batch_size", "15", "--out_dir", tmp_path)
+    assert r.returncode != 0 and "batch_size 15 cannot be divided by 2 processes" in r.stderr
+
+
+def test_changed_settings_do_not_continue_an_old_run(tmp_path):
+    base = ["methods/clip_recipe.py", "--preset", "smoke", "--recipe", "plain", "--extra", "none", "--out_dir", tmp_path]
+    assert run(*base).returncode == 0
+    user_error(run(*base, "--lr", "0.1"), "lr was 0.002 and is now 0.1", "--no-resume")
+    assert run(*base, "--lr", "0.1", "--no-resume").returncode == 0
+
+
+def test_real_pairs_end_to_end(shared, tmp_path):
+    """Flickr8k photographs and Tiny-ImageNet classes through data_prep, a few steps."""
+    from data_prep import captions, imagenet
+
+    captions.run(captions.Config(str(shared / "flickr8k_1k/captions.csv"), str(shared / "flickr8k_1k/images.zip"), str(tmp_path / "f")))
+    imagenet.run(imagenet.Config(str(shared / "tiny_imagenet_20/images.zip"), str(tmp_path / "t"), str(shared / "tiny_imagenet_20/classes.json"),
+                                 f"{shared}/clip/class_prompts.json:ImageNet", "val"))  # fmt: skip
+    args = ["--preset", "flickr8k", "--data", tmp_path / "f", "--eval_data", tmp_path / "t", "--steps", 2, "--width", 48, "--depth", 1,
+            "--tokenizer", shared / "clip/bpe_simple_vocab_16e6.txt.gz", "--out_dir", tmp_path / "r", "--recipe", "rocket"]  # fmt: skip
+    done = run("methods/clip_recipe.py", *args)
+    assert done.returncode == 0, done.stderr
+    m = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert 0 <= m["rocket_none_text_to_image_r10_both"] <= 100 and 0 <= m["rocket_none_classes_both"] <= 100
+    assert Path(tmp_path / "r" / "rocket_none" / "samples" / "retrieval.png").exists()

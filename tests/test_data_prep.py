@@ -1,0 +1,358 @@
+"""data_prep/: each script on small input, twice, interrupted, damaged; downloads against a server that misbehaves."""
+
+import csv
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import pickle
+import tarfile
+import threading
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import data
+from data_prep import _write, captions, cc12m, cifar100, coco, imagenet, scenes, wordnet
+from tests.helpers import run, user_error
+from tests.test_data import picture
+
+
+def digest(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Five images of all kinds, one damaged, one missing, one without a caption."""
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as z:
+        z.writestr("in/a.jpg", picture((200, 0, 0), (40, 20), kind="JPEG"))
+        z.writestr("in/b.png", picture(90, mode="L"))
+        z.writestr("in/c.jpg", b"")
+        z.writestr("in/e.webp", picture((0, 9, 0), kind="WEBP"))
+    rows = [("a.jpg", "a red box"), ("a.jpg", "one, box"), ("b.png", "grey"), ("c.jpg", "x"), ("d.jpg", "gone"), ("e.webp", "")]
+    with open(tmp_path / "t.csv", "w", newline="") as f:
+        csv.writer(f).writerows([("image", "caption"), *rows])
+    return tmp_path
+
+
+def test_captions(pairs):
+    cfg = captions.Config(str(pairs / "t.csv"), str(pairs / "images.zip"), str(pairs / "out"), val=0, test=1)
+    m = captions.run(cfg)
+    assert sum(m["counts"].values()) == 2 and m["bad"] == {"damaged": 1, "without image": 1, "without caption": 1}
+    splits = {s["split"] for s in m["shards"]}
+    assert splits == {"train", "test"}
+    records = [data.Shards(pairs / "out").read(s, r) for s in range(len(m["shards"])) for r in range(m["shards"][s]["count"])]
+    by_key = {r["source"]: r for r in records}
+    assert by_key["a.jpg"]["captions"] == ["a red box", "one, box"] and by_key["b.png"]["image"].mode == "RGB"
+    before = digest(pairs / "out")
+    captions.run(cfg)
+    assert digest(pairs / "out") == before  # twice changes nothing
+    with pytest.raises(ValueError, match="other input or settings.*--out"):
+        captions.run(captions.Config(cfg.table, cfg.images, cfg.out, val=1, test=1))
+
+
+def test_tsv_with_stray_quotes_and_other_columns(pairs):
+    (pairs / "t.tsv").write_text('file\ttext\na.jpg\tthe "big box\nb.png\tgrey\n')
+    rows = captions.read_table(pairs / "t.tsv", "file", "text")
+    assert rows == [("a.jpg", 'the "big box'), ("b.png", "grey")]
+    with pytest.raises(ValueError, match="no column 'caption'; its columns are file, text"):
+        captions.read_table(pairs / "t.tsv", "file", "caption")
+    (pairs / "bin.csv").write_bytes(b"\xff\x00")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        captions.read_table(pairs / "bin.csv", "image")
+
+
+def test_captions_command_line(pairs):
+    base = ["data_prep/captions.py", "--images", pairs / "images.zip", "--out", pairs / "o", "--val", 0, "--test", 1]
+    done = run(*base, "--table", pairs / "t.csv")
+    assert done.returncode == 0 and "licence:" in done.stdout and "left out: 1 damaged" in done.stdout
+    user_error(run(*base, "--table", pairs / "none.csv"), "none.csv does not exist")
+    user_error(run(*base, "--table", pairs / "t.csv", "--caption_column", "words"), "no column 'words'", "image, caption")
+    user_error(
+        run("data_prep/captions.py", "--table", pairs / "t.csv", "--images", pairs / "nope", "--out", pairs / "o2"),
+        "nope does not exist",
+    )
+    user_error(
+        run("data_prep/captions.py", "--table", pairs / "t.csv", "--images", pairs / "t.csv", "--out", pairs / "o2"),
+        "neither a folder nor a zip",
+    )
+    user_error(run(*base, "--table", pairs / "t.csv", "--test", 50), "cannot give splits")
+
+
+def test_interrupted_preparation_continues_to_the_same_bytes(tmp_path):
+    calls = []
+
+    def make(i):
+        calls.append(i)
+        if i == 12 and len(calls) == 13:
+            raise KeyboardInterrupt
+        return f"k{i}", "png", picture((i, 0, 0)), {"label": i}
+
+    plan = {"train": list(range(20))}
+    with pytest.raises(KeyboardInterrupt):
+        _write.prepare(tmp_path / "a", plan, make, per_shard=5)
+    assert not json.loads((tmp_path / "a" / "manifest.json").read_text())["complete"]
+    _write.prepare(tmp_path / "a", plan, make, per_shard=5)
+    assert calls[13:] == list(range(10, 20))  # two whole shards were kept
+    _write.prepare(tmp_path / "b", plan, make, per_shard=5)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    m = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert all(digest(tmp_path / "a")[s["name"]] == s["sha256"] for s in m["shards"])
+
+
+def test_nothing_usable_is_an_error(tmp_path):
+    def make(i):
+        raise data.BadSample("broken", "damaged")
+
+    with pytest.raises(ValueError, match="nothing could be prepared.*broken"):
+        _write.prepare(tmp_path, {"train": [1, 2]}, make)
+
+
+def test_checked_image():
+    jpeg = picture((9, 9, 9), (50, 30), kind="JPEG")
+    assert _write.checked_image(jpeg, "x") == ("jpg", jpeg)  # original bytes pass
+    ext, blob = _write.checked_image(jpeg, "x", max_side=25)
+    assert ext == "jpg" and Image.open(io.BytesIO(blob)).size == (25, 15)
+    assert _write.checked_image(picture(0, mode="P"), "x")[0] == "png"
+    with pytest.raises(data.BadSample, match="8 x 6"):
+        _write.checked_image(picture(0, mode="L"), "x", min_side=16)
+
+
+def test_scenes(tmp_path):
+    m = scenes.run(scenes.Config(str(tmp_path), train=30, val=4, test=0, size=32))
+    source = data.Shards(tmp_path, "train")
+    sample = source.read(0, 3)
+    assert m["counts"] == {"train": 30, "val": 4} and sample["image"].size == (32, 32)
+    assert sample["boxes"][0]["label"] == "scene" and len(sample["captions"]) == 5 and source.classes[sample["label"]]
+    assert sample["captions"] != data.Shards(tmp_path, "val").read(0, 3)["captions"]
+
+
+def test_coco_official_and_combined(tmp_path):
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img" / "1.jpg").write_bytes(picture((1, 2, 3), (50, 40), kind="JPEG"))
+    image = {"id": 1, "file_name": "1.jpg", "width": 100, "height": 80, "license": 4}
+    box = {
+        "image_id": 1,
+        "id": 5,
+        "category_id": 7,
+        "bbox": [10, 20, 30, 40],
+        "area": 1200,
+        "iscrowd": 0,
+        "segmentation": [[10, 20, 40, 20, 40, 60]],
+    }
+    (tmp_path / "c.json").write_text(
+        json.dumps({"images": [image], "annotations": [{"image_id": 1, "id": 1, "caption": " a cat\n"}]})
+    )
+    (tmp_path / "i.json").write_text(
+        json.dumps({"images": [image], "annotations": [box], "categories": [{"id": 7, "name": "cat"}]})
+    )
+    m = coco.run(coco.Config(f"{tmp_path}/c.json,{tmp_path}/i.json", str(tmp_path / "img"), str(tmp_path / "o")))
+    sample = data.Shards(tmp_path / "o").read(0, 0)
+    assert m["classes"] == ["cat"] and sample["captions"] == ["a cat"]
+    assert sample["boxes"][0]["box"] == [5, 10, 20, 30] and sample["boxes"][0]["segmentation"] == [[5, 10, 20, 10, 20, 30]]
+    combined = {"images": [{"id": 1, "split": "val", "file": "1.jpg", "width": 100, "captions": ["a dog"], "instances": None}]}
+    (tmp_path / "x.json.gz").write_bytes(gzip.compress(json.dumps(combined).encode()))
+    assert coco.run(coco.Config(f"{tmp_path}/x.json.gz", str(tmp_path / "img"), str(tmp_path / "o2")))["counts"] == {"val": 1}
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a COCO file"):
+        coco.run(coco.Config(f"{tmp_path}/bad.json", str(tmp_path / "img"), str(tmp_path / "o3")))
+
+
+def test_coco_mini(shared, tmp_path):
+    m = coco.run(
+        coco.Config(str(shared / "coco_mini/annotations.json.gz"), str(shared / "coco_mini/images.zip"), str(tmp_path))
+    )
+    assert m["counts"] == {"train": 50, "val": 104} and not m["bad"] and len(m["classes"]) == 80
+    source = data.Shards(tmp_path)
+    for s, size in enumerate(source.sizes):
+        for r in range(size):
+            sample = source.read(s, r)
+            w, h = sample["image"].size
+            assert len(sample["captions"]) == 5
+            assert all(-1 <= b["box"][0] < b["box"][2] <= w + 1 and b["box"][3] <= h + 1 for b in sample["boxes"])
+
+
+def test_imagenet_folders_names_and_prompts(tmp_path):
+    for split, folder, n in (("train", "n02", 2), ("train", "n01", 1), ("val", "n01", 1)):
+        for i in range(n):
+            path = tmp_path / "in" / split / folder / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture((i, 0, 0)))
+    (tmp_path / "names.txt").write_text("n01 goldfish, Carassius auratus\nn02 tench\n")
+    (tmp_path / "p.json").write_text(json.dumps({"ImageNet": {"templates": ["a bad photo of a {}."]}}))
+    m = imagenet.run(
+        imagenet.Config(str(tmp_path / "in"), str(tmp_path / "o"), str(tmp_path / "names.txt"), f"{tmp_path}/p.json:ImageNet")
+    )
+    assert m["classes"] == ["goldfish, Carassius auratus", "tench"] and m["counts"] == {"train": 3, "val": 1}
+    assert m["templates"] == ["a bad photo of a {}."] and data.Shards(tmp_path / "o", "train").read(0, 2)["label"] == 1
+    for spec, words in (("x.json", "FILE.json:KEY"), (f"{tmp_path}/p.json:Cars", "KeyError")):
+        with pytest.raises(ValueError, match=words):
+            imagenet.run(imagenet.Config(str(tmp_path / "in"), str(tmp_path / "o2"), "", spec))
+
+
+def batch(n, seed, fine):
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
+    y = rng.integers(0, 3, n).tolist()
+    return {b"data": x, **({b"fine_labels": y, b"coarse_labels": [0] * n} if fine else {b"labels": y})}
+
+
+def archive(path, files):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            blob = content if isinstance(content, bytes) else pickle.dumps(content, protocol=2)
+            info = tarfile.TarInfo(f"cifar/{name}")
+            info.size = len(blob)
+            tar.addfile(info, io.BytesIO(blob))
+
+
+def test_cifar_archive(tmp_path):
+    names = {b"fine_label_names": [b"aquarium_fish", b"bear", b"cup"], b"coarse_label_names": [b"all"]}
+    archive(tmp_path / "c.tar.gz", {"train": batch(6, 0, True), "test": batch(3, 1, True), "meta": names})
+    m = cifar100.run(cifar100.Config(str(tmp_path / "o"), archive=str(tmp_path / "c.tar.gz")))
+    assert m["counts"] == {"train": 6, "test": 3} and m["classes"][0] == "aquarium fish"
+    want = batch(6, 0, True)
+    order = np.random.default_rng(0).permutation(6)
+    sample = data.Shards(tmp_path / "o", "train").read(0, 2)
+    assert np.array_equal(np.asarray(sample["image"]), want[b"data"][order[2]].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert sample["label"] == want[b"fine_labels"][order[2]] and sample["coarse"] == 0
+    ten = {f"data_batch_{i}": batch(2, i, False) for i in range(1, 6)} | {
+        "test_batch": batch(2, 9, False),
+        "batches.meta": {b"label_names": [b"a", b"b", b"c"]},
+    }
+    archive(tmp_path / "ten.tar.gz", ten)
+    assert cifar100.run(cifar100.Config(str(tmp_path / "o10"), archive=str(tmp_path / "ten.tar.gz")))["counts"] == {
+        "train": 10,
+        "test": 2,
+    }
+
+
+class Evil:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("echo hacked > /tmp/should_not_exist",)
+
+
+def test_cifar_refuses_code_and_damage(tmp_path):
+    archive(tmp_path / "e.tar.gz", {"train": Evil(), "test": batch(1, 0, True), "meta": {}})
+    with pytest.raises(ValueError, match="not allowed in a CIFAR batch"):
+        cifar100.run(cifar100.Config(str(tmp_path / "o"), archive=str(tmp_path / "e.tar.gz")))
+    archive(tmp_path / "d.tar.gz", {"train": b"\x80\x02garbage", "test": b"", "meta": {}})
+    with pytest.raises(ValueError, match="not a CIFAR batch"):
+        cifar100.run(cifar100.Config(str(tmp_path / "o"), archive=str(tmp_path / "d.tar.gz")))
+    archive(tmp_path / "m.tar.gz", {"train": batch(1, 0, True)})
+    with pytest.raises(ValueError, match="lacks test, meta"):
+        cifar100.run(cifar100.Config(str(tmp_path / "o"), archive=str(tmp_path / "m.tar.gz")))
+    with pytest.raises(ValueError, match="give --archive"):
+        cifar100.run(cifar100.Config(str(tmp_path / "o")))
+
+
+def test_cifar_mosaics(shared, tmp_path):
+    root = shared / "cifar10_small"
+    m = cifar100.run(cifar100.Config(str(tmp_path), train_zip=str(root / "train.zip"), test_zip=str(root / "test.zip"),
+                                     labels=str(root / "labels.json"), prompts=f"{shared}/clip/class_prompts.json:CIFAR10"))  # fmt: skip
+    assert m["counts"] == {"train": 1500, "test": 500} and len(m["templates"]) == 18
+    labels = [data.Shards(tmp_path, "test").read(0, r)["label"] for r in range(500)]
+    assert np.bincount(labels).tolist() == [50] * 10
+
+
+def test_wordnet(tmp_path):
+    licence = "  1 This software and database is being provided ...\n"
+    (tmp_path / "data.noun").write_text(licence + "00001740 03 n 03 big_cat 0 tom-cat 0 Cat 1 001 @ 0001 n 0000 | a | cat\n")
+    (tmp_path / "data.verb").write_text("00001740 29 v 02 run 0 jog 0 000 | move\n")
+    (tmp_path / "data.adj").write_text("00001740 00 a 02 galore(ip) 0 abounding 0 000 | x\n")
+    (tmp_path / "data.adv").write_text("00001740 02 r 01 fast 0 000 | x\n")
+    wordnet.run(wordnet.Config(str(tmp_path), str(tmp_path / "o" / "s.tsv")))
+    table = dict(line.split("\t") for line in (tmp_path / "o" / "s.tsv").read_text().splitlines())
+    assert table == {"abounding": "galore", "cat": "big cat,tom cat", "galore": "abounding", "jog": "run", "run": "jog"}
+    (tmp_path / "data.adv").write_text("00001740 02 r zz fast\n")
+    with pytest.raises(ValueError, match="line 1 is not a synset"):
+        wordnet.run(wordnet.Config(str(tmp_path), str(tmp_path / "t.tsv")))
+    user_error(run("data_prep/wordnet.py", "--dict", tmp_path / "no", "--out", tmp_path / "t.tsv"), "data.noun does not exist")
+
+
+# A server that answers like the web ---------------------------------------------------------------------------------
+
+GOOD = picture((10, 200, 30), (40, 30), kind="JPEG")
+
+
+class Web(http.server.BaseHTTPRequestHandler):
+    seen: dict = {}
+
+    def do_GET(self):
+        n = Web.seen[self.path] = Web.seen.get(self.path, 0) + 1
+        kind = self.path.strip("/").split("_")[0]
+        if kind == "slow":
+            time.sleep(3)
+        if kind == "flaky" and n == 1:
+            return self.send_error(503)
+        if kind in ("404", "500", "429"):
+            return self.send_error(int(kind))
+        if kind == "redirect":
+            self.send_response(302)
+            self.send_header("Location", "file:///etc/passwd")
+            return self.end_headers()
+        if kind == "hang":
+            return self.connection.close()
+        body = {"page": b"<html>not here</html>", "empty": b"", "huge": GOOD + b"\0" * 300_000, "half": GOOD[: len(GOOD) // 2],
+                "tiny": picture((1, 1, 1), (1, 1))}.get(kind, GOOD)  # fmt: skip
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body) + (500 if kind == "cut" else 0)))
+        self.end_headers()
+        if kind == "drip":  # one byte at a time: every packet is in time, the whole is not
+            for b in body[:40]:
+                self.wfile.write(bytes([b]))
+                self.wfile.flush()
+                time.sleep(0.1)
+            return
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def web(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Web.seen = {}
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_cc12m_counts_every_kind_of_failure(web, tmp_path):
+    kinds = ["good", "flaky", "404", "500", "slow", "cut", "half", "page", "empty", "huge", "tiny", "redirect", "hang", "drip"]
+    lines = [f"{web}/{k}_{i}\tcaption {k}\n" for i, k in enumerate(kinds)] + [
+        "no address here\n",
+        f"caption first\t{web}/good_x\n",
+    ]
+    (tmp_path / "t.tsv").write_text("".join(lines))
+    cfg = cc12m.Config(str(tmp_path / "t.tsv"), str(tmp_path / "o"), workers=6, retries=1, timeout=1.0, max_mb=0.2)
+    began = time.monotonic()
+    m = cc12m.run(cfg)
+    assert time.monotonic() - began < 40
+    assert m["counts"] == {"train": 3}
+    assert m["bad"] == {"HTTP 404": 1, "HTTP 500": 1, "timed out": 2, "cut short": 1, "damaged": 3, "too large": 1,
+                        "too small": 1, "HTTP 302": 1, "no connection": 1}  # fmt: skip
+    assert Web.seen["/404_2"] == 1 and Web.seen["/500_3"] == 2 and Web.seen["/flaky_1"] == 2  # gone is gone; errors are retried
+    source = data.Shards(tmp_path / "o")
+    assert [source.read(0, r)["captions"] for r in range(3)] == [["caption good"], ["caption flaky"], ["caption first"]]
+    seen = dict(Web.seen)
+    cc12m.run(cfg)
+    assert Web.seen == seen  # done is done
+
+
+def test_cc12m_table_errors(tmp_path):
+    (tmp_path / "t.tsv").write_text("just words\n")
+    with pytest.raises(ValueError, match="no line with an http address"):
+        cc12m.run(cc12m.Config(str(tmp_path / "t.tsv"), str(tmp_path / "o")))
+    with pytest.raises(ValueError, match="does not exist"):
+        cc12m.run(cc12m.Config(str(tmp_path / "none.tsv"), str(tmp_path / "o")))
