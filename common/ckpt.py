@@ -10,6 +10,7 @@ Resume is exact because nothing else has a state: data order, augmentation and d
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +77,8 @@ def same_config(old: dict, cfg) -> bool:
     return not _differences(old, cfg)
 
 
-def export(path, state_dict: dict[str, torch.Tensor], **meta: str) -> None:
-    """Weights only, contiguous on the CPU, with strings as metadata."""
+def export(path, state_dict: dict[str, torch.Tensor], **meta) -> None:
+    """Weights only, contiguous on the CPU, with meta as JSON in the file's metadata."""
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}
-    _replace(path, lambda tmp: save_file(tensors, tmp, metadata={k: str(v) for k, v in meta.items()}))
+    # One entry: safetensors writes several in random order, and equal runs should give equal bytes
+    _replace(path, lambda tmp: save_file(tensors, tmp, metadata={"meta": json.dumps(meta, sort_keys=True)}))

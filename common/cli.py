@@ -1,8 +1,8 @@
 """A dataclass is the command line: `main(run, Config, PRESETS)` parses it, runs it and turns user errors into one sentence.
 
-    --preset NAME     replaces defaults (without it: the defaults of Config, called "laptop")
-    --field value     wins over the preset; types come from the defaults; booleans are --field / --no-field
-    --help            every field with its end-of-line comment and its default
+--preset NAME     replaces defaults (without it: the defaults of Config, called "laptop")
+--field value     wins over the preset; types come from the defaults; booleans are --field / --no-field
+--help            every field with its end-of-line comment and its default
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ def parse(Config, presets: dict[str, dict] | None = None, argv=None):
     """Command line -> Config. Exits with status 2 and one sentence on an unknown field, preset or bad value. A field without
     a default must be given."""
     doc = inspect.getdoc(inspect.getmodule(Config)) or ""
-    parser = argparse.ArgumentParser(
-        description=doc.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
     if presets:
         parser.add_argument("--preset", choices=list(presets), help="a set of defaults (without it: laptop)")
     notes = comments(Config)

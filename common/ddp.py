@@ -22,7 +22,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 
 @dataclass(frozen=True)

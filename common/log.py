@@ -1,8 +1,8 @@
 """A run owns one directory: config.json, log.jsonl, metrics.json, samples/*.png, curves.png, last.pt, model.safetensors.
 
-    log = RunLog(cfg, env, name)         writes config.json, opens log.jsonl and the progress bar
-    log.write(step, loss=.., lr=..)      one JSON object a line; floats only; the bar shows loss and rate
-    log.finish(metrics)                  metrics.json, flat; its presence means that the run is done
+log = RunLog(cfg, env, name)         writes config.json, opens log.jsonl and the progress bar
+log.write(step, loss=.., lr=..)      one JSON object a line; floats only; the bar shows loss and rate
+log.finish(metrics)                  metrics.json, flat; its presence means that the run is done
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ SYNONYMS = {
     "cross": ("plus",), "large": ("big", "huge"), "small": ("little", "tiny"), "striped": ("banded",),
     "spotted": ("dotted",), "solid": ("plain",), "red": ("scarlet",), "purple": ("violet",), "cyan": ("turquoise",),
     "pink": ("rosy",), "dark": ("dim",), "pale": ("light",), "grey": ("gray",), "checked": ("checkered",),
-    "lined": ("ruled",), "picture": ("image", "drawing"), "background": ("backdrop",), "top": ("upper",), "bottom": ("lower",), "centre": ("middle", "center"), "above": ("over",), "below": ("under",),
+    "lined": ("ruled",), "picture": ("image", "drawing"), "background": ("backdrop",), "top": ("upper",),
+    "bottom": ("lower",), "centre": ("middle", "center"), "above": ("over",), "below": ("under",),
 }  # fmt: skip
 
 

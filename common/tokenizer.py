@@ -7,8 +7,8 @@ blank-separated chunks are cached: a caption costs one dictionary look-up a word
 
 Ids: 0-255 bytes, 256-511 the same at a word's end, then one id a merge, start of text, end of text (always the largest).
 
-Left out: ftfy, which upstream runs first to mend broken unicode. For clean UTF-8 it changes only typographic quotes,
-ligatures, full-width forms and mojibake; `fix_text` takes ftfy.fix_text where ids must match on such text.
+Upstream runs ftfy first. Of what it mends, typographic quotes, ligatures and full-width forms are done here; wrongly
+decoded text is not: `fix_text` takes ftfy.fix_text where ids must match on such text too.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ import torch
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+# What ftfy does to clean text: curly quotes, the fi and ffi ligatures, full-width ASCII and the ideographic space
+TYPOGRAPHY = {**dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'"), **dict.fromkeys(range(0x201C, 0x2020), '"'),
+              **{c: unicodedata.normalize("NFKC", chr(c)) for c in [*range(0xFB00, 0xFB07), *range(0xFF01, 0xFF5F), 0x3000]}}  # fmt: skip
 CLIP_MERGES = 49152 - 256 - 2  # how many lines of OpenAI's longer file count
 
 
@@ -132,6 +135,7 @@ class Tokenizer:
 
     def clean(self, text: str) -> str:
         text = self.fix_text(text) if self.fix_text else text
+        text = text if text.isascii() else text.translate(TYPOGRAPHY)
         text = html.unescape(html.unescape(text)) if "&" in text else text
         return " ".join(text.split()).lower()
 

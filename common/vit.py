@@ -110,7 +110,8 @@ class ViT(nn.Module):
     tokens(x) gives all of them, (B, 1 + registers + N, width) after the final norm; patches start at 1 + registers."""
 
     def __init__(self, image_size=224, patch=16, width=384, depth=12, heads=6, hidden=0, act="gelu", eps=1e-6, out_dim=0,
-                 patch_bias=True, norm_pre=False, layer_scale=False, swiglu=False, registers=0, pos_rule="antialias"):  # fmt: skip
+                 patch_bias=True, norm_pre=False, layer_scale=False, swiglu=False, registers=0,
+                 pos_rule="antialias"):  # fmt: skip
         super().__init__()
         if width % heads or image_size % patch:
             raise ValueError(f"ViT: width {width} needs a multiple of {heads} heads, image {image_size} of patch {patch}")
@@ -341,8 +342,10 @@ def load_clip(path, act: str = "") -> CLIP:
         if "model_cfg" in config:
             act = act or ("quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu")
     else:
-        raise ValueError(f"{path} is not a CLIP ViT: it has neither visual.class_embedding (OpenAI, open_clip) nor "
-                         f"vision_model.embeddings.class_embedding (Hugging Face), but {', '.join(list(state)[:4])}, ...")  # fmt: skip
+        raise ValueError(
+            f"{path} is not a CLIP ViT: it has neither visual.class_embedding (OpenAI, open_clip) nor "
+            f"vision_model.embeddings.class_embedding (Hugging Face), but {', '.join(list(state)[:4])}, ..."
+        )
     if act not in ACTS:
         raise ValueError(f'{path} does not say its activation; pass act="quick_gelu" (OpenAI, laion400m, metaclip) or '
                          'act="gelu" (LAION-2B, DataComp)')  # fmt: skip

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common.data import IMAGE_TYPES, BadSample, decode_image
+from common.data import BadSample, decode_image
 from common.log import write_json
 
 
@@ -171,5 +171,3 @@ def shuffled_splits(items: list, sizes: dict[str, int], seed: int = 0) -> dict[s
     if at >= len(items):
         raise ValueError(f"{len(items)} items cannot give splits of {', '.join(f'{sizes[n]} {n}' for n in others)} and a rest")
     return {first: [items[i] for i in sorted(order[at:])], **out}
-
-

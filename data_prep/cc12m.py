@@ -113,7 +113,8 @@ def run(cfg: Config) -> dict:
     with ThreadPoolExecutor(cfg.workers) as pool:
         try:
             manifest = prepare(cfg.out, {"train": rows}, make, mapper=pool.map, source=Path(cfg.table).name,
-                               identity=repr([cfg.table, cfg.max_side]), licence="list: Google, free use; pictures: their owners")  # fmt: skip
+                               identity=repr([cfg.table, cfg.max_side]),
+                               licence="list: Google, free use; pictures: their owners")  # fmt: skip
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -66,7 +66,8 @@ def from_archive(path):
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"--archive {path} is not a tar archive: {error}") from error
     fine = "train" in files
-    plan = {"train": ["train"] if fine else [f"data_batch_{i}" for i in range(1, 6)], "test": ["test" if fine else "test_batch"]}
+    train = ["train"] if fine else [f"data_batch_{i}" for i in range(1, 6)]
+    plan = {"train": train, "test": ["test" if fine else "test_batch"]}
     meta = "meta" if fine else "batches.meta"
     missing = [n for names in plan.values() for n in names if n not in files] + [meta] * (meta not in files)
     if missing:
@@ -78,8 +79,8 @@ def from_archive(path):
         y = [v for b in batches for v in b[b"fine_labels" if fine else b"labels"]]
         out[split] = (x, y, [v for b in batches for v in b[b"coarse_labels"]] if fine else None)
     names = unpickle(files[meta], f"{path}:{meta}")
-    words = [[w.decode() for w in names.get(k, [])] for k in (b"fine_label_names" if fine else b"label_names", b"coarse_label_names")]
-    return out, *words
+    keys = (b"fine_label_names" if fine else b"label_names", b"coarse_label_names")
+    return out, *[[w.decode() for w in names.get(k, [])] for k in keys]
 
 
 def from_mosaics(cfg):
@@ -117,9 +118,10 @@ def run(cfg: Config) -> dict:
 
     # Rows of the mosaics come class by class; a fixed shuffle makes every shard a fair sample
     plan = {s: [(s, int(i)) for i in np.random.default_rng(0).permutation(len(v[0]))] for s, v in sets.items()}
+    templates = read_prompts(cfg.prompts)["templates"] if cfg.prompts else []
     manifest = prepare(cfg.out, plan, make, per_shard=5000, identity=repr(cfg), source="CIFAR, A. Krizhevsky 2009",
                        licence="not stated; cite Krizhevsky 2009", classes=[n.replace("_", " ") for n in fine],
-                       coarse_classes=coarse, templates=read_prompts(cfg.prompts)["templates"] if cfg.prompts else [])  # fmt: skip
+                       coarse_classes=coarse, templates=templates)  # fmt: skip
     summary(cfg.out, manifest)
     return manifest
 

@@ -17,7 +17,8 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from common import cli
-from data_prep._write import IMAGE_TYPES, Files, checked_image, prepare, summary
+from common.data import IMAGE_TYPES
+from data_prep._write import Files, checked_image, prepare, summary
 
 
 @dataclass(frozen=True)

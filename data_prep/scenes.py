@@ -35,7 +35,8 @@ def run(cfg: Config) -> dict:
         s = scenes.scene(index, 3 * cfg.seed + list(cfg.splits()).index(split), (1, cfg.objects))
         nodes = [{k: v for k, v in n.items() if k != "mask"} for n in scenes.tree(s, cfg.size)]
         record = {"captions": [scenes.caption(s, 5 * index + v if v else 0) for v in range(5)],
-                  "long_caption": scenes.long_caption(s), "label": scenes.SHAPES.index(s.things[0].shape), "boxes": nodes}  # fmt: skip
+                  "long_caption": scenes.long_caption(s), "boxes": nodes,
+                  "label": scenes.SHAPES.index(s.things[0].shape)}  # fmt: skip
         return str(index), "png", png(Image.fromarray(scenes.render([s], cfg.size)[0])), record
 
     plan = {k: [(k, i) for i in range(n)] for k, n in cfg.splits().items() if n}

@@ -363,7 +363,7 @@ def edit_caption(text, rng, synonyms):
     if not words:
         return text
     u = rng.random()
-    words = (synonym_edit(words, rng, synonyms) if u < 0.4 else swap_edit(words, rng) if u < 0.8 else delete_edit(words, rng))
+    words = synonym_edit(words, rng, synonyms) if u < 0.4 else swap_edit(words, rng) if u < 0.8 else delete_edit(words, rng)
     return " ".join(words) or text
 
 
@@ -450,7 +450,7 @@ def open_data(cfg: Config):
         labelled = data.Shards(cfg.eval_data)
         forms = labelled.manifest.get("templates") or ["a photo of a {}."]
         if not labelled.classes:
-            raise ValueError(f"--eval_data {cfg.eval_data} lists no classes in manifest.json; prepare it with data_prep/imagenet.py")
+            raise ValueError(f"--eval_data {cfg.eval_data}: manifest.json lists no classes; use data_prep/imagenet.py")
         # "king penguin, Aptenodytes patagonica": a class's synonyms are separated by commas; all of them are averaged
         prompts = [[f.format(word.strip()) for word in names.split(",") for f in forms] for names in labelled.classes]
         tests.append(Test(labelled, {"classes": prompts}, False))
@@ -512,7 +512,7 @@ def matches(records):
 def evaluate(model, tests, tok, cfg, env):
     """Flat dict of percentages for the heads z, h and both: zero-shot top-1 of every task, retrieval R@1, 5, 10 both ways.
 
-    zero_shot (mean over the tasks) and retrieval (mean R@1 both ways) are the headlines, from both heads where there are two."""
+    zero_shot (mean over the tasks) and retrieval (mean R@1 both ways) are the headlines, of both heads where there are."""
     model.eval()
     out, headline = {}, {"zero_shot": [], "retrieval": []}
     for test in tests:
@@ -695,8 +695,9 @@ def report(cfg, recipes, extras, scores):
     if "none" in extras and {"plain", "rocket"} <= set(recipes):
         base, best = scores["plain", "none"][key], scores["rocket", "none"][key]
         rows.append(["the recipe lifts plain CLIP", base, best, f"{best - base:+.1f}", "up to 25 % relative"])
-        for recipe, words, paper in (("plain", "added losses help the plain recipe", "they do"),
-                                     ("rocket", "... and no longer help the strong one", "the advantage disappears")):  # fmt: skip
+        claims = (("plain", "added losses help the plain recipe", "they do"),
+                  ("rocket", "... and no longer help the strong one", "the advantage disappears"))  # fmt: skip
+        for recipe, words, paper in claims:
             if added:
                 one, mean = scores[recipe, "none"][key], float(np.mean([scores[recipe, e][key] for e in added]))
                 rows.append([words, one, mean, f"{mean - one:+.1f}", paper])
@@ -710,7 +711,8 @@ def report(cfg, recipes, extras, scores):
     if not cfg.data:
         source = scenes.Source(32, cfg.seed, cfg.image_size, objects=(1, 1), grid=1)
         Path(cfg.out_dir, "samples").mkdir(exist_ok=True)
-        sheet = plot.grid(list(source.images), 8, [c[0] for c in source.captions], title="training pairs", cell=110, rows_of_text=4)
+        labels = [captions[0] for captions in source.captions]
+        sheet = plot.grid(list(source.images), 8, labels, title="training pairs", cell=110, rows_of_text=4)
         plot.save(sheet, Path(cfg.out_dir, "samples", "scenes.png"))
     print(f"\npictures, curves and weights: {cfg.out_dir}")
 
@@ -729,8 +731,8 @@ PRESETS = {
                 text_heads=4, embed_dim=256, mlp_hidden=1024, extra_hidden=1024, extra="all", dtype="bfloat16", workers=14,
                 out_dir="runs/clip_recipe_gpu"),
     # 800 Flickr8k photographs on a laptop, data by data_prep/captions.py
-    "flickr8k": dict(steps=600, image_size=64, width=32, text_width=128, text_depth=3, text_heads=4, embed_dim=128, extra="none",
-                     strong_scale=0.2, hue=True, eval_every=200, out_dir="runs/clip_recipe_flickr8k"),
+    "flickr8k": dict(steps=600, image_size=64, width=32, text_width=128, text_depth=3, text_heads=4, embed_dim=128,
+                     extra="none", strong_scale=0.2, hue=True, eval_every=200, out_dir="runs/clip_recipe_flickr8k"),
     "paper": _PAPER,
     "cc3m": {**_PAPER, **dict(steps=25_800, warmup=800, wd=0.5, text_depth=6, text_drop=0.2, loss_sum=False,
                               out_dir="runs/clip_recipe_cc3m")},

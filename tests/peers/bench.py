@@ -1,0 +1,164 @@
+"""Speed against published packages: peer time / our time, both in one run, median of alternating repetitions.
+
+python tests/peers/bench.py [--data ../shared/data] [--only tokenizer,clip,shards,scenes]
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import numpy as np
+import torch
+
+from common import augment, data, ddp, scenes
+from common.log import table, versions
+from common.vision import torchvision  # noqa: F401
+
+
+def race(ours, theirs, repeats=5):
+    """Alternating, after one warm-up each -> (our median seconds, peer's median seconds, median of the ratios)."""
+    ours(), theirs()
+    a, b = [], []
+    for _ in range(repeats):
+        for f, times in ((ours, a), (theirs, b)):
+            began = time.perf_counter()
+            f()
+            times.append(time.perf_counter() - began)
+    return statistics.median(a), statistics.median(b), statistics.median(y / x for x, y in zip(a, b))
+
+
+def clip(root):
+    """ViT-B/32 training step at batch 32, same weights, same pictures, real captions padded to 77."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    from common.tokenizer import Tokenizer
+    from common.vit import load_clip, trim
+    from methods.clip_recipe import clip_loss
+    from tests.peers.test_clip_peers import captions
+
+    torch.manual_seed(0)
+    theirs = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None).float().train()
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(theirs.state_dict(), f"{folder}/m.safetensors")
+        ours = load_clip(f"{folder}/m.safetensors", act="quick_gelu").train()
+    tok, texts = Tokenizer.from_clip(root / "clip/bpe_simple_vocab_16e6.txt.gz"), captions(root)[:32]
+    img, ids = torch.randn(32, 3, 224, 224), tok(texts)
+    opts = [torch.optim.AdamW(ours.parameters(), 1e-5, fused=True), torch.optim.AdamW(theirs.parameters(), 1e-5)]
+    loss = open_clip.loss.ClipLoss()
+
+    def step_ours(cut):
+        opts[0].zero_grad()
+        clip_loss(*ours(img, trim(ids) if cut else ids)).backward()
+        opts[0].step()
+
+    def step_theirs():
+        opts[1].zero_grad()
+        loss(*theirs(img, ids)[:3]).backward()
+        opts[1].step()
+
+    return [("CLIP ViT-B/32 step, batch 32", "open_clip", 1.1, *race(lambda: step_ours(True), step_theirs, 3)),
+            ("... with the text left at 77 tokens", "open_clip", None, *race(lambda: step_ours(False), step_theirs, 3))]  # fmt: skip
+
+
+def tokenizer(root):
+    """100,000 captions to (N, 77) ids, each tokenizer fresh: caches start empty."""
+    import open_clip
+
+    from common.tokenizer import Tokenizer
+    from tests.peers.test_clip_peers import captions
+
+    texts, path = captions(root)[:100_000], root / "clip/bpe_simple_vocab_16e6.txt.gz"
+    made = [Tokenizer.from_clip(path), open_clip.SimpleTokenizer(str(path))]
+
+    def ours():
+        made[0].cache.clear()
+        return made[0](texts)
+
+    def theirs():
+        made[1].cache = {t: t for t in ("<start_of_text>", "<end_of_text>")}
+        return made[1](texts)
+
+    return [("BPE of 100k captions", "open_clip", 3.0, *race(ours, theirs, 3))]
+
+
+def shards(root):
+    """Flickr8k shards to batches of 64 at 112 px: the same decode and the same random resized crop, one process."""
+    import webdataset as wds
+    from PIL import Image
+
+    from data_prep import captions as prep
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        prep.run(prep.Config(str(root / "flickr8k_1k/captions.csv"), str(root / "flickr8k_1k/images.zip"), f"{folder}/f"))
+        prep_scenes = __import__("data_prep.scenes", fromlist=["run"])
+        prep_scenes.run(prep_scenes.Config(f"{folder}/s", train=4000, val=0, test=0, size=32))
+        for name, path, size, count in (
+            ("Flickr8k, 112 px", f"{folder}/f", 112, 768),
+            ("scenes, 32 px", f"{folder}/s", 32, 3968),
+        ):
+
+            def crop(img, rng, size=size):
+                return augment.resize_to(img, augment.crop_box(*img.size, (0.5, 1.0), rng), size)
+
+            source = data.Shards(path, "train")
+
+            def ours(source=source, count=count, crop=crop):
+                def collate(items):
+                    return torch.from_numpy(np.stack([x for x, _ in items])), [c for _, c in items]
+
+                env = ddp.Env(0, 1, "cpu")
+                batches = data.Batches(source, lambda s, rng: (crop(s["image"], rng), s["captions"][0]), collate, 64, env)
+                return [next(batches) for _ in range(count // 64)]
+
+            urls = [str(p) for p in sorted(Path(path).glob("train-*.tar"))]
+
+            def theirs(urls=urls, count=count, crop=crop):
+                rng = np.random.default_rng(0)
+                pipe = (wds.WebDataset(urls, shardshuffle=len(urls) if len(urls) > 1 else False).shuffle(1000).decode("pil").to_tuple("png;jpg;webp", "json")
+                        .map(lambda s: (crop(s[0].convert("RGB"), rng), s[1]["captions"][0])).batched(64))  # fmt: skip
+                return [(torch.as_tensor(np.stack(x)), c) for x, c in pipe][: count // 64]
+
+            rows.append((f"shards to batches, {name}", "webdataset", 1.2, *race(ours, theirs)))
+    assert Image
+    return rows
+
+
+def world(root):
+    """Scenes a second on one core, description, picture and caption, 32 px; no peer, the target is 2,000."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    began, n = time.perf_counter(), 4000
+    for i in range(0, n, 250):
+        batch = [scenes.scene(j) for j in range(i, i + 250)]
+        scenes.render(batch, 32)
+        [scenes.caption(s) for s in batch]
+    rate = n / (time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    return [(f"scenes: {rate:,.0f} a second on one core (target 2,000)", "", None, n / rate, None, None)]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default=os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"), type=Path)
+    parser.add_argument("--only", default="tokenizer,clip,shards,scenes")
+    args = parser.parse_args()
+    jobs, rows = {"tokenizer": tokenizer, "clip": clip, "shards": shards, "scenes": world}, []
+    for job in args.only.split(","):
+        for work, peer, target, a, b, ratio in jobs[job](args.data):
+            rows.append(
+                [work, peer, f"{a:.3f}", "" if b is None else f"{b:.3f}", "" if ratio is None else f"{ratio:.2f}", target]
+            )
+    print(table(rows, ["work", "peer", "ours s", "peer s", "ratio", "target"]))
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {versions()}"
+    )

@@ -1,0 +1,143 @@
+"""The rules of the house, read off the sources: headers, sections, imports, twins, requirements, copying out."""
+
+import ast
+import importlib.metadata
+import re
+import shutil
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT, run
+
+METHODS = sorted(p for p in (ROOT / "methods").glob("[a-z]*.py"))
+FIELDS = ["Paper", "Idea", "Equations", "Read first", "Symbols", "Run", "Data", "Expect", "Differs", "Uses"]
+SECTIONS = ["CONFIG", "THE IDEA", "MODULES", "DATA", "EVALUATE", "TRAIN", "MAIN"]
+SHARED_NAMES = ("out_dir seed steps batch_size accum lr wd warmup grad_clip ema_decay dtype compile data workers log_every "
+                "eval_every save_every resume").split()  # fmt: skip
+ALLOWED = {"torch", "torchvision", "numpy", "safetensors", "PIL", "tqdm", "common"}
+ids = [p.stem for p in METHODS]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("path", METHODS, ids=ids)
+def test_header_has_its_fields_in_order(path):
+    doc = ast.get_docstring(ast.parse(path.read_text()))
+    found = [f for line in doc.splitlines() for f in FIELDS if line.startswith(f + " ")]
+    assert found == FIELDS
+    assert len(doc.splitlines()) <= 55 and re.match(r"[A-Z].+: .+", doc.splitlines()[0])
+
+
+@pytest.mark.parametrize("path", METHODS, ids=ids)
+def test_sections_in_order_and_the_idea_early(path):
+    lines = path.read_text().splitlines()
+    banners = [(i + 1, m[1]) for i, line in enumerate(lines) if (m := re.match(r"# \d\. ([A-Z ]+[A-Z])", line))]
+    assert [b for _, b in banners] == SECTIONS
+    assert dict((b, i) for i, b in banners)["THE IDEA"] <= 120
+    assert lines[-2:] == ['if __name__ == "__main__":', "    cli.main(run, Config, PRESETS)"]
+
+
+@pytest.mark.parametrize("path", METHODS, ids=ids)
+def test_shared_field_names(path):
+    tree = ast.parse(path.read_text())
+    config = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")
+    names = [n.target.id for n in config.body if isinstance(n, ast.AnnAssign)]
+    assert [n for n in SHARED_NAMES if n not in names] == []
+    assert all("  # " in path.read_text().splitlines()[n.lineno - 1] for n in config.body if isinstance(n, ast.AnnAssign))
+
+
+def test_imports_run_one_way_and_only_allowed_packages():
+    for folder, may in (("common", set()), ("methods", {"common"}), ("data_prep", {"common", "data_prep"})):
+        for path in (ROOT / folder).glob("*.py"):
+            for name in imports(path):
+                top = name.split(".")[0]
+                assert top in ALLOWED | may | set(sys.stdlib_module_names), f"{path}: {name}"
+                assert not (folder == "common" and top == "common" and path.stem != "zoo"), f"{path} imports {name}"
+
+
+def test_uses_line_is_complete():
+    for path in METHODS:
+        doc = ast.get_docstring(ast.parse(path.read_text()))
+        uses = set(re.findall(r"(\w+)\.py", doc[doc.index("\nUses") :]))
+        tree, needed = ast.parse(path.read_text()), set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "common":
+                needed |= {a.name for a in node.names} if node.module == "common" else {node.module.split(".")[1]}
+        assert uses == needed, path
+
+
+def test_twins_are_equal():
+    twins = defaultdict(list)
+    for path in [*METHODS, *(ROOT / "common").glob("*.py"), *(ROOT / "data_prep").glob("*.py")]:
+        lines = path.read_text().splitlines()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and (m := re.search(r"# twin: (\w+)", lines[node.lineno - 1])):
+                twins[m[1]].append((path.name, ast.dump(node)))
+    for name, copies in twins.items():
+        assert len({dump for _, dump in copies}) == 1, f"twin {name} differs in {[p for p, _ in copies]}"
+
+
+def test_requirements_are_exactly_what_is_used_and_pinned():
+    lines = (ROOT / "requirements.txt").read_text().split()
+    assert [line.split("==")[0] for line in lines] == [
+        "torch",
+        "torchvision",
+        "numpy",
+        "safetensors",
+        "pillow",
+        "tqdm",
+        "pytest",
+    ]
+    assert all(re.fullmatch(r"[a-z]+==[0-9.]+", line) for line in lines)
+    assert importlib.metadata.version("torch").split("+")[0] >= "2.11"
+
+
+@pytest.mark.parametrize("path", METHODS, ids=ids)
+def test_a_method_can_be_copied_out(path, tmp_path):
+    """The method file and the modules of its Uses line are all it takes."""
+    doc = ast.get_docstring(ast.parse(path.read_text()))
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "common").mkdir()
+    shutil.copy(path, tmp_path / "methods")
+    for module in re.findall(r"(\w+)\.py", doc[doc.index("\nUses") :]):
+        shutil.copy(ROOT / "common" / f"{module}.py", tmp_path / "common")
+    done = run(f"methods/{path.name}", "--preset", "smoke", "--recipe", "plain", "--out_dir", tmp_path / "r", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_does_no_work():
+    code = "import sys, time; sys.path.insert(0, '.'); import methods.clip_recipe, torch; print(torch.initial_seed(), torch.get_num_threads() > 0)"
+    done = run("-c", code)
+    assert done.returncode == 0 and done.stdout.startswith("67280421310721")  # torch's default seed: nobody touched it
+
+
+def test_readme_commands_exist():
+    text = (ROOT / "README.md").read_text()
+    for script in set(re.findall(r"(?:methods|data_prep|tests)/[\w/]+\.py", text)):
+        assert (ROOT / script).exists(), script
+    fields = re.findall(r"python methods/(\w+)\.py((?: --\w+ [^\s`]+)*)", text)
+    for method, flags in fields:
+        config = (ROOT / "methods" / f"{method}.py").read_text()
+        for flag in re.findall(r"--(\w+)", flags):
+            assert flag == "preset" or f"    {flag}: " in config, f"{method} has no --{flag}"
+
+
+def test_no_unsafe_loading_in_the_sources():
+    for folder in ("common", "methods", "data_prep"):
+        for path in (ROOT / folder).glob("*.py"):
+            text = path.read_text()
+            assert all("weights_only=True" in m for m in re.findall(r"torch\.load\([^\n]*", text)), path
+            assert not re.search(r"extractall\(|pickle\.loads?\(|eval\(|exec\(", text.replace(".eval()", "")), path
+
+
+def test_pictures_of_real_data_are_not_in_the_repository():
+    assert not list((ROOT / "methods").glob("figures/*flickr*")) and Path(ROOT / ".gitignore").read_text().count("runs/")
