@@ -225,10 +225,9 @@ def tree(s: Scene, size: int = 64) -> list[dict]:
 # Words ------------------------------------------------------------------------------------------------------------
 
 
-def name(t: Thing, article: str = "a", detail: bool = True) -> str:
-    """'a large striped red star'; without detail 'a red star'."""
-    words = [article, t.size, t.texture if t.texture != "solid" else "", t.colour, t.shape]
-    words = words if detail else [article, t.colour, t.shape]
+def name(t: Thing, size: bool = True, texture: bool = True) -> str:
+    """'a large striped red star'; without size and texture 'a red star'."""
+    words = ["a", t.size if size else "", t.texture if texture and t.texture != "solid" else "", t.colour, t.shape]
     return _articles(" ".join(w for w in words if w))
 
 
@@ -252,31 +251,31 @@ def place(t: Thing, grid: int = 3) -> str:
     return f"in the {words}" if words == "centre" else f"at the {words}"
 
 
-def caption(s: Scene, variant: int = 0) -> str:
-    """Variant 0 names every attribute in a fixed order; other variants reword it and may leave details out."""
+def caption(s: Scene, variant: int = 0, brief: bool = False) -> str:
+    """Variant 0 names every attribute in a fixed order; other variants reword it and may leave details out. brief: neither
+    sizes nor the background, so that a cropped or darker picture still fits its caption."""
     a, rest = s.things[0], s.things[1:]
     if variant == 0:
-        text = f"{name(a)} {relation(a, rest[0], s.grid)} {name(rest[0])}" if rest else name(a)
+        first, *others = (name(t, size=not brief) for t in s.things)
+        text = f"{first} {relation(a, rest[0], s.grid)} {others[0]}" if rest else first
         text += f" {place(a, s.grid)}" if not rest and s.grid > 1 else ""  # a close-up has no place
-        text += "".join(f" and {name(t)} {place(t, s.grid)}" for t in rest[1:])
-        return f"{text} on {backdrop(s)}" + (f" in the {s.region}" if s.region else "")
+        text += "".join(f" and {n} {place(t, s.grid)}" for n, t in zip(others[1:], rest[1:]))
+        return text if brief else f"{text} on {backdrop(s)}" + (f" in the {s.region}" if s.region else "")
     rng = np.random.default_rng(variant)
     detail, kind = rng.random(3) < 0.6, rng.integers(4)
-    first = name(a, detail=bool(detail[0]))
+    first = name(a, detail[0] and not brief, detail[0])
+    others = [name(t, detail[1] and not brief, detail[1]) for t in rest]
     if rest:
-        b = rest[0]
-        if kind % 2:
-            core = f"{name(b, detail=bool(detail[1]))} {relation(b, a, s.grid)} {first}"
-        else:
-            core = f"{first} {relation(a, b, s.grid)} {name(b, detail=bool(detail[1]))}"
-        core += "".join(f", with {name(t, detail=bool(detail[1]))} {place(t, s.grid)}" for t in rest[1:])
+        pair = (
+            (others[0], relation(rest[0], a, s.grid), first) if kind % 2 else (first, relation(a, rest[0], s.grid), others[0])
+        )
+        core = " ".join(pair) + "".join(f", with {n} {place(t, s.grid)}" for n, t in zip(others[1:], rest[1:]))
     else:
         core = first if detail[1] or s.grid == 1 else f"{first} {place(a, s.grid)}"
     text = ("a picture of {}", "there is {}", "{}", "we see {}")[kind].format(core)
-    text += f" on {backdrop(s)}" if detail[2] else ""
+    text += f" on {backdrop(s)}" if detail[2] and not brief else ""
     words = [(w, *SYNONYMS.get(w, ())) for w in text.split()]
-    words = [options[int(rng.random() * len(options))] for options in words]
-    return _articles(" ".join(words))
+    return _articles(" ".join(options[int(rng.random() * len(options))] for options in words))
 
 
 def long_caption(s: Scene) -> str:
@@ -379,12 +378,14 @@ def negatives(s: Scene, seed: int = 0) -> list[dict]:
 
 
 class Source:
-    """`count` scenes in memory, with the interface of data.Shards: image, five captions, class labels. options: of scene()."""
+    """`count` scenes in memory, with the interface of data.Shards: image, five captions, class labels.
 
-    def __init__(self, count: int, seed: int, size: int, **options):
+    size: pixels; brief: kind of captions; options: those of scene()."""
+
+    def __init__(self, count: int, seed: int, size: int, brief: bool = False, **options):
         self.scenes = [scene(i, seed, **options) for i in range(count)]
         self.images = np.concatenate([render(self.scenes[i : i + 256], size) for i in range(0, count, 256)])
-        self.captions = [[caption(s, 4 * i + v if v else 0) for v in range(5)] for i, s in enumerate(self.scenes)]
+        self.captions = [[caption(s, 4 * i + v if v else 0, brief) for v in range(5)] for i, s in enumerate(self.scenes)]
         self.sizes = [count]
 
     def __len__(self) -> int:

@@ -25,8 +25,11 @@ import torch
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 # What ftfy does to clean text: curly quotes, the fi and ffi ligatures, full-width ASCII and the ideographic space
-TYPOGRAPHY = {**dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'"), **dict.fromkeys(range(0x201C, 0x2020), '"'),
-              **{c: unicodedata.normalize("NFKC", chr(c)) for c in [*range(0xFB00, 0xFB07), *range(0xFF01, 0xFF5F), 0x3000]}}  # fmt: skip
+TYPOGRAPHY = {
+    **dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'"),
+    **dict.fromkeys(range(0x201C, 0x2020), '"'),
+    **{c: unicodedata.normalize("NFKC", chr(c)) for c in [*range(0xFB00, 0xFB07), *range(0xFF01, 0xFF5F), 0x3000]},
+}
 CLIP_MERGES = 49152 - 256 - 2  # how many lines of OpenAI's longer file count
 
 

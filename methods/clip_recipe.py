@@ -22,7 +22,7 @@ Data       generated (common/scenes.py), or shards by data_prep/captions.py, coc
 Expect     EXPECT
 Differs    from the paper: an exact Gaussian blur, its sigma scaled with the picture; synonyms from a table
            (data_prep/wordnet.py), a word without one is left to a swap; our own stop-words. The laptop run has a small
-           ResNet, milder crops, and no hue or greyscale in strong views, because its captions name colours.
+           ResNet, milder crops and no hue or grey in strong views, because its captions name colours.
            from the released code: features are gathered WITH gradient (there the key side has none; --gather no_grad
            repeats it); Barlow's correlation is summed over processes with gradient (there 1 / W of it); plain is plain
            (there stop-word removal stays on); randomness belongs to the sample, not to one global generator; text
@@ -92,7 +92,7 @@ class Config:
     text_drop: float = 0.2  # dropout before every text block, strong captions only; CC3M 0.2, CC12M 0.05, else 0
     loss_sum: bool = False  # sum the two directions instead of averaging them (all data sets but CC3M)
     strong_scale: float = 0.35  # smallest area of a strong crop; the paper: 0.08, too little of a tiny picture
-    hue: bool = False  # strong views also shift hue and turn grey, as in the paper; off where captions name colours
+    jitter: str = "light"  # of strong views: "full", the paper's, or "light", no hue and grey, where captions name colours
     captions: str = "single"  # one random caption for all views of a pair, or "multi": each view draws its own (29M)
     clean_text: bool = False  # unescape and lower-case before the edits (YFCC15M, 29M)
     ensemble: float = 0.5  # weight of the z head in zero-shot and retrieval, fixed in advance
@@ -373,8 +373,9 @@ class Views:
     def __init__(self, cfg: Config, recipe: Recipe, tok: Tokenizer, synonyms):
         self.cfg, self.recipe, self.tok, self.synonyms = cfg, recipe, tok, synonyms
         size = self.size = (cfg.image_size, cfg.strong_size or cfg.image_size)
-        jitter, grey = ((0.4, 0.4, 0.4, 0.1), 0.2) if cfg.hue else ((0.4, 0.4, 0.4, 0.0), 0.0)
-        self.strong = augment.Colour(jitter, grey_p=grey, blur=(0.1 * size[1] / 224, 2.0 * size[1] / 224))  # as at 224 px
+        blur = (0.1 * size[1] / 224, 2.0 * size[1] / 224)  # the paper's sigma is 0.1 to 2 at 224 pixels
+        light = dict(jitter=(0.4, 0.4, 0.4, 0.0), grey_p=0.0) if cfg.jitter == "light" else {}
+        self.strong = augment.Colour(blur=blur, **light)
         self.weak = augment.Colour(jitter_p=0, grey_p=0, blur_p=0, flip_p=0)
 
     def __call__(self, sample, rng):
@@ -432,7 +433,7 @@ def scene_tests(size):
         "texture": [[f"a {t} {c} {s}" for c in colours for s in shapes] for t in textures],
         "colour and shape": [[f.format(f"{c} {s}") for f in forms] for c in colours for s in shapes],
     }
-    return [Test(scenes.Source(1000, 1_000_003, size, objects=(1, 1), grid=1), tasks, True)]
+    return [Test(scenes.Source(1000, 1_000_003, size, brief=True, objects=(1, 1), grid=1), tasks, True)]
 
 
 def open_data(cfg: Config):
@@ -444,7 +445,8 @@ def open_data(cfg: Config):
     if cfg.data:
         source, tests = data.Shards(cfg.data, "train"), [Test(data.Shards(cfg.data, "test"), {}, True)]
     else:
-        source = scenes.Source(cfg.pairs, cfg.seed, cfg.image_size, objects=(1, 1), grid=1)
+        # Captions name shape, colour and texture, which strong views leave as they are, and nothing that a crop changes
+        source = scenes.Source(cfg.pairs, cfg.seed, cfg.image_size, brief=True, objects=(1, 1), grid=1)
         tests = scene_tests(cfg.image_size)
     if cfg.eval_data:
         labelled = data.Shards(cfg.eval_data)
@@ -664,7 +666,8 @@ def run(cfg: Config) -> dict:
     """All arms of --recipe x --extra side by side, each in its own folder; finished arms are kept. Prints the claim."""
     recipes = list(RECIPES) if cfg.recipe == "ladder" else cfg.recipe.split(",")
     extras = list(EXTRAS) if cfg.extra == "all" else cfg.extra.split(",")
-    choices = {"gather": ("grad", "no_grad"), "dtype": ("float32", "bfloat16"), "captions": ("single", "multi")}
+    choices = {"gather": ("grad", "no_grad"), "dtype": ("float32", "bfloat16"), "captions": ("single", "multi"),
+               "jitter": ("light", "full")}  # fmt: skip
     asked = [("recipe", r, RECIPES) for r in recipes] + [("extra", e, EXTRAS) for e in extras]
     for field, value, known in asked + [(f, getattr(cfg, f), known) for f, known in choices.items()]:
         if value not in known:
@@ -709,7 +712,7 @@ def report(cfg, recipes, extras, scores):
         curves[f"{r} + {e}" if e != "none" else r] = tuple(map(list, zip(*points)))
     plot.save(plot.lines(curves, "contrastive loss of the weak pairs (training)"), Path(cfg.out_dir, "curves.png"))
     if not cfg.data:
-        source = scenes.Source(32, cfg.seed, cfg.image_size, objects=(1, 1), grid=1)
+        source = scenes.Source(32, cfg.seed, cfg.image_size, brief=True, objects=(1, 1), grid=1)
         Path(cfg.out_dir, "samples").mkdir(exist_ok=True)
         labels = [captions[0] for captions in source.captions]
         sheet = plot.grid(list(source.images), 8, labels, title="training pairs", cell=110, rows_of_text=4)
@@ -721,7 +724,7 @@ def report(cfg, recipes, extras, scores):
 # The paper's runs: 32 epochs at batch 4096, values of the released commands. bfloat16 takes the place of float16.
 _PAPER = dict(steps=96_900, batch_size=4096, lr=3e-3, wd=0.1, warmup=3_000, dtype="bfloat16", workers=12, log_every=50,
               eval_every=3_000, save_every=1_000, recipe="rocket", extra="none", text_drop=0.05, loss_sum=True,
-              strong_scale=0.08, hue=True, image_size=224, backbone="resnet50", text_width=512, text_depth=12, text_heads=8,
+              strong_scale=0.08, jitter="full", image_size=224, backbone="resnet50", text_width=512, text_depth=12, text_heads=8,
               embed_dim=256, mlp_hidden=4096, extra_hidden=2048, out_dir="runs/clip_recipe_cc12m")  # fmt: skip
 PRESETS = {
     "smoke": dict(steps=8, batch_size=16, warmup=2, pairs=64, text_depth=1, extra="none,siam", log_every=2, save_every=4,
@@ -732,7 +735,7 @@ PRESETS = {
                 out_dir="runs/clip_recipe_gpu"),
     # 800 Flickr8k photographs on a laptop, data by data_prep/captions.py
     "flickr8k": dict(steps=600, image_size=64, width=32, text_width=128, text_depth=3, text_heads=4, embed_dim=128,
-                     extra="none", strong_scale=0.2, hue=True, eval_every=200, out_dir="runs/clip_recipe_flickr8k"),
+                     extra="none", strong_scale=0.2, jitter="full", eval_every=200, out_dir="runs/clip_recipe_flickr8k"),
     "paper": _PAPER,
     "cc3m": {**_PAPER, **dict(steps=25_800, warmup=800, wd=0.5, text_depth=6, text_drop=0.2, loss_sum=False,
                               out_dir="runs/clip_recipe_cc3m")},
