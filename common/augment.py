@@ -1,4 +1,5 @@
-"""Image augmentation in two halves: the crop on the loader's PIL image, colour and blur on the device as batched tensors.
+"""Augmentation of images in two halves, the crop on the loader's PIL image, colour and blur on the device as batched tensors;
+and of captions: stop-words and EDA's word edits.
 
 Every random number is drawn per sample in the loader (`crop_box`, `draw_colour`) from a generator seeded by the sample's
 position, and travels with the batch as a row of floats. So the same sample looks the same with any number of processes
@@ -8,6 +9,7 @@ and workers, after a resume, and on any device. Each operation equals torchvisio
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,3 +145,60 @@ def to_float(x: torch.Tensor) -> torch.Tensor:
 def normalise(x: torch.Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> torch.Tensor:
     mean, std = x.new_tensor(mean).view(1, 3, 1, 1), x.new_tensor(std).view(1, 3, 1, 1)
     return (x - mean) / std
+
+
+# Captions ---------------------------------------------------------------------------------------------------------------
+
+STOP_WORDS = frozenset(
+    """a about above after again against all also am an and any are as at be became because been before being below
+    between both but by can cannot could did do does doing done down during each either else ever every few for from
+    further get had has have having he her here hers herself him himself his how i if in into is it its itself just like
+    may me might more most much must my myself near neither no nor not now of off on once one only onto or other our ours
+    ourselves out over own per quite rather s same shall she should so some such t than that the their theirs them
+    themselves then there these they this those through thus to too toward towards under until up upon us very was we were
+    what when where whether which while who whom whose why will with within without would yet you your yours yourself
+    yourselves 's 't 're 've 'm 'll 'd n't""".split()
+)
+
+
+def drop_stop_words(text, rng, p):
+    """With probability p the caption without stop-words; the caption itself if nothing would remain."""
+    if rng.random() >= p:
+        return text
+    words = re.findall(r"'\w+|\w+|[^\w\s]", text)  # punctuation and clitics stand alone
+    return " ".join(w for w in words if w.lower() not in STOP_WORDS) or text
+
+
+def synonym_edit(words, rng, synonyms):
+    """One word that has a synonym, replaced wherever it stands; a caption without such a word is left to swap_edit."""
+    known = sorted({w for w in words if w.lower() in synonyms and w.lower() not in STOP_WORDS})
+    if not known:
+        return swap_edit(words, rng)
+    old = known[rng.integers(len(known))]
+    options = synonyms[old.lower()]
+    return [options[rng.integers(len(options))] if w == old else w for w in words]
+
+
+def swap_edit(words, rng):
+    """Two random positions change places; gives up after three draws of equal positions."""
+    i = rng.integers(len(words))
+    j = next((j for j in rng.integers(len(words), size=4) if j != i), i)
+    words = list(words)
+    words[i], words[j] = words[j], words[i]
+    return words
+
+
+def delete_edit(words, rng, p=0.1):
+    """Each word goes with probability p; at least one stays."""
+    kept = [w for w in words if rng.random() >= p]
+    return kept or [words[rng.integers(len(words))]]
+
+
+def edit_caption(text, rng, synonyms):
+    """Exactly one edit: a synonym (0.4), a swap (0.4) or deletions (0.2); by EDA, Wei and Zou, 2019, arXiv 1901.11196."""
+    words = text.split()
+    if not words:
+        return text
+    u = rng.random()
+    words = synonym_edit(words, rng, synonyms) if u < 0.4 else swap_edit(words, rng) if u < 0.8 else delete_edit(words, rng)
+    return " ".join(words) or text

@@ -16,6 +16,19 @@ def retrieval_recall(f_query: torch.Tensor, f_item: torch.Tensor, match: torch.T
     return {k: 100 * (rank < k).float().mean().item() for k in ks}
 
 
+def caption_matches(records: list[dict]) -> tuple[list[str], torch.Tensor]:
+    """All captions, and (captions, records) bool: a caption fits every record that has it, generated ones repeat."""
+    texts = [c for r in records for c in r["captions"]]
+    holders: dict[str, list[int]] = {}
+    for i, r in enumerate(records):
+        for c in r["captions"]:
+            holders.setdefault(c, []).append(i)
+    match = torch.zeros(len(texts), len(records), dtype=torch.bool)
+    for i, t in enumerate(texts):
+        match[i, holders[t]] = True
+    return texts, match
+
+
 def accuracy(scores: torch.Tensor, labels: torch.Tensor, per_class: bool = False) -> float:
     """Top-1 in percent of scores (N, C) against labels (N,). per_class: mean over the classes that occur (what Aircraft,
     Pets, Caltech101 and Flowers report)."""

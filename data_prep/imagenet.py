@@ -27,6 +27,7 @@ class Config:
     out: str  # folder to write
     names: str = ""  # words of the classes; "" = the folder names
     prompts: str = ""  # file.json:KEY with a list "templates" under KEY
+    metric: str = "top1"  # how its zero-shot is scored: top1, mean_per_class or roc_auc
     splits: str = "train,val"  # the splits to take
     max_side: int = 0  # larger images shrink to this many pixels, 0 = keep the original bytes
     licence: str = "ImageNet: non-commercial research and education only"  # kept in the manifest
@@ -52,6 +53,8 @@ def read_prompts(spec: str) -> dict:
 
 
 def run(cfg: Config) -> dict:
+    if cfg.metric not in ("top1", "mean_per_class", "roc_auc"):
+        raise ValueError(f"--metric {cfg.metric} is unknown; choose top1, mean_per_class or roc_auc")
     files = Files(cfg.images)
     found = [(*n.split("/")[-3:-1], n) for n in files.names if Path(n).suffix.lower() in IMAGE_TYPES and n.count("/") >= 2]
     splits = {s: [(c, n) for split, c, n in found if split == s] for s in cfg.splits.split(",")}
@@ -69,7 +72,8 @@ def run(cfg: Config) -> dict:
         return Path(name).stem, ext, blob, {"label": label[folder], "class": folder}
 
     manifest = prepare(cfg.out, splits, make, identity=repr(cfg), source=Path(cfg.images).name, licence=cfg.licence,
-                       folders=folders, classes=[names.get(c, c) for c in folders], templates=templates)  # fmt: skip
+                       folders=folders, classes=[names.get(c, c) for c in folders], templates=templates,
+                       metric=cfg.metric)  # fmt: skip
     summary(cfg.out, manifest)
     return manifest
 

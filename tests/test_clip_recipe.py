@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common import augment as A
 from common import ddp, optim
 from methods import clip_recipe as M
 from tests.helpers import ROOT, in_processes, run, torchrun, user_error
@@ -296,40 +297,40 @@ def test_t12_edits():
     rng, words = np.random.default_rng(0), "a large red star on the dark background".split()
     syn = {"red": ("scarlet",), "star": ("asterisk", "pentagram"), "the": ("thy",)}
     for _ in range(200):
-        assert Counter(M.swap_edit(words, rng)) == Counter(words)
-        kept = M.delete_edit(words, rng, 0.9)
+        assert Counter(A.swap_edit(words, rng)) == Counter(words)
+        kept = A.delete_edit(words, rng, 0.9)
         assert kept and not Counter(kept) - Counter(words)
-        changed = {(a, b) for a, b in zip(words, M.synonym_edit(words, rng, syn)) if a != b}
+        changed = {(a, b) for a, b in zip(words, A.synonym_edit(words, rng, syn)) if a != b}
         assert len(changed) == 1 and next(iter(changed))[0] in ("red", "star")  # never a stop-word
-    assert M.delete_edit(["one"], rng, 1.0) == ["one"]
-    assert M.synonym_edit("red red sky".split(), rng, syn) == ["scarlet", "scarlet", "sky"]
-    assert Counter(M.synonym_edit(["green", "moon"], rng, syn)) == Counter(["green", "moon"])  # falls back to a swap
-    assert M.edit_caption("", rng, syn) == "" and M.edit_caption("  ", rng, syn) == "  "
+    assert A.delete_edit(["one"], rng, 1.0) == ["one"]
+    assert A.synonym_edit("red red sky".split(), rng, syn) == ["scarlet", "scarlet", "sky"]
+    assert Counter(A.synonym_edit(["green", "moon"], rng, syn)) == Counter(["green", "moon"])  # falls back to a swap
+    assert A.edit_caption("", rng, syn) == "" and A.edit_caption("  ", rng, syn) == "  "
 
 
 def test_t12_stop_words():
     rng = np.random.default_rng(0)
-    assert M.drop_stop_words("a dog is on the mat .", rng, 1.0) == "dog mat ."
-    assert M.drop_stop_words("it is what it was", rng, 1.0) == "it is what it was"  # nothing would remain
-    assert M.drop_stop_words("a dog", rng, 0.0) == "a dog"
-    assert M.drop_stop_words("The dog's tail", rng, 1.0) == "dog tail"
-    assert 150 < len(M.STOP_WORDS) < 220
+    assert A.drop_stop_words("a dog is on the mat .", rng, 1.0) == "dog mat ."
+    assert A.drop_stop_words("it is what it was", rng, 1.0) == "it is what it was"  # nothing would remain
+    assert A.drop_stop_words("a dog", rng, 0.0) == "a dog"
+    assert A.drop_stop_words("The dog's tail", rng, 1.0) == "dog tail"
+    assert 150 < len(A.STOP_WORDS) < 220
 
 
 def test_t12_frequencies_and_seeds(monkeypatch):
     counts = Counter()
     for name in ("synonym_edit", "swap_edit", "delete_edit"):
-        monkeypatch.setattr(M, name, lambda words, rng, *a, name=name: counts.update([name]) or words)
+        monkeypatch.setattr(A, name, lambda words, rng, *a, name=name: counts.update([name]) or words)
     rng = np.random.default_rng(0)
     for _ in range(5000):
-        M.edit_caption("a b", rng, {})
+        A.edit_caption("a b", rng, {})
     shares = [counts[n] / 5000 for n in ("synonym_edit", "swap_edit", "delete_edit")]
     assert shares == pytest.approx([0.4, 0.4, 0.2], abs=0.02)
     monkeypatch.undo()
     text = "a large red star on the dark background"
-    edits = [M.edit_caption(text, np.random.default_rng(s), M.scenes.SYNONYMS) for s in range(20)]
+    edits = [A.edit_caption(text, np.random.default_rng(s), M.scenes.SYNONYMS) for s in range(20)]
     assert (
-        edits == [M.edit_caption(text, np.random.default_rng(s), M.scenes.SYNONYMS) for s in range(20)] and len(set(edits)) > 8
+        edits == [A.edit_caption(text, np.random.default_rng(s), M.scenes.SYNONYMS) for s in range(20)] and len(set(edits)) > 8
     )
 
 
@@ -529,7 +530,7 @@ def test_real_pairs_end_to_end(shared, tmp_path):
         captions.Config(str(shared / "flickr8k_1k/captions.csv"), str(shared / "flickr8k_1k/images.zip"), str(tmp_path / "f"))
     )
     imagenet.run(imagenet.Config(str(shared / "tiny_imagenet_20/images.zip"), str(tmp_path / "t"), str(shared / "tiny_imagenet_20/classes.json"),
-                                 f"{shared}/clip/class_prompts.json:ImageNet", "val"))  # fmt: skip
+                                 f"{shared}/clip/class_prompts.json:ImageNet", splits="val"))  # fmt: skip
     args = ["--preset", "flickr8k", "--data", tmp_path / "f", "--eval_data", tmp_path / "t", "--steps", 2, "--width", 48, "--depth", 1,
             "--tokenizer", shared / "clip/bpe_simple_vocab_16e6.txt.gz", "--out_dir", tmp_path / "r", "--recipe", "rocket"]  # fmt: skip
     done = run("methods/clip_recipe.py", *args)

@@ -186,10 +186,20 @@ def test_imagenet_folders_names_and_prompts(tmp_path):
     (tmp_path / "names.txt").write_text("n01 goldfish, Carassius auratus\nn02 tench\n")
     (tmp_path / "p.json").write_text(json.dumps({"ImageNet": {"templates": ["a bad photo of a {}."]}}))
     m = imagenet.run(
-        imagenet.Config(str(tmp_path / "in"), str(tmp_path / "o"), str(tmp_path / "names.txt"), f"{tmp_path}/p.json:ImageNet")
+        imagenet.Config(
+            str(tmp_path / "in"),
+            str(tmp_path / "o"),
+            str(tmp_path / "names.txt"),
+            f"{tmp_path}/p.json:ImageNet",
+            "mean_per_class",
+        )
     )
     assert m["classes"] == ["goldfish, Carassius auratus", "tench"] and m["counts"] == {"train": 3, "val": 1}
-    assert m["templates"] == ["a bad photo of a {}."] and data.Shards(tmp_path / "o", "train").read(0, 2)["label"] == 1
+    assert (
+        m["templates"] == ["a bad photo of a {}."]
+        and m["metric"] == "mean_per_class"
+        and data.Shards(tmp_path / "o", "train").read(0, 2)["label"] == 1
+    )
     for spec, words in (("x.json", "FILE.json:KEY"), (f"{tmp_path}/p.json:Cars", "KeyError")):
         with pytest.raises(ValueError, match=words):
             imagenet.run(imagenet.Config(str(tmp_path / "in"), str(tmp_path / "o2"), "", spec))

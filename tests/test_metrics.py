@@ -21,6 +21,12 @@ def test_accuracy_and_mean_per_class():
     assert M.accuracy(scores, y) == pytest.approx(80) and M.accuracy(scores, y, per_class=True) == pytest.approx(75)
 
 
+def test_a_caption_fits_every_record_that_has_it():
+    texts, match = M.caption_matches([{"captions": ["a", "b"]}, {"captions": ["b"]}, {"captions": ["c", "c"]}])
+    assert texts == ["a", "b", "b", "c", "c"]
+    assert match.tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 1]]
+
+
 def test_retrieval_equals_loops_and_ties_do_not_help():
     torch.manual_seed(0)
     q, x = torch.randn(20, 6), torch.randn(30, 6)
