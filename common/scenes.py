@@ -385,11 +385,14 @@ class Source:
     def __init__(self, count: int, seed: int, size: int, brief: bool = False, **options):
         self.scenes = [scene(i, seed, **options) for i in range(count)]
         self.images = np.concatenate([render(self.scenes[i : i + 256], size) for i in range(0, count, 256)])
-        self.captions = [[caption(s, 4 * i + v if v else 0, brief) for v in range(5)] for i, s in enumerate(self.scenes)]
+        self.texts = [[caption(s, 4 * i + v if v else 0, brief) for v in range(5)] for i, s in enumerate(self.scenes)]
         self.sizes = [count]
 
     def __len__(self) -> int:
         return len(self.scenes)
+
+    def captions(self) -> list[str]:
+        return [c for texts in self.texts for c in texts]
 
     def record(self, shard: int, row: int) -> dict:
         """Labels are those of the first object."""
@@ -397,7 +400,7 @@ class Source:
         values = {"shape": SHAPES, "colour": tuple(COLOURS), "texture": TEXTURES, "size": tuple(SIZES)}
         labels = {k: v.index(getattr(t, k)) for k, v in values.items()}
         labels["colour and shape"] = labels["colour"] * len(SHAPES) + labels["shape"]
-        return {"key": f"{row:08d}", "captions": self.captions[row], "labels": labels}
+        return {"key": f"{row:08d}", "captions": self.texts[row], "labels": labels}
 
     def read(self, shard: int, row: int) -> dict:
         return {**self.record(shard, row), "image": Image.fromarray(self.images[row])}

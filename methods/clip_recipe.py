@@ -100,20 +100,20 @@ class Config:
     image_size: int = 24  # pixels of the weak view and of evaluation
     strong_size: int = 0  # pixels of the strong views, 0 = image_size; 29M: 192
     tokenizer: str = ""  # CLIP's merges file or folder; "" trains one on the training captions
-    synonyms: str = ""  # table of data_prep/wordnet.py; "" = that of the scenes
+    synonyms: str = ""  # table of data_prep/wordnet.py; "" = that of the scenes, which knows a few dozen words
     backbone: str = "small"  # small (common/resnet.py), resnet50 (torchvision) or vit
     patch: int = 8  # vit: pixels
     width: int = 16  # small, vit
     depth: int = 3  # vit
-    heads: int = 3  # vit
+    heads: int = 4  # vit
     text_width: int = 64  # text transformer
     text_depth: int = 2  # CC3M: 6, else 12
     text_heads: int = 2  # text transformer
     context: int = 77  # longest caption in tokens
     embed_dim: int = 64  # shared space; the paper: 256
     mlp_hidden: int = 256  # hidden width of the strong heads; the paper: 4096
-    extra_hidden: int = 256  # hidden width of the added losses' heads; SiamLIP 2048, BarLIP 3000
-    extra_dim: int = 128  # output of the added losses' heads; SiamLIP 128, BarLIP 8192
+    extra_hidden: int = 256  # hidden width of the added losses' heads; 0 = as released: SiamLIP 2048, BarLIP 3000
+    extra_dim: int = 128  # output of the added losses' heads; 0 = as released: SiamLIP 128, BarLIP 8192
 
 
 # 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
@@ -133,7 +133,8 @@ def clip_loss(f_img, f_txt, scale, smoothing=0.0, gather=ddp.gather_rows):
 def rocket_loss(z, h, s_z, s_h, smoothing=0.0, gather=ddp.gather_rows):
     """The recipe: L = (l + A m) / (1 + A), l the weak pair's loss, m the mean over all A x A strong pairs.
 
-    z: (z_img, z_txt); h: ([A strong images], [A strong captions]), each (B, D). A = 0 is CLIP. -> (loss, parts)"""
+    z: (z_img, z_txt); h: ([A strong images], [A strong captions]), each (B, D). A = 0 is CLIP; with the paper's A = 2 the weak
+    pair weighs 1/3. -> (loss, parts)"""
     weak = clip_loss(*z, s_z, 0.0, gather)
     A = len(h[0])
     if A == 0:
@@ -201,7 +202,7 @@ def swap_loss(f_img, f_txt, scale, gather=ddp.gather_rows, eps=0.05, iters=3, we
 
 
 def gather_no_grad(x):
-    """The released code's gather (--gather no_grad): the key side gets no gradient from any process, this one included."""
+    """The released code's gather (--gather no_grad): over processes the key side gets no gradient, its own rows included."""
     return ddp.gather_rows(x.detach()) if ddp.world_size() > 1 else x
 
 
@@ -216,7 +217,7 @@ class Recipe:
     drop: bool = False  # text dropout on the strong captions
 
 
-RECIPES = {  # the ablation ladder: one change a line
+RECIPES = {  # the ablation ladder; from "views" on each line adds one thing to the line above
     "plain": Recipe(),
     "strong": Recipe(first="either"),
     "views": Recipe(2),
@@ -226,7 +227,7 @@ RECIPES = {  # the ablation ladder: one change a line
     "smooth": Recipe(2, heads="mlp", text=True, smooth=True),
     "rocket": Recipe(2, heads="mlp", text=True, smooth=True, drop=True),
 }
-EXTRAS = ("none", "siam", "byol", "bar", "swal")
+EXTRAS = ("none", "siam", "byol", "bar", "swal")  # SwALIP is defined without label smoothing, its arm has none
 
 
 def mlp(*dims, last_bn=None, bias=True):
@@ -270,7 +271,8 @@ class Rocket(nn.Module):
         if recipe.heads != "shared":
             own = linear if recipe.heads == "linear" else lambda w: mlp(w, cfg.mlp_hidden, cfg.mlp_hidden, cfg.embed_dim)
             self.h, self.log_s_h = pair(own), nn.Parameter(torch.tensor(math.log(1 / 0.1)))
-        hidden, dim = cfg.extra_hidden, cfg.extra_dim
+        released = (3000, 8192) if extra == "bar" else (2048, 128)
+        hidden, dim = cfg.extra_hidden or released[0], cfg.extra_dim or released[1]
         self.v = self.p = None
         if extra in ("siam", "byol"):
             self.v = pair(lambda w: mlp(w, hidden, dim, last_bn=False, bias=False))
@@ -312,7 +314,11 @@ class Rocket(nn.Module):
 
 # 4. DATA: (image, captions) -> 1 + A views of each -----------------------------------------------------------------------
 class Views:
-    """make(sample, rng) for data.Batches: 1 + A crops, 1 + A captions, and one row of colour parameters a crop."""
+    """make(sample, rng) for data.Batches: 1 + A crops, 1 + A captions, and one row of colour parameters a crop.
+
+    weak    image: crop of area 0.5 to 1, nothing else. caption: without stop-words with probability p_stop
+    strong  image: smaller crop, jitter (0.4, 0.4, 0.4, 0.1) with p 0.8, grey 0.2, blur 0.5, flip 0.5, which are the
+            defaults of augment.Colour. caption: the same, then one edit: synonym 0.4, swap 0.4, deletion 0.2"""
 
     def __init__(self, cfg: Config, recipe: Recipe, tok: Tokenizer, synonyms):
         self.cfg, self.recipe, self.tok, self.synonyms = cfg, recipe, tok, synonyms
@@ -375,7 +381,7 @@ def scene_tests(size):
     tasks = {
         "shape": [[f.format(f"{c} {s}") for f in forms for c in colours] for s in shapes],
         "colour": [[f.format(f"{c} {s}") for f in forms for s in shapes] for c in colours],
-        "texture": [[f"a {t} {c} {s}" for c in colours for s in shapes] for t in textures],
+        "texture": [[forms[0].format(f"{t} {c} {s}".strip()) for c in colours for s in shapes] for t in textures],
         "colour and shape": [[f.format(f"{c} {s}") for f in forms] for c in colours for s in shapes],
     }
     return [Test(scenes.Source(1000, 1_000_003, size, brief=True, objects=(1, 1), grid=1), tasks, True)]
@@ -403,8 +409,7 @@ def open_data(cfg: Config):
         tests.append(Test(labelled, {"classes": prompts}, False, labelled.manifest.get("metric", "top1")))
     if cfg.tokenizer:
         return source, tests, Tokenizer.from_clip(cfg.tokenizer), synonyms
-    texts = source.captions() if cfg.data else [c for captions in source.captions for c in captions]
-    return source, tests, Tokenizer.train(texts, 4096), synonyms
+    return source, tests, Tokenizer.train(source.captions(), 4096), synonyms
 
 
 # 5. EVALUATE -----------------------------------------------------------------------------------------------------------
@@ -444,14 +449,14 @@ def embed_images(model, source, cfg, env):
     for batch in data.in_order(source, make, list, 256, slice(env.rank, None, env.world), cfg.workers):
         if batch:
             x = torch.from_numpy(np.stack([img for img, _ in batch])).to(env.device)
-            f = model.embed("img", augment.normalise(augment.to_float(x)), cfg.ensemble)
-            items += [(r, {k: v[i].cpu() for k, v in f.items()}) for i, (_, r) in enumerate(batch)]
-    items = sorted(ddp.gather_lists(items), key=lambda item: item[0]["key"])
+            f = {k: v.cpu() for k, v in model.embed("img", augment.normalise(augment.to_float(x)), cfg.ensemble).items()}
+            items += [(r, {k: v[i] for k, v in f.items()}) for i, (_, r) in enumerate(batch)]
+    items = sorted(ddp.gather_lists(items) if env.world > 1 else items, key=lambda item: item[0]["key"])
     return {k: torch.stack([f[k] for _, f in items]) for k in items[0][1]}, [r for r, _ in items]
 
 
 def evaluate(model, tests, tok, cfg, env):
-    """Flat dict of percentages for the heads z, h and both: zero-shot top-1 of every task, retrieval R@1, 5, 10 both ways.
+    """Flat dict of percentages for the heads z, h and both: zero-shot score of every task, retrieval R@1, 5, 10 both ways.
 
     zero_shot (mean over the tasks) and retrieval (mean R@1 both ways) are the headlines, of both heads where there are."""
     model.eval()
@@ -463,7 +468,7 @@ def evaluate(model, tests, tok, cfg, env):
             labels = torch.tensor([r["labels"][task] if "labels" in r else r["label"] for r in records])
             for head in f:
                 out[f"{task.replace(' ', '_')}_{head}"] = METRICS[test.metric](f[head] @ w[head].T, labels)
-            headline["zero_shot"].append(out[f"{task.replace(' ', '_')}_{head}"])
+            headline["zero_shot"].append(out[f"{task.replace(' ', '_')}_{list(f)[-1]}"])
         if test.retrieval:
             texts, match = metrics.caption_matches(records)
             f_txt = embed_texts(model, tok, texts, cfg, env.device)
@@ -471,15 +476,17 @@ def evaluate(model, tests, tok, cfg, env):
                 for name, recall in (("text_to_image", metrics.retrieval_recall(f_txt[head], f[head], match)),
                                      ("image_to_text", metrics.retrieval_recall(f[head], f_txt[head], match.T))):  # fmt: skip
                     out.update({f"{name}_r{k}_{head}": v for k, v in recall.items()})
-            headline["retrieval"] += [out[f"{name}_r1_{head}"] for name in ("text_to_image", "image_to_text")]
+            headline["retrieval"] += [out[f"{name}_r1_{list(f)[-1]}"] for name in ("text_to_image", "image_to_text")]
     model.train()
     return {**{k: float(np.mean(v)) for k, v in headline.items() if v}, **out}
 
 
 # 6. TRAIN --------------------------------------------------------------------------------------------------------------
 def method_loss(model, teacher, images, captions, extra, recipe, cfg):
-    """One batch of views -> (loss, parts). Everything the paper compares is in these lines."""
-    out = model(images, captions)
+    """One batch of 1 + A views of images and captions -> (loss, parts): the recipe's loss plus one added loss."""
+    amp = torch.autocast(images[0].device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    with amp:  # the networks only: losses and logits stay in float32
+        out = model(images, captions)
     s_z, s_h = out["scales"]
     gather = ddp.gather_rows if cfg.gather == "grad" else gather_no_grad
     h = (out["h_img"], out["h_txt"])
@@ -488,7 +495,7 @@ def method_loss(model, teacher, images, captions, extra, recipe, cfg):
     loss = 2 * loss if cfg.loss_sum else loss
     pairs = view_pairs(recipe.views)
     if extra in ("siam", "byol"):
-        with torch.no_grad():
+        with torch.no_grad(), amp:
             target = teacher(images, captions) if extra == "byol" else out
         parts["extra"] = siam_loss(out["p_img"], target["v_img"], out["p_txt"], target["v_txt"], pairs)
     elif extra == "bar":
@@ -507,8 +514,8 @@ def train(cfg: Config) -> dict:
     views = Views(cfg, recipe, tok, synonyms)
     ddp.reseed(cfg.seed, 0, 0)  # the same initial weights on every process
     model = Rocket(cfg, recipe, extra, len(tok)).to(env.device, memory_format=torch.channels_last)
-    teacher = copy.deepcopy(model).requires_grad_(False) if extra == "byol" else None
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
+    teacher = copy.deepcopy(model).requires_grad_(False) if extra == "byol" else None  # with the wrapped model's batch norm
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, (0.9, 0.98), 1e-8, fused=True)
     state = {"model": model, "opt": opt, **({"teacher": teacher} if teacher else {})}
     start, best = ckpt.resume(out / "last.pt", cfg, **state) if cfg.resume else (0, {})
@@ -522,8 +529,7 @@ def train(cfg: Config) -> dict:
         optim.set_lr(opt, optim.warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr, 1e-6, 1e-5))
         for _ in range(cfg.accum):
             images, captions = to_device(next(batches), env.device)
-            with torch.autocast(env.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-                loss, parts = method_loss(wrapped, teacher, images, captions, extra, recipe, cfg)
+            loss, parts = method_loss(wrapped, teacher, images, captions, extra, recipe, cfg)
             (loss / cfg.accum).backward()
         if cfg.grad_clip:
             nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
@@ -543,11 +549,11 @@ def train(cfg: Config) -> dict:
         if due:
             scales = dict(zip(("s_z", "s_h"), model.scales()))
             log.write(step, **ddp.mean({"loss": loss, **parts, **scales}), lr=opt.param_groups[0]["lr"], bad=batches.bad)
-        if cfg.eval_every and done % cfg.eval_every == 0 and not last:
-            scores = evaluate(model, tests, tok, cfg, env)
-            log.write(step, **scores)
-            score = next(v for k, v in scores.items() if k.endswith("_z"))  # the released code's choice: the z head
-            if env.is_main and score > best.get("score", -1.0):
+        if last or (cfg.eval_every and done % cfg.eval_every == 0):
+            result = evaluate(model, tests, tok, cfg, env)
+            log.write(step, **result)
+            score = result.get("zero_shot", result.get("retrieval"))
+            if env.is_main and cfg.eval_every and score > best.get("score", -1.0):  # chosen on the test set: kept, not reported
                 best = {"score": score, "step": done}
                 ckpt.export(out / "best.safetensors", model.state_dict(), **best)
         log.tick(step)
@@ -557,8 +563,8 @@ def train(cfg: Config) -> dict:
         if leave:
             log.close()
             raise KeyboardInterrupt
-    result = evaluate(model, tests, tok, cfg, env)
-    log.write(cfg.steps, **result)
+    if start == cfg.steps:  # killed between the last update and the report
+        result = evaluate(model, tests, tok, cfg, env)
     if env.is_main:
         ckpt.export(out / "model.safetensors", model.state_dict(), recipe=cfg.recipe, extra=extra)
         tok.save(out / "merges.txt")
@@ -572,21 +578,21 @@ def train(cfg: Config) -> dict:
 def draw_views(source, views, path):
     """What the recipe makes of four pairs."""
     cells, labels = [], []
-    for row in range(4):
-        sample = source.read(0, row)
-        images, rows, ids = views.collate([views(sample, np.random.default_rng(row))])
+    good = (s for batch in data.in_order(source, lambda s: s, list, 1) for s in batch)
+    for i, sample in enumerate(itertools.islice(good, 4)):
+        images, rows, ids = views.collate([views(sample, np.random.default_rng(i))])
         images = [augment.apply_colour(augment.to_float(x), r)[0] for x, r in zip(images, rows)]
         cells += [sample["image"], *[(x.permute(1, 2, 0) * 255).byte().numpy() for x in images]]
         labels += [sample["captions"][0], *[views.tok.decode(t[0]) for t in ids]]
     title = "original  |  weak view" + "  |  strong view" * views.recipe.views
-    plot.save(plot.grid(cells, len(cells) // 4, labels, title=title, cell=170, rows_of_text=4), path)
+    plot.save(plot.grid(cells, 2 + views.recipe.views, labels, title=title, cell=170, rows_of_text=4), path)
 
 
-def draw_retrieval(model, source, tok, cfg, device, path, queries=6):
+def draw_retrieval(model, source, tok, cfg, device, path):
     """For six captions the five nearest pictures, right ones framed in green."""
     model.eval()
     f, records = embed_images(model, source, cfg, ddp.Env(0, 1, device))  # rank 0 alone
-    head, pick = list(f)[-1], [i * len(records) // queries for i in range(queries)]
+    head, pick = list(f)[-1], [i * len(records) // 6 for i in range(6)]
     f_txt = embed_texts(model, tok, [records[i]["captions"][0] for i in pick], cfg, device)[head]
     place = {source.record(s, r)["key"]: (s, r) for s, size in enumerate(source.sizes) for r in range(size)}
     cells, labels, marks = [], [], []
@@ -643,9 +649,10 @@ def report(cfg, recipes, extras, scores):
             if added:
                 one, mean = scores[recipe, "none"][key], float(np.mean([scores[recipe, e][key] for e in added]))
                 rows.append([words, one, mean, f"{mean - one:+.1f}", paper])
+    if rows:
         print("\n" + table(rows, [f"claim ({key.replace('_', '-')})", "baseline", "method", "difference", "paper"]))
     curves = {}
-    for (r, e), _ in scores.items():
+    for r, e in scores:
         lines = map(json.loads, (Path(cfg.out_dir) / f"{r}_{e}" / "log.jsonl").read_text().splitlines())
         points = [(line["step"], line["weak"]) for line in lines if "weak" in line]
         curves[f"{r} + {e}" if e != "none" else r] = tuple(map(list, zip(*points)))
@@ -653,7 +660,7 @@ def report(cfg, recipes, extras, scores):
     if not cfg.data:
         source = scenes.Source(32, cfg.seed, cfg.image_size, brief=True, objects=(1, 1), grid=1)
         Path(cfg.out_dir, "samples").mkdir(exist_ok=True)
-        labels = [captions[0] for captions in source.captions]
+        labels = [texts[0] for texts in source.texts]
         sheet = plot.grid(list(source.images), 8, labels, title="training pairs", cell=110, rows_of_text=4)
         plot.save(sheet, Path(cfg.out_dir, "samples", "scenes.png"))
     print(f"\npictures, curves and weights: {cfg.out_dir}")
@@ -664,7 +671,8 @@ def report(cfg, recipes, extras, scores):
 _PAPER = dict(steps=96_900, batch_size=4096, lr=3e-3, wd=0.1, warmup=3_000, dtype="bfloat16", workers=12, log_every=50,
               eval_every=3_000, save_every=1_000, recipe="rocket", extra="none", text_drop=0.05, loss_sum=True,
               strong_scale=0.08, jitter="full", image_size=224, backbone="resnet50", text_width=512, text_depth=12,
-              text_heads=8, embed_dim=256, mlp_hidden=4096, extra_hidden=2048, out_dir="runs/clip_recipe_cc12m")  # fmt: skip
+              text_heads=8, embed_dim=256, mlp_hidden=4096, extra_hidden=0, extra_dim=0,
+              out_dir="runs/clip_recipe_cc12m")  # fmt: skip
 PRESETS = {
     "smoke": dict(steps=8, batch_size=16, warmup=2, pairs=64, text_depth=1, extra="none,siam", log_every=2, save_every=4,
                   out_dir="runs/clip_recipe_smoke"),
