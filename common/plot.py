@@ -34,10 +34,11 @@ def wrap(text: str, width: float, face) -> list[str]:
 def grid(images, cols: int, labels=None, marks=None, title: str = "", cell: int = 96, rows_of_text: int = 2) -> Image.Image:
     """images: (H, W, 3) uint8 arrays or PIL images, shown `cell` px wide (small ones enlarged without smoothing).
 
-    labels: a text under each, wrapped; marks: a frame colour or None for each; title: above all."""
+    labels: a text under each, in at most rows_of_text lines; marks: a frame colour or None for each; title: above all."""
     face, head = font(13), font(18)
     pad, line = 10, 17
-    depth = line * rows_of_text + 6 if labels is not None else 0
+    texts = [wrap(t, cell, face) for t in labels or []]
+    depth = line * min(rows_of_text, max(map(len, texts))) + 6 if texts else 0
     rows = math.ceil(len(images) / cols)
     top = 38 if title else pad
     out = Image.new("RGB", (pad + cols * (cell + pad), top + rows * (cell + depth + pad)), PAPER)
@@ -53,8 +54,8 @@ def grid(images, cols: int, labels=None, marks=None, title: str = "", cell: int 
         out.paste(img, (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2))
         if marks is not None and marks[i] is not None:
             draw.rectangle((x - 3, y - 3, x + cell + 2, y + cell + 2), outline=marks[i], width=3)
-        if labels is not None:
-            lines = wrap(labels[i], cell, face)
+        if texts:
+            lines = texts[i]
             if len(lines) > rows_of_text:
                 lines = [*lines[: rows_of_text - 1], lines[rows_of_text - 1] + " ..."]
             for j, text in enumerate(lines):
