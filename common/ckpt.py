@@ -56,16 +56,19 @@ def resume(path, cfg, **objects) -> tuple[int, dict]:
         return 0, {}
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-        old = data["config"]
+        old = dict(data["config"])
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of this project ({type(error).__name__}); move it away") from error
     new, differ = asdict(cfg), _differences(old, cfg)
     if differ:
         what = ", ".join(f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in differ[:3])
         raise ValueError(f"{path} holds a run with other settings ({what}); choose another --out_dir or --no-resume")
-    for key, obj in objects.items():
-        obj.load_state_dict(data[key])
-    return data["step"], data["extra"]
+    try:
+        for key, obj in objects.items():
+            obj.load_state_dict(data[key])
+        return data["step"], data["extra"]
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); move it away") from error
 
 
 def _differences(old: dict, cfg) -> list[str]:

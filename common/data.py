@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")  # and not EPS, which would start a PostScript interpreter
 MAX_PIXELS = 89_478_485  # 8,192 x 10,923: refuse decompression bombs
 
 
@@ -38,7 +39,7 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own bomb warning; the bound below decides
-            img = Image.open(io.BytesIO(data))
+            img = Image.open(io.BytesIO(data), formats=FORMATS)
             if img.width * img.height > max_pixels:
                 raise BadSample(f"{name}: {img.width} x {img.height} pixels exceed the bound of {max_pixels}")
             img.load()
@@ -65,8 +66,7 @@ class Shards:
         self.folder, self.keep = Path(folder), keep
         if not self.folder.is_dir():
             raise ValueError(f"data folder {folder} does not exist; make one with a script of data_prep/")
-        path = self.folder / "manifest.json"
-        self.manifest = json.loads(path.read_text()) if path.exists() else {}
+        self.manifest = self._read_manifest()
         names = [s["name"] for s in self.manifest.get("shards", [])] or sorted(p.name for p in self.folder.glob("*.tar"))
         names = [n for n in names if not split or n.startswith(f"{split}-")]
         if not names:
@@ -78,6 +78,22 @@ class Shards:
         empty = [n for n, size in zip(names, self.sizes) if not size and n not in counts]
         if empty or not sum(self.sizes):
             raise ValueError(f"{self.folder / (empty or names)[0]} holds no samples; delete it or prepare the data again")
+
+    def _read_manifest(self) -> dict:
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            return {}
+        try:
+            manifest = json.loads(path.read_text("utf-8"))
+            for s in manifest.get("shards", []):
+                (self.folder / Path(s["name"]).name).stat()
+                if not 0 <= s["count"] <= 10_000_000:
+                    raise ValueError(f"{s['name']} cannot hold {s['count']} samples")
+        except FileNotFoundError as error:
+            raise ValueError(f"{path} lists {Path(error.filename).name}, which is not there; prepare the data again") from error
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({error}); prepare the data again") from error
+        return manifest
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -104,11 +120,13 @@ class Shards:
             try:
                 with tarfile.open(path, "r:") as tar:
                     for m in tar:
+                        if m.size < 0:
+                            raise tarfile.TarError("a member has a negative size")
                         stem, dot, ext = m.name.rpartition("/")[2].partition(".")
                         if m.isfile() and dot:
                             key = m.name[: len(m.name) - len(ext) - 1]
                             samples.setdefault(key, {})[ext.lower()] = (m.offset_data, m.size)
-            except (tarfile.TarError, EOFError) as error:
+            except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
                 if not samples:  # a shard cut short still gives its whole members
                     raise ValueError(f"{path} is not a tar file ({error}); prepare the data again") from error
             if len(self.open) >= self.keep:
@@ -142,7 +160,7 @@ class Shards:
                 fields = json.loads(parts[".json"][1])
                 if not isinstance(fields, dict):
                     raise BadSample(f"{self.names[shard]}:{key}.json is not an object")
-                out.update(fields)
+                out = {**fields, "key": key}
             if parts[".txt"]:
                 out["captions"] = [parts[".txt"][1].decode("utf-8").strip()]
             if parts[".cls"]:
@@ -151,6 +169,9 @@ class Shards:
             raise BadSample(f"{self.names[shard]}:{key}: unreadable record ({error})") from error
         if "caption" in out and "captions" not in out:
             out["captions"] = [out["caption"]]
+        texts, label = out.get("captions", []), out.get("label", 0)
+        if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts) or not isinstance(label, int):
+            raise BadSample(f"{self.names[shard]}:{key}: captions must be a list of texts, a label a whole number")
         return out
 
     def read(self, shard: int, row: int) -> dict:

@@ -69,8 +69,8 @@ class RunLog:
         if os.path.exists(path):
             for line in Path(path).read_text().splitlines():
                 try:
-                    out.append(json.loads(line))
-                except json.JSONDecodeError:  # the line that a kill cut short
+                    out.append({"step": int(json.loads(line)["step"]), **json.loads(line)})
+                except (ValueError, TypeError, KeyError):  # the line that a kill cut short
                     break
         return out
 

@@ -17,6 +17,7 @@ import gzip
 import html
 import os
 import unicodedata
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -91,10 +92,13 @@ class Tokenizer:
         path = path / "merges.txt" if path.is_dir() else path
         try:
             data = gzip.open(path, "rt", encoding="utf-8").read() if path.suffix == ".gz" else path.read_text("utf-8")
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} is not a merges file in UTF-8 text, plain or gzip ({error})") from error
         pairs = [tuple(line.split(" ")) for line in data.splitlines()[1:] if line.strip()][:limit]
-        bad = next((i for i, pair in enumerate(pairs) if len(pair) != 2), None)
+        known = {c for _, c in _byte_symbols()}
+        bad = next(
+            (i for i, p in enumerate(pairs) if len(p) != 2 or not known.issuperset("".join(p).replace("</w>", ""))), None
+        )
         if bad is not None or not pairs:
             raise ValueError(f"{path}: line {(bad or 0) + 2} is not a pair of symbols; expected CLIP's merges file")
         return cls(pairs, **options)
@@ -139,7 +143,11 @@ class Tokenizer:
     def clean(self, text: str) -> str:
         text = self.fix_text(text) if self.fix_text else text
         text = text if text.isascii() else text.translate(TYPOGRAPHY)
-        text = html.unescape(html.unescape(text)) if "&" in text else text
+        if "&" in text:
+            try:
+                text = html.unescape(html.unescape(text))
+            except ValueError:  # "&#" and thousands of digits
+                pass
         return " ".join(text.split()).lower()
 
     def _spell(self, word: str) -> list[str]:

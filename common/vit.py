@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -38,6 +39,8 @@ ACTS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"attention: width {dim} needs a multiple of {heads} heads")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)  # rows ordered q, k, v in every published layout
         self.proj = nn.Linear(dim, dim)
@@ -113,8 +116,8 @@ class ViT(nn.Module):
                  patch_bias=True, norm_pre=False, layer_scale=False, swiglu=False, registers=0,
                  pos_rule="antialias"):  # fmt: skip
         super().__init__()
-        if width % heads or image_size % patch:
-            raise ValueError(f"ViT: width {width} needs a multiple of {heads} heads, image {image_size} of patch {patch}")
+        if patch < 1 or image_size < patch or image_size % patch:
+            raise ValueError(f"ViT: image {image_size} is not a multiple of the patch {patch}")
         self.patch, self.width, self.registers, self.pos_rule = patch, width, registers, pos_rule
         self.out_dim = out_dim or width
         self.patch_embed = nn.Conv2d(3, width, patch, patch, bias=patch_bias)
@@ -221,8 +224,11 @@ def _init(m):
 # Published weights --------------------------------------------------------------------------------------------------
 
 
-def read_weights(path) -> tuple[dict[str, torch.Tensor], dict]:
-    """A weight file, or a folder that holds one -> (state dict in fp32 on the CPU, config.json beside it or {})."""
+def read_weights(path, trust_torchscript: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
+    """A weight file, or a folder that holds one -> (state dict in fp32 on the CPU, config.json beside it or {}).
+
+    OpenAI's .pt files are TorchScript archives, and loading such a file may run code of its author: they are refused unless
+    trust_torchscript says that you know where yours comes from."""
     path = Path(path)
     if path.is_dir():
         names = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
@@ -235,24 +241,32 @@ def read_weights(path) -> tuple[dict[str, torch.Tensor], dict]:
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
+        elif zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+            if not trust_torchscript:
+                raise ValueError(
+                    "it is a TorchScript archive, which may hold code; pass trust_torchscript=True if you trust it"
+                )
+            state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except RuntimeError:  # OpenAI's .pt files are TorchScript archives
-                state = torch.jit.load(path, map_location="cpu").state_dict()
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable weight file: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is not a readable weight file: {(str(error).splitlines() or [''])[0]}") from error
     except Exception as error:  # pickle.UnpicklingError and its kin: not tensors only
         raise ValueError(f"{path} holds more than tensors and is refused; convert it to safetensors") from error
     for key in ("state_dict", "teacher", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors by name")
+    named = state.items() if isinstance(state, dict) else ()
+    tensors = {k: v for k, v in named if isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided}
+    if not tensors or any(v.is_quantized or v.is_meta for v in tensors.values()):
+        raise ValueError(f"{path} holds no ordinary tensors by name")
     config = {}
     for name in ("config.json", "open_clip_config.json"):
         if (path.parent / name).exists():
-            config = json.loads((path.parent / name).read_text())
+            try:
+                config = json.loads((path.parent / name).read_text("utf-8"))
+                config = {k: v for k, v in config.items() if isinstance(v, dict)}
+            except (ValueError, RecursionError, AttributeError) as error:
+                raise ValueError(f"{path.parent / name} is not a JSON object") from error
     return {re.sub(r"^(module\.)?(backbone\.)?", "", k): v.float() for k, v in tensors.items()}, config
 
 
@@ -321,16 +335,18 @@ _HF_DINO = [
 ]  # fmt: skip
 
 
-def load_clip(path, act: str = "") -> CLIP:
+def load_clip(path, act: str = "", trust_torchscript: bool = False) -> CLIP:
     """CLIP weights of OpenAI (.pt or safetensors), open_clip or Hugging Face; the layout is told by the keys.
 
     act: "quick_gelu" or "gelu". The weights do not tell, and the wrong one loads and silently lowers accuracy, so it is
     read from config.json beside them, or must be given. OpenAI, laion400m and metaclip weights are quick_gelu; LAION-2B
     and DataComp weights are gelu."""
-    state, config = read_weights(path)
+    state, config = read_weights(path, trust_torchscript)
     drop = r"input_resolution$|context_length$|vocab_size$|position_ids$|^attn_mask$|^text\.attn_mask$"
     state = {k: v for k, v in state.items() if not re.search(drop, k)}
     vision_cfg, text_cfg = config.get("vision_config", {}), config.get("text_config", {})
+    if any(v.ndim == 0 and not k.startswith("logit_") for k, v in state.items()):
+        raise ValueError(f"{path} holds single numbers where CLIP has matrices")
     if "vision_model.embeddings.class_embedding" in state:
         state = _fuse_qkv(_rename(state, _HF))
         act = act or vision_cfg.get("hidden_act", "")
@@ -363,8 +379,8 @@ def load_clip(path, act: str = "") -> CLIP:
         text = TextTransformer(state["text.token_embed.weight"].shape[0], context, text_width, sizes["text"],
                                text_cfg.get("num_attention_heads", text_width // 64),
                                state["text.proj.weight"].shape[0], act)  # fmt: skip
-    except KeyError as error:
-        raise ValueError(f"{path} is an incomplete CLIP: {error.args[0]} is missing") from error
+    except (KeyError, TypeError, ZeroDivisionError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{path} is an incomplete CLIP: {type(error).__name__}: {error}") from error
     return _load(CLIP(visual, text, "logit_bias" in state), state, path, "CLIP")
 
 
@@ -381,12 +397,15 @@ def load_dino(path) -> ViT:
     if "patch_embed.weight" not in state or "pos_embed" not in state:
         raise ValueError(f"{path} is not a DINO ViT: patch_embed.proj.weight or pos_embed is missing; it has "
                          f"{', '.join(list(state)[:4])}, ...")  # fmt: skip
-    width, _, patch, _ = state["patch_embed.weight"].shape
-    grid, scaled = math.isqrt(state["pos_embed"].shape[1] - 1), "blocks.0.ls1" in state
-    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    swiglu = "blocks.0.mlp.w12.weight" in state
-    hidden = state["blocks.0.mlp.w3.weight"].shape[1] if swiglu else 4 * width
-    depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
-    model = ViT(grid * patch, patch, width, depth, max(1, width // 64), hidden, layer_scale=scaled, swiglu=swiglu,
-                registers=registers, pos_rule="antialias" if registers else "offset")  # fmt: skip
+    try:
+        width, _, patch, _ = state["patch_embed.weight"].shape
+        grid, scaled = math.isqrt(state["pos_embed"].shape[1] - 1), "blocks.0.ls1" in state
+        registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+        swiglu = "blocks.0.mlp.w12.weight" in state
+        hidden = state["blocks.0.mlp.w3.weight"].shape[1] if swiglu else 4 * width
+        depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+        model = ViT(grid * patch, patch, width, depth, max(1, width // 64), hidden, layer_scale=scaled, swiglu=swiglu,
+                    registers=registers, pos_rule="antialias" if registers else "offset")  # fmt: skip
+    except (KeyError, ValueError, ZeroDivisionError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{path} is an incomplete DINO ViT: {type(error).__name__}: {error}") from error
     return _load(model, state, path, "a DINO ViT")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import lzma
 import os
+import re
 import tarfile
 import zipfile
 import zlib
@@ -22,6 +24,8 @@ from tqdm import tqdm
 
 from common.data import BadSample, decode_image
 from common.log import write_json
+
+MAX_BYTES = 256 << 20  # of one input file: refuse zip bombs
 
 
 class Files:
@@ -37,16 +41,18 @@ class Files:
         else:
             try:
                 archive = zipfile.ZipFile(path)
-            except zipfile.BadZipFile as error:
+            except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
                 raise ValueError(f"{path} is neither a folder nor a zip file") from error
             self.names = sorted(n for n in archive.namelist() if not n.endswith("/"))
             self.read = lambda name: self._member(archive, name)
 
     @staticmethod
     def _member(archive, name):
+        if archive.getinfo(name).file_size > MAX_BYTES:
+            raise BadSample(f"{name}: larger than {MAX_BYTES >> 20} MiB", "too large")
         try:
             return archive.read(name)
-        except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, RuntimeError) as error:
             raise BadSample(f"{name}: damaged in the zip file ({error})") from error
 
 
@@ -56,21 +62,30 @@ def checked_image(data: bytes, name: str, max_side: int = 0, min_side: int = 1) 
     img = decode_image(data, name)
     if min(img.size) < min_side:
         raise BadSample(f"{name}: {img.width} x {img.height} pixels", "too small")
-    with Image.open(io.BytesIO(data)) as head:
-        kind, mode = head.format, head.mode
-    if max_side and max(img.size) > max_side:
-        img.thumbnail((max_side, max_side), Image.LANCZOS)
-        out = io.BytesIO()
-        img.save(out, "JPEG", quality=90)
-        return "jpg", out.getvalue()
-    if kind in ("JPEG", "PNG", "WEBP") and mode == "RGB":
-        return {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind], data
-    return "png", png(img)
+    try:
+        with Image.open(io.BytesIO(data)) as head:
+            kind, mode = head.format, head.mode
+        if max_side and max(img.size) > max_side:
+            img.thumbnail((max_side, max_side), Image.LANCZOS)
+            out = io.BytesIO()
+            clean(img).save(out, "JPEG", quality=90)
+            return "jpg", out.getvalue()
+        if kind in ("JPEG", "PNG", "WEBP") and mode == "RGB":
+            return {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind], data
+        return "png", png(img)
+    except (OSError, ValueError, TypeError) as error:
+        raise BadSample(f"{name}: cannot be written again ({error})") from error
+
+
+def clean(img: Image.Image) -> Image.Image:
+    """The pixels without comments, profiles and other baggage, some of which Pillow cannot write."""
+    img.info = {}
+    return img
 
 
 def png(img: Image.Image) -> bytes:
     out = io.BytesIO()
-    img.save(out, "PNG")
+    clean(img).save(out, "PNG")
     return out.getvalue()
 
 
@@ -86,6 +101,11 @@ def prepare(folder, splits: dict[str, list], make, per_shard: int = 1000, mapper
     splits: name -> list of items; make(item) -> (key, image extension, image bytes, record), or BadSample (counted by kind);
     mapper: map, or a pool's that keeps the order; identity: the settings that shape the output; about: source, licence,
     classes, ... kept in the manifest. ValueError if the folder holds data of other items or settings."""
+    if not str(folder):
+        raise ValueError("--out is empty; name the folder to write")
+    for name in splits:
+        if not re.fullmatch(r"[A-Za-z0-9_]{1,40}", name):
+            raise ValueError(f"split {str(name)[:40]!r} is not a plain name of letters, digits and _")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "manifest.json"
@@ -162,6 +182,8 @@ def summary(folder, manifest: dict) -> None:
 
 def shuffled_splits(items: list, sizes: dict[str, int], seed: int = 0) -> dict[str, list]:
     """Fixed-seed split: sizes of all but the first split, which gets the rest. Each split keeps the sorted order."""
+    if min([0, *(n for name, n in sizes.items() if name != next(iter(sizes)))]) < 0:
+        raise ValueError("a split cannot have a negative number of items")
     order = np.random.default_rng(seed).permutation(len(items)).tolist()
     first, *others = sizes
     out, at = {}, 0

@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def read_table(path, *columns) -> list[tuple[str, ...]]:
         text = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"table {path} does not exist") from None
-    except (UnicodeDecodeError, OSError, EOFError) as error:
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"table {path} is not UTF-8 text: {error}") from error
     head = text.split("\n", 1)[0]
     tab = "\t" in head

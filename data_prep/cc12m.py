@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def read_table(path, limit) -> list[tuple[int, str, str]]:
                     rows.append((number, url, next(p for p in parts if p != url or parts.count(url) > 1)))
     except FileNotFoundError:
         raise ValueError(f"table {path} does not exist") from None
-    except (UnicodeDecodeError, OSError, EOFError) as error:
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"table {path} is not UTF-8 text: {error}") from error
     if not rows:
         raise ValueError(f"table {path} has no line with an http address and a caption, separated by a tab")
@@ -61,14 +62,14 @@ def read_table(path, limit) -> list[tuple[int, str, str]]:
 
 def download(url: str, cfg: Config) -> bytes:
     """One address -> bytes, or BadSample whose kind is the reason."""
-    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (compatible; dataset preparation)"})
-    for attempt in range(cfg.retries + 1):
+    agent = {"User-Agent": "Mozilla/5.0 (compatible; dataset preparation)"}
+    for attempt in range(max(0, cfg.retries) + 1):
         if attempt:
             time.sleep(min(8.0, 0.5 * 2**attempt))
         began, parts, size = time.monotonic(), [], 0
         try:
-            with urllib.request.urlopen(request, timeout=cfg.timeout) as answer:
-                while part := answer.read(1 << 16):
+            with urllib.request.urlopen(urllib.request.Request(url, headers=agent), timeout=cfg.timeout) as answer:
+                while part := answer.read1(1 << 16):
                     parts.append(part)
                     size += len(part)
                     if size > cfg.max_mb * 2**20:

@@ -9,11 +9,14 @@ is CLASS.webp (or .png) with 25 tiles of 32 x 32 a row. labels.json: {"fine", "c
 Learning Multiple Layers of Features from Tiny Images, A. Krizhevsky, 2009; no licence stated, the authors ask for a citation.
 """
 
+import codecs
 import io
 import json
+import lzma
 import pickle
 import sys
 import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,16 +39,28 @@ class Config:
     prompts: str = ""  # file.json:KEY with a list "templates" under KEY
 
 
-class ArraysOnly(pickle.Unpickler):
-    """Refuses every global but those that rebuild a numpy array."""
+def _array(*args):
+    """Stands for numpy's _reconstruct: always an empty byte array, which the pickle then fills."""
+    return np.ndarray((0,), np.uint8)
 
-    ALLOWED = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
-               ("numpy", "dtype"), ("_codecs", "encode")}  # fmt: skip
+
+def _dtype(kind, *args):
+    if kind not in ("u1", "|u1", b"u1"):
+        raise pickle.UnpicklingError(f"a CIFAR batch holds bytes, not numpy's {kind}")
+    return np.dtype(np.uint8)
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Numbers, texts and byte arrays. Every other global is refused, and numpy's own constructors are replaced: with a
+    free choice of dtype and buffer they could be made to follow a forged pointer."""
+
+    ALLOWED = {("numpy.core.multiarray", "_reconstruct"): _array, ("numpy._core.multiarray", "_reconstruct"): _array,
+               ("numpy", "ndarray"): object, ("numpy", "dtype"): _dtype, ("_codecs", "encode"): codecs.encode}  # fmt: skip
 
     def find_class(self, module, name):
         if (module, name) not in self.ALLOWED:
             raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a CIFAR batch")
-        return super().find_class(module, name)
+        return self.ALLOWED[module, name]
 
 
 def unpickle(data: bytes, what: str) -> dict:
@@ -63,8 +78,8 @@ def from_archive(path):
             for m in tar:
                 if m.isfile():
                     files[m.name.rpartition("/")[2]] = tar.extractfile(m).read()
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"--archive {path} is not a tar archive: {error}") from error
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, RecursionError) as error:
+        raise ValueError(f"--archive {path} is not a tar archive: {str(error).splitlines()[:1]}") from error
     fine = "train" in files
     train = ["train"] if fine else [f"data_batch_{i}" for i in range(1, 6)]
     plan = {"train": train, "test": ["test" if fine else "test_batch"]}
@@ -108,7 +123,15 @@ def from_mosaics(cfg):
 def run(cfg: Config) -> dict:
     if not cfg.archive and not (cfg.train_zip and cfg.test_zip and cfg.labels):
         raise ValueError("give --archive, or --train_zip, --test_zip and --labels")
-    sets, fine, coarse = from_archive(cfg.archive) if cfg.archive else from_mosaics(cfg)
+    try:
+        sets, fine, coarse = from_archive(cfg.archive) if cfg.archive else from_mosaics(cfg)
+        for x, y, c in sets.values():
+            if x.dtype != np.uint8 or len(x) != len(y) or not all(0 <= v < len(fine) for v in y) or (c and len(c) != len(y)):
+                raise ValueError("images and labels do not fit each other")
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        if isinstance(error, ValueError) and str(error)[:1] in "-/.":  # it names its file already
+            raise
+        raise ValueError(f"{cfg.archive or cfg.labels} has not CIFAR's form ({type(error).__name__}: {error})") from error
 
     def make(item):
         split, i = item

@@ -11,7 +11,9 @@ has a licence of its own, kept in its record.
 
 import gzip
 import json
+import math
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +38,7 @@ def read_json(path) -> dict:
         return json.loads(gzip.decompress(raw) if str(path).endswith(".gz") else raw)
     except FileNotFoundError:
         raise ValueError(f"annotations {path} do not exist") from None
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, RecursionError, zlib.error) as error:
         raise ValueError(f"annotations {path} are not json: {error}") from error
 
 
@@ -71,7 +73,10 @@ def gather(paths, split) -> tuple[dict[str, dict], list[str]]:
 
 
 def run(cfg: Config) -> dict:
-    images, classes = gather(cfg.annotations.split(","), cfg.split)
+    try:
+        images, classes = gather(cfg.annotations.split(","), cfg.split)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{cfg.annotations} has not COCO's form: {type(error).__name__}: {error}") from error
     files = Files(cfg.images)
     by_name = {n.rpartition("/")[2]: n for n in files.names} | {n: n for n in files.names}
 
@@ -80,14 +85,19 @@ def run(cfg: Config) -> dict:
         if stored is None:
             raise BadSample(f"{name} is not in {cfg.images}", "without image")
         ext, blob = checked_image(files.read(stored), name, cfg.max_side)
-        scale = decode_image(blob, name).width / entry["width"]
         boxes = []
-        for a in entry["instances"]:
-            x, y, w, h = (v * scale for v in a["bbox"])
-            seg = a.get("segmentation")
-            seg = [[round(v * scale, 2) for v in polygon] for polygon in seg] if isinstance(seg, list) else seg
-            boxes.append({"label": a["name"], "box": [round(v, 2) for v in (x, y, x + w, y + h)],
-                          "iscrowd": a.get("iscrowd", 0), "segmentation": seg})  # fmt: skip
+        try:
+            scale = decode_image(blob, name).width / entry["width"]
+            for a in entry["instances"]:
+                x, y, w, h = (v * scale for v in a["bbox"])
+                seg = a.get("segmentation")
+                seg = [[round(v * scale, 2) for v in polygon] for polygon in seg] if isinstance(seg, list) else seg
+                box = [round(v, 2) for v in (x, y, x + w, y + h)]
+                if not all(map(math.isfinite, box)):
+                    raise ValueError(f"box {box}")
+                boxes.append({"label": a["name"], "box": box, "iscrowd": a.get("iscrowd", 0), "segmentation": seg})
+        except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+            raise BadSample(f"{name}: annotation is not COCO's ({type(error).__name__}: {error})", "annotation") from error
         record = {"captions": entry["captions"], "boxes": boxes, "licence": entry["licence"], "source": name}
         return Path(name).stem, ext, blob, record
 

@@ -39,7 +39,7 @@ def read_names(path) -> dict[str, str]:
         if path.endswith(".json"):
             return {c["wnid"]: c["names"] for c in json.loads(text)}
         return dict(line.split(" ", 1) for line in text.splitlines() if line.strip())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"--names {path} cannot be read: {error}") from error
 
 
@@ -47,8 +47,11 @@ def read_prompts(spec: str) -> dict:
     """'file.json:KEY' -> {"classes": [...], "templates": [...]}"""
     path, _, key = spec.rpartition(":")
     try:
-        return json.loads(Path(path).read_text("utf-8"))[key]
-    except (OSError, ValueError, KeyError) as error:
+        entry = json.loads(Path(path).read_text("utf-8"))[key]
+        if not all(isinstance(t, str) and t.count("{}") == 1 == t.count("{") for t in entry["templates"]):
+            raise ValueError("templates must be a list of texts with one {} each")
+        return entry
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"--prompts {spec} must be FILE.json:KEY ({type(error).__name__}: {error})") from error
 
 

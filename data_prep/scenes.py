@@ -30,6 +30,9 @@ class Config:
 
 
 def run(cfg: Config) -> dict:
+    if not (1 <= cfg.objects <= 3 and cfg.size >= 16 and min(cfg.splits().values()) >= 0):
+        raise ValueError("--objects must be 1 to 3, --size at least 16, and no split negative")
+
     def make(item):
         split, index = item
         s = scenes.scene(index, 3 * cfg.seed + list(cfg.splits()).index(split), (1, cfg.objects))

@@ -464,6 +464,10 @@ def evaluate(model, tests, tok, cfg, env):
     for test in tests:
         f, records = embed_images(model, test.source, cfg, env)
         for task, prompts in test.tasks.items():
+            if not all("labels" in r or "label" in r for r in records):
+                raise ValueError(
+                    f"--eval_data {cfg.eval_data} has pictures without a label; prepare it with data_prep/imagenet.py"
+                )
             w = class_weights(model, tok, prompts, cfg, env.device)
             labels = torch.tensor([r["labels"][task] if "labels" in r else r["label"] for r in records])
             for head in f:
@@ -607,10 +611,17 @@ def draw_retrieval(model, source, tok, cfg, device, path):
     model.train()
 
 
+ZERO_IS_FINE = ("seed", "warmup", "workers", "eval_every", "strong_size", "extra_hidden", "extra_dim")
+
+
 def run(cfg: Config) -> dict:
     """All arms of --recipe x --extra side by side, each in its own folder; finished arms are kept. Prints the claim."""
     recipes = list(RECIPES) if cfg.recipe == "ladder" else cfg.recipe.split(",")
     extras = list(EXTRAS) if cfg.extra == "all" else cfg.extra.split(",")
+    sizes = [f for f in Config.__dataclass_fields__ if type(getattr(cfg, f)) is int and f not in ZERO_IS_FINE]
+    for field in sizes:
+        if getattr(cfg, field) < 1:
+            raise ValueError(f"--{field} {getattr(cfg, field)} must be at least 1")
     choices = {"gather": ("grad", "no_grad"), "dtype": ("float32", "bfloat16"), "captions": ("single", "multi"),
                "jitter": ("light", "full")}  # fmt: skip
     asked = [("recipe", r, RECIPES) for r in recipes] + [("extra", e, EXTRAS) for e in extras]

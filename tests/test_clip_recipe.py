@@ -502,6 +502,8 @@ def test_help_shows_every_field():
     (["--backbone", "vgg"], ["vgg is unknown"]),
     (["--dtype", "float8"], ["float8 is unknown"]),
     (["--accum", "3"], ["16", "3"]),
+        (["--log_every", "0"], ["--log_every 0 must be at least 1"]),
+        (["--text_heads", "3"], ["multiple of 3 heads"]),
     (["--backbone", "vit", "--heads", "5"], ["multiple of 5 heads"]),
 ])  # fmt: skip
 def test_wrong_input_is_one_sentence(args, words, tmp_path):

@@ -203,3 +203,34 @@ def test_manifest_names_what_was_written(folder):
     m = json.loads((folder / "manifest.json").read_text())
     assert m["counts"] == {"train": 25, "test": 3} and m["complete"] and len(m["shards"]) == 5
     assert SimpleNamespace(**m["shards"][0]).sha256
+
+
+def test_postscript_is_never_interpreted():
+    with pytest.raises(D.BadSample, match="not a readable image"):
+        D.decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+
+
+@pytest.mark.parametrize(
+    "record", ['{"captions": 5}', '{"captions": [5]}', '{"captions": "text"}', '{"label": "cat"}', "[" * 5000, "{}x"]
+)
+def test_records_of_wrong_types_are_bad_samples(tmp_path, record):
+    with tarfile.open(tmp_path / "x-0.tar", "w") as tar:
+        for name, blob in (("a.png", picture(0, mode="L")), ("a.json", record.encode())):
+            info = tarfile.TarInfo(name)
+            info.size = len(blob)
+            tar.addfile(info, io.BytesIO(blob))
+    with pytest.raises(D.BadSample, match="a"):
+        D.Shards(tmp_path).read(0, 0)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    ["[]", "{", '{"shards": [{"name": "train-000000.tar"}]}', '{"shards": [{"name": "train-000000.tar", "count": 1e30}]}'],
+)
+def test_damaged_manifest(folder, manifest):
+    (folder / "manifest.json").write_text(manifest)
+    with pytest.raises(ValueError, match="manifest.json is damaged.*prepare the data again"):
+        D.Shards(folder)
+    (folder / "manifest.json").write_text('{"shards": [{"name": "gone.tar", "count": 1}]}')
+    with pytest.raises(ValueError, match="lists gone.tar, which is not there"):
+        D.Shards(folder)

@@ -263,6 +263,44 @@ def test_cifar_refuses_code_and_damage(tmp_path):
         cifar100.run(cifar100.Config(str(tmp_path / "o")))
 
 
+def test_cifar_refuses_forged_arrays(tmp_path):
+    """An object dtype with bytes for pointers crashed the interpreter before numpy's constructors were replaced."""
+    forged = batch(1, 0, True) | {b"data": np.array([1, "x"], dtype=object)}
+    archive(tmp_path / "f.tar.gz", {"train": forged, "test": batch(1, 0, True), "meta": {}})
+    with pytest.raises(ValueError, match="holds bytes, not numpy's O8"):
+        cifar100.run(cifar100.Config(str(tmp_path / "o"), archive=str(tmp_path / "f.tar.gz")))
+
+
+def test_nothing_is_written_outside_the_folder(tmp_path):
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img" / "1.jpg").write_bytes(picture((1, 2, 3), kind="JPEG"))
+    image = {"id": 1, "file_name": "1.jpg", "width": 8, "split": "../../evil"}
+    (tmp_path / "c.json").write_text(json.dumps({"images": [image], "annotations": []}))
+    with pytest.raises(ValueError, match="not a plain name"):
+        coco.run(coco.Config(f"{tmp_path}/c.json", str(tmp_path / "img"), str(tmp_path / "o")))
+    with pytest.raises(ValueError, match="--out is empty"):
+        _write.prepare("", {"train": [1]}, None)
+    with pytest.raises(ValueError, match="negative"):
+        _write.shuffled_splits([1, 2], {"train": -1, "val": -3})
+
+
+@pytest.mark.parametrize(
+    "change", [{"bbox": [1, 2]}, {"bbox": None}, {"bbox": [0, 0, float("nan"), 1]}, {"segmentation": [["x"]]}]
+)
+def test_broken_coco_annotations_are_counted(tmp_path, change):
+    (tmp_path / "img").mkdir()
+    for i in (1, 2):
+        (tmp_path / "img" / f"{i}.jpg").write_bytes(picture((1, 2, 3), kind="JPEG"))
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 8} for i in (1, 2)]
+    box = {"image_id": 1, "category_id": 7, "bbox": [0, 0, 4, 4], "segmentation": []} | change
+    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": [box], "categories": []}))
+    m = coco.run(coco.Config(f"{tmp_path}/c.json", str(tmp_path / "img"), str(tmp_path / "o")))
+    assert m["bad"] == {"annotation": 1} and m["counts"] == {"train": 1}
+    (tmp_path / "d.json").write_text(json.dumps({"images": [5]}))
+    with pytest.raises(ValueError, match="has not COCO's form"):
+        coco.run(coco.Config(f"{tmp_path}/d.json", str(tmp_path / "img"), str(tmp_path / "o2")))
+
+
 def test_cifar_mosaics(shared, tmp_path):
     root = shared / "cifar10_small"
     m = cifar100.run(cifar100.Config(str(tmp_path), train_zip=str(root / "train.zip"), test_zip=str(root / "test.zip"),
