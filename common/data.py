@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -37,18 +36,16 @@ class BadSample(ValueError):
 def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Bytes -> RGB. Grey, palette, CMYK and 16-bit become RGB, transparency lies on white. BadSample if damaged or huge."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own bomb warning; the bound below decides
-            img = Image.open(io.BytesIO(data), formats=FORMATS)
-            if img.width * img.height > max_pixels:
-                raise BadSample(f"{name}: {img.width} x {img.height} pixels exceed the bound of {max_pixels}")
-            img.load()
-            if img.mode.startswith("I"):  # 16 bit: convert() would clip instead of scale
-                img = Image.fromarray((np.asarray(img).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-            if img.mode in ("RGBA", "LA", "PA") or "transparency" in img.info:
-                img = img.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", img.size, "white"), img).convert("RGB")
-            return img if img.mode == "RGB" else img.convert("RGB")
+        img = Image.open(io.BytesIO(data), formats=FORMATS)
+        if img.width * img.height > max_pixels:
+            raise BadSample(f"{name}: {img.width} x {img.height} pixels exceed the bound of {max_pixels}")
+        img.load()
+        if img.mode.startswith("I"):  # 16 bit: convert() would clip instead of scale
+            img = Image.fromarray((np.asarray(img).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+        if img.mode in ("RGBA", "LA", "PA") or "transparency" in img.info:
+            img = img.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", img.size, "white"), img).convert("RGB")
+        return img if img.mode == "RGB" else img.convert("RGB")
     except BadSample:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
