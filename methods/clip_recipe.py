@@ -174,10 +174,10 @@ def barlow_loss(v_img, v_txt, pairs, lam=5e-3, weight=0.025):
 
 
 @torch.no_grad()
-def sinkhorn(scores, eps=0.05, iters=3):  # twin: sinkhorn
+def sinkhorn(scores, eps=0.05, iters=3):
     """Balanced soft assignment of rows to columns: scores (B, K) of this process's rows -> Q (B, K), rows sum to 1.
 
-    Alternates column and row normalisation over the rows of all processes; rows end exact, columns nearly (K_rows / K)."""
+    Alternates column and row normalisation over the rows of all processes: rows end exact, columns nearly equal."""
     top = scores.max().float()
     if ddp.world_size() > 1:
         torch.distributed.all_reduce(top, op=torch.distributed.ReduceOp.MAX)

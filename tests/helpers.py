@@ -53,4 +53,4 @@ def _worker(rank, world, port, function, args, path):
 def in_processes(world, function, *args, path):
     """function(env, *args) in `world` gloo processes -> list of results by rank."""
     mp.spawn(_worker, (world, free_port(), function, args, str(path)), nprocs=world)
-    return [torch.load(f"{path}/{rank}.pt") for rank in range(world)]
+    return [torch.load(f"{path}/{rank}.pt", weights_only=True) for rank in range(world)]
