@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ from PIL import Image
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")  # and not EPS, which would start a PostScript interpreter
 MAX_PIXELS = 89_478_485  # 8,192 x 10,923: refuse decompression bombs
+_LOCK = threading.Lock()  # around the little that the decoding threads share: the indices of shards and the order
 
 
 class BadSample(ValueError):
@@ -112,24 +116,28 @@ class Shards:
 
     def _index(self, shard: int):
         """(open file, [(key, {extension: (offset, size)})]) of one shard."""
-        if shard not in self.open:
-            path, samples = self.folder / self.names[shard], {}
-            try:
-                with tarfile.open(path, "r:") as tar:
-                    for m in tar:
-                        if m.size < 0:
-                            raise tarfile.TarError("a member has a negative size")
-                        stem, dot, ext = m.name.rpartition("/")[2].partition(".")
-                        if m.isfile() and dot:
-                            key = m.name[: len(m.name) - len(ext) - 1]
-                            samples.setdefault(key, {})[ext.lower()] = (m.offset_data, m.size)
-            except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
-                if not samples:  # a shard cut short still gives its whole members
-                    raise ValueError(f"{path} is not a tar file ({error}); prepare the data again") from error
-            if len(self.open) >= self.keep:
-                self.open.pop(next(iter(self.open)))[0].close()
-            self.open[shard] = (open(path, "rb"), sorted(samples.items()))  # noqa: SIM115
-        return self.open[shard]
+        with _LOCK:
+            if shard not in self.open:
+                if len(self.open) >= self.keep:
+                    self.open.pop(next(iter(self.open)))  # its file closes when the last thread lets go of it
+                self.open[shard] = (open(self.folder / self.names[shard], "rb"), self._members(shard))  # noqa: SIM115
+            return self.open[shard]
+
+    def _members(self, shard: int):
+        path, samples = self.folder / self.names[shard], {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for m in tar:
+                    if m.size < 0:
+                        raise tarfile.TarError("a member has a negative size")
+                    stem, dot, ext = m.name.rpartition("/")[2].partition(".")
+                    if m.isfile() and dot:
+                        key = m.name[: len(m.name) - len(ext) - 1]
+                        samples.setdefault(key, {})[ext.lower()] = (m.offset_data, m.size)
+        except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
+            if not samples:  # a shard cut short still gives its whole members
+                raise ValueError(f"{path} is not a tar file ({error}); prepare the data again") from error
+        return sorted(samples.items())
 
     def _member(self, shard: int, row: int, wanted) -> tuple[str, bytes] | None:
         """(extension, bytes) of the first member whose extension is wanted."""
@@ -141,8 +149,7 @@ class Shards:
         if ext is None:
             return None
         offset, size = members[ext]
-        file.seek(offset)
-        blob = file.read(size)
+        blob = os.pread(file.fileno(), size, offset)  # no file position that threads could move under each other
         if len(blob) != size:
             raise BadSample(f"{self.names[shard]}:{key}.{ext} is cut short")
         return ext, blob
@@ -235,17 +242,30 @@ class Order:
 
 
 class _Stream(torch.utils.data.Dataset):
-    """position -> make(sample, rng), with damaged samples replaced by the next good ones of the stream."""
+    """position -> make(sample, rng), with damaged samples replaced by the next good ones of the stream.
 
-    def __init__(self, source, make, seed: int):
-        self.source, self.make, self.seed = source, make, seed
-        self.order = Order(source.sizes, seed)
+    Photographs are read by `threads` threads, since Pillow decodes and resizes without the interpreter's lock; for tiny
+    pictures the threads would only fight for it."""
+
+    def __init__(self, source, make, seed: int, threads: int):
+        self.source, self.make, self.seed, self.threads, self.pool = source, make, seed, threads, None
+        self.order, self.large = Order(source.sizes, seed), False
+
+    def __getitems__(self, positions):
+        first, rest = self[positions[0]], positions[1:]
+        if self.threads == 1 or not self.large:
+            return [first, *map(self.__getitem__, rest)]
+        self.pool = self.pool or ThreadPoolExecutor(self.threads)
+        return [first, *self.pool.map(self.__getitem__, rest)]
 
     def __getitem__(self, position: int):
         problems = []
         for p in range(position, position + 100):
             try:
-                sample = self.source.read(*self.order(p))
+                with _LOCK:
+                    place = self.order(p)
+                sample = self.source.read(*place)
+                self.large = "image" in sample and min(sample["image"].size) > 128
                 return self.make(sample, np.random.default_rng((self.seed, 1, position))), problems
             except BadSample as error:
                 problems.append(str(error))
@@ -262,7 +282,7 @@ class Batches:
         self.local, self.max_bad, self.seen, self.bad, self.first_bad = env.share(batch_size), max_bad, 0, 0, ""
         positions = self._positions(batch_size, env.rank * self.local, start)
         self.loader = iter(torch.utils.data.DataLoader(
-            _Stream(source, make, seed), batch_sampler=positions, num_workers=workers,
+            _Stream(source, make, seed, threads=1 if workers else min(4, os.cpu_count())), batch_sampler=positions, num_workers=workers,
             collate_fn=_Collate(collate), persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
         ))  # fmt: skip
 

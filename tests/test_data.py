@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -83,6 +84,26 @@ def test_damaged_members_are_replaced_counted_and_limited(folder):
     assert it.bad == 1 and "train-000001.tar" in it.first_bad and 9 not in labels and len(labels) == 25
     with pytest.raises(ValueError, match="damaged.*--max_bad"):
         stream(source, 20, max_bad=0.0)
+
+
+def test_photographs_are_read_by_threads_with_the_same_result(tmp_path):
+    """Damage, several shards and an epoch's end among them; `keep` 1, so that threads close files under each other."""
+    items = list(range(40))
+    body = {i: picture((i, 0, 0), (150, 140)) if i != 7 else b"damaged" for i in items}
+    prepare(tmp_path / "d", {"train": items}, lambda i: (f"k{i}", "png", body[i], {"label": i}), per_shard=4)
+
+    def make(sample, rng):
+        seen.add(threading.get_ident())
+        assert sample["image"].getpixel((0, 0)) == (sample["label"], 0, 0)
+        return sample["label"], rng.integers(1 << 30)
+
+    runs = []
+    for threads in (1, 4):
+        seen = set()
+        stream = D._Stream(D.Shards(tmp_path / "d", "train", keep=1), make, 3, threads)
+        runs.append([stream.__getitems__(range(s, s + 10)) for s in range(0, 100, 10)])
+        assert (len(seen) > 1) == (threads > 1)
+    assert runs[0] == runs[1] and sum(len(problems) for batch in runs[0] for _, problems in batch) >= 2
 
 
 def test_a_shard_that_was_cut_short_gives_its_whole_members(folder):
