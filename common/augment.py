@@ -50,6 +50,22 @@ def resize_to(img: Image.Image, box, size: int, how=Image.BICUBIC) -> np.ndarray
     return np.asarray(img.resize((size, size), how, box=box))
 
 
+CONTROLS = ("top", "left", "height", "width", "flip", "size_h", "size_w")
+
+
+def random_view(img: Image.Image, size: int, rng, scale=(1.0, 1.0), flip_p: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """A square crop of a share of the area from `scale`, resized, flipped with probability flip_p -> ((size, size, 3) uint8,
+    its CONTROLS (7,) float32): the box that was actually drawn as shares of the image, the flip, the image's own size in
+    pixels. What a diffusion model is told about a picture, so that no picture has to be thrown away."""
+    box = crop_box(*img.size, scale, rng, ratio=(1, 1))
+    flip = rng.random() < flip_p
+    view = resize_to(img, box, size)
+    left, top, right, bottom = box
+    w, h = img.size
+    controls = np.array([top / h, left / w, (bottom - top) / h, (right - left) / w, flip, h, w], np.float32)
+    return (np.ascontiguousarray(view[:, ::-1]) if flip else view), controls
+
+
 @dataclass(frozen=True)
 class Colour:
     """What draw_colour draws. Defaults: the strong view of CLIP-rocket and of most contrastive methods."""

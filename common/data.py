@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")  # and not EPS, which would start a PostScript interpreter
@@ -211,6 +212,63 @@ class Folder:
         out = {"key": path.relative_to(self.root).as_posix(), "image": decode_image(path.read_bytes(), str(path))}
         parent = path.parent.relative_to(self.root).as_posix()
         return out if parent == "." else {**out, "label": self.classes.index(parent)}
+
+
+class Table:
+    """Rows in memory: fields of equal length (tensors, arrays, lists). Same interface as Shards."""
+
+    def __init__(self, **fields):
+        self.fields, self.sizes = fields, [len(next(iter(fields.values())))]
+
+    def read(self, shard: int, row: int) -> dict:
+        return {k: v[row] for k, v in self.fields.items()}
+
+
+class Latents:
+    """Posteriors of an autoencoder, written by data_prep/cache_latents.py: mean, logvar (z, h, w) float32, controls (7,), a
+    label and captions of each view. Read by memory map. vae: the fingerprint of the autoencoder in use; ValueError if
+    another one made the cache."""
+
+    def __init__(self, folder, split: str, vae: str):
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text("utf-8"))
+            made_by, self.classes, self.size = manifest["vae"], manifest["classes"], manifest["size"]
+            self.shards = [s for s in manifest["shards"] if s["split"] == split]
+            self.sizes = [int(s["count"]) for s in self.shards]
+        except FileNotFoundError as error:
+            raise ValueError(f"{path} does not exist; make a latent cache with data_prep/cache_latents.py") from error
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path} is not the manifest of a latent cache; use data_prep/cache_latents.py") from error
+        if made_by != vae:
+            raise ValueError(f"{folder} was encoded by another autoencoder ({made_by}, this one is {vae}); pass that --vae, or "
+                             "encode again with data_prep/cache_latents.py")  # fmt: skip
+        if not sum(self.sizes):
+            raise ValueError(f"{folder} holds no split {split!r}")
+        self.open = {}
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def _shard(self, shard: int):
+        with _LOCK:
+            if shard not in self.open:
+                path = self.folder / Path(self.shards[shard]["name"]).name
+                try:
+                    f = safe_open(path, "pt")
+                    self.open[shard] = f, json.loads(f.metadata()["meta"])["captions"]
+                except Exception as error:
+                    raise ValueError(f"{path} is not a shard of latents ({type(error).__name__}); encode again") from error
+            return self.open[shard]
+
+    def read(self, shard: int, row: int) -> dict:
+        f, captions = self._shard(shard)
+        out = {k: f.get_slice(k)[row].float() for k in ("mean", "logvar", "controls")}
+        return {**out, "label": int(f.get_slice("label")[row]), "captions": captions[row]}
+
+    def __getstate__(self):
+        return {**self.__dict__, "open": {}}
 
 
 # Order and batches --------------------------------------------------------------------------------------------------

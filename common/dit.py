@@ -233,9 +233,9 @@ def read_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:  # twin: read_te
     return tensors, meta
 
 
-_DIFFUSERS = [  # theirs -> ours, within a block and outside
+_DIFFUSERS = [  # theirs -> ours; the first that fits is taken
+    ("proj_out_1", "final_layer.adaLN_modulation.1"), ("proj_out_2", "final_layer.linear"), ("pos_embed.proj", "x_embedder.proj"),
     ("attn1.to_out.0", "attn.proj"), ("ff.net.0.proj", "mlp.fc1"), ("ff.net.2", "mlp.fc2"), ("norm1.linear", "adaLN_modulation.1"),
-    ("pos_embed.proj", "x_embedder.proj"), ("proj_out_1", "final_layer.adaLN_modulation.1"), ("proj_out_2", "final_layer.linear"),
 ]  # fmt: skip
 _EMBED = "transformer_blocks.{}.norm1.emb."  # time and label embedders are repeated in every block there
 
@@ -257,9 +257,8 @@ def to_diffusers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 block = key.split(".attn.")[0].replace("blocks.", "transformer_blocks.")
                 out[f"{block}.attn1.to_{name}.{kind}"] = part
         else:
-            for theirs, ours in _DIFFUSERS:
-                key = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\1{theirs}.", key)
-            out[re.sub(r"^blocks\.", "transformer_blocks.", key)] = v
+            theirs, ours = next(pair for pair in _DIFFUSERS if f".{pair[1]}." in f".{key}")
+            out[re.sub(r"^blocks\.", "transformer_blocks.", key).replace(f"{ours}.", f"{theirs}.")] = v
     return out
 
 
@@ -277,9 +276,8 @@ def from_diffusers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             out[f"blocks.{m[1]}.attn.qkv.{m[2]}"] = torch.cat(parts)
         else:
             key = re.sub(r"^transformer_blocks\.", "blocks.", key)
-            for theirs, ours in _DIFFUSERS:
-                key = re.sub(rf"(^|\.){re.escape(theirs)}\.", rf"\1{ours}.", key)
-            out[key] = v
+            theirs, ours = next((pair for pair in _DIFFUSERS if f".{pair[0]}." in f".{key}"), ("", ""))
+            out[key.replace(f"{theirs}.", f"{ours}.") if theirs else key] = v
     return out
 
 

@@ -5,6 +5,21 @@ from __future__ import annotations
 import torch
 
 
+def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    """|mean_x - mean_y|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)) of features (N, D) and (M, D), in float64.
+
+    The trace of the root is the nuclear norm of Xc Yc^T / sqrt((N - 1)(M - 1)), Xc and Yc centred: no matrix root, and no
+    covariance that would square the condition number. With the R factors of Xc and Yc that product is only D x D."""
+    if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"features {tuple(x.shape)} and {tuple(y.shape)}: two rows at least, and equal columns")
+    x, y = x.double(), y.double()
+    gap = (x.mean(0) - y.mean(0)).square().sum()
+    x, y = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (x, y))
+    rx, ry = (torch.linalg.qr(f, mode="r").R for f in (x, y))
+    root = torch.linalg.svdvals(rx @ ry.T).sum()
+    return (gap + x.square().sum() + y.square().sum() - 2 * root).clamp_min(0).item()
+
+
 def retrieval_recall(f_query: torch.Tensor, f_item: torch.Tensor, match: torch.Tensor, ks=(1, 5, 10)) -> dict[int, float]:
     """Share of queries with a right item among the k nearest, in percent.
 

@@ -8,13 +8,14 @@ They let every method start without a download. common/weights/README.md says ho
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import scenes, vae
+from common import ckpt, scenes, vae
 from common.resnet import ResNet
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -68,6 +69,34 @@ def truth(s: scenes.Scene) -> dict[str, list[int]]:
     return out
 
 
+def verify(judge: Judge, images: torch.Tensor, world: list[scenes.Scene]) -> dict[str, list[bool]]:
+    """Whether each picture (N, 3, S, S) in [-1, 1] shows what its scene's full caption names: attribute -> one answer for each
+    scene that has it. "all" needs every one of them. Objects are found by their shape, wherever they are."""
+    out: dict[str, list[bool]] = {}
+    for i in range(0, len(world), 256):
+        read = judge.read(images[i : i + 256], world[0].grid)
+        for j, s in enumerate(world[i : i + 256]):
+            seen = {k: [ANSWERS[k][int(v)] for v in read[k][j]] for k in ANSWERS}
+            where = {shape: cell for cell, shape in enumerate(seen["shape"]) if shape != "nothing"}
+            here = [where.get(t.shape) for t in s.things]
+            right = {"shape": None not in here, "count": sum(x != "nothing" for x in seen["shape"]) == len(s.things)}
+            for k in ("colour", "size", "texture"):
+                right[k] = all(c is not None and seen[k][c] == getattr(t, k) for t, c in zip(s.things, here))
+            found = [replace(t, cell=-1 if c is None else c) for t, c in zip(s.things, here)]
+            placed = found[:1] if len(found) == 1 else found[2:]  # two objects are related, all others have a place
+            if s.grid > 1 and placed:
+                right["place"] = all(a.cell == b.cell for a, b in zip(placed, s.things[:1] if len(found) == 1 else s.things[2:]))
+            if len(found) > 1:
+                a, b = found[:2]
+                same = scenes.relation(a, b, s.grid) == scenes.relation(*s.things[:2], s.grid)
+                right["relation"] = min(a.cell, b.cell) >= 0 and same
+            for k in ("tone", "pattern"):  # the cells' majority
+                right[k] = max(ANSWERS[k], key=seen[k].count) == getattr(s, k)
+            for k, v in {**right, "all": all(right.values())}.items():
+                out.setdefault(k, []).append(v)
+    return out
+
+
 def load_vae() -> vae.VAE:
     return vae.load_vae(WEIGHTS / "vae.safetensors")
 
@@ -76,6 +105,12 @@ def load_judge() -> Judge:
     judge = Judge()
     judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in _read("judge").items()})
     return judge.eval().requires_grad_(False)
+
+
+def adopt(path, name: str) -> None:
+    """Puts a run's model.safetensors into common/weights/ as fp16, with its settings."""
+    state, meta = vae.read_tensors(path)
+    ckpt.export(WEIGHTS / f"{name}.safetensors", {k: v.half() if v.is_floating_point() else v for k, v in state.items()}, **meta)
 
 
 def _read(name: str) -> dict[str, torch.Tensor]:

@@ -28,6 +28,7 @@ class Config:
     warmup: int = 50  # updates
     wd: float = 0.05  # weight decay
     noise: float = 0.05  # standard deviation of pixel noise in training, in [-1, 1]
+    blur: float = 1.0  # training pictures are mixed with a blurred copy, up to this share: generators are not razor-sharp
     width: int = 24  # of the ResNet; common/weights holds width 24
     log_every: int = 25  # updates
     save_every: int = 250  # updates
@@ -37,16 +38,25 @@ class Config:
 PRESETS = {"laptop": {}, "smoke": dict(steps=3, batch_size=16, warmup=1, out_dir="runs/judge_smoke")}
 
 
-def batch(first: int, count: int, seed: int, grids=(1, 2, 3)):
+def blurred(x, share):
+    """Mixes x (N, 3, S, S) with its 3 x 3 binomial blur; share (N,)."""
+    kernel = torch.tensor([1.0, 2.0, 1.0])
+    kernel = (kernel[:, None] * kernel / 16).expand(3, 1, 3, 3)
+    soft = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
+    return torch.lerp(x, soft, share.view(-1, 1, 1, 1))
+
+
+def batch(first: int, count: int, seed: int, grids=(1, 2, 3), blur: float = 0.0):
     """`count` cells, each out of a scene of its own -> pictures (count, 3, 32, 32) in [-1, 1] and the true answers.
 
     Grids of 1, 2 and 3 cells a side in turn, at 32 px; every fourth scene has private shapes; a third of the cells is empty
-    at most, since full ones are drawn first where there is a choice."""
+    at most, since full ones are drawn first where there is a choice. blur: see Config, the shares by torch's generator."""
     images, answers = [], {k: [] for k in zoo.ANSWERS}
     for grid in grids:
         world = [scenes.scene(i, seed, (1, 3), private=i % 4 == 3, grid=grid) for i in range(first, first + count)
                  if grids[i % len(grids)] == grid]  # fmt: skip
-        pictures = zoo.cells(torch.from_numpy(scenes.render(world, 32)).permute(0, 3, 1, 2).float() / 127.5 - 1, grid)
+        pictures = torch.from_numpy(scenes.render(world, 32)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pictures = zoo.cells(blurred(pictures, blur * torch.rand(len(world))) if blur else pictures, grid)
         for i, s in enumerate(world):
             full = [t.cell for t in s.things]
             cell = full[i % len(full)] if i % 3 else i % grid**2
@@ -68,7 +78,7 @@ def train(cfg: Config) -> dict:
     for step in range(start, cfg.steps):
         ddp.reseed(cfg.seed, env.rank, step)
         optim.set_lr(opt, optim.warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr))
-        x, y = batch(step * cfg.batch_size + env.rank * share, share, cfg.seed)
+        x, y = batch(step * cfg.batch_size + env.rank * share, share, cfg.seed, blur=cfg.blur)
         x = (x + cfg.noise * torch.randn_like(x)).to(env.device, memory_format=torch.channels_last)
         logits = model(x)
         loss = sum(F.cross_entropy(logits[k], y[k].to(env.device), ignore_index=-1) for k in logits)

@@ -22,7 +22,7 @@ from torch import nn
 
 from common import augment, ckpt, cli, data, ddp, optim, plot, scenes
 from common.log import RunLog
-from common.vae import VAE, kl, read_tensors
+from common.vae import VAE, kl, load_vae, read_tensors
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Config:
     log_every: int = 25  # updates
     save_every: int = 250  # updates
     resume: bool = True  # continue from last.pt, exactly
+    init: str = ""  # autoencoder to start from, in any layout that common/vae.py reads; it brings its sizes
     size: int = 32  # pixels
     ch: int = 16  # width of the first level
     mult: str = "1,2,2"  # width of each level in units of ch; one halving between two levels
@@ -118,8 +119,8 @@ class Images:
 
 
 def world(index: int, seed: int) -> scenes.Scene:
-    """The stand-in's world: grids of 1, 2 and 3 cells a side in turn, one to three objects."""
-    return scenes.scene(index, seed, objects=(1, 3), grid=1 + index % 3)
+    """The stand-in's world: grids of 1, 2, 2 and 3 cells a side in turn, one to three objects."""
+    return scenes.scene(index, seed, objects=(1, 3), grid=(1, 2, 2, 3)[index % 4])
 
 
 def scene_batches(cfg, env, step):
@@ -157,9 +158,13 @@ def train(cfg: Config) -> dict:
     try:
         mult = tuple(int(m) for m in cfg.mult.split(","))
         ddp.reseed(cfg.seed, 0, 0)
-        vae = VAE(cfg.ch, mult, cfg.blocks, cfg.z, cfg.groups, scale=1.0).to(env.device, memory_format=torch.channels_last)
+        vae = VAE(cfg.ch, mult, cfg.blocks, cfg.z, cfg.groups, scale=1.0)
     except ValueError as error:
         raise ValueError(f"--ch {cfg.ch} --mult {cfg.mult} --groups {cfg.groups} make no autoencoder: {error}") from error
+    if cfg.init:
+        vae = load_vae(cfg.init).train().requires_grad_(True)
+        vae.scale, vae.shift = 1.0, 0.0
+    vae = vae.to(env.device, memory_format=torch.channels_last)
     if cfg.size % vae.factor or cfg.steps < 1 or cfg.batch_size < 1:
         raise ValueError(f"--size {cfg.size} must be a multiple of {vae.factor}, --steps and --batch_size at least 1")
     model = ddp.wrap(Both(vae), env)
@@ -189,7 +194,7 @@ def train(cfg: Config) -> dict:
         x = to_unit(next(batches), env.device)
         side = cfg.size // vae.factor
         with amp:
-            y, mean, logvar = model(x, torch.randn(len(x), cfg.z, side, side, device=env.device))
+            y, mean, logvar = model(x, torch.randn(len(x), vae.z, side, side, device=env.device))
         y, mean, logvar = y.float(), mean.float(), logvar.float()
         parts = {"l1": (y - x).abs().mean(), "kl": kl(mean, logvar) / x[0].numel(), "edges": edges(x, y)}
         loss = parts["l1"] + cfg.mse * (y - x).square().mean() + cfg.edges * parts["edges"] + cfg.kl * parts["kl"]

@@ -1,0 +1,808 @@
+"""Disentangled conditioning: what to draw enters by attention, how it was recorded by a scheduled modulation.
+
+Paper      Berrada Ifriqi, Astolfi, Hall, Askari-Hemmat, Benchetrit, Havasi, Muckley, Alahari, Romero-Soriano, Verbeek,
+           Drozdzal: On Improved Conditioning Mechanisms and Pre-training Strategies for Diffusion Models. NeurIPS 2024,
+           arXiv 2411.03177
+Idea       A diffusion model is told a class or a text, and control metadata: how the picture was cropped, flipped, how
+           large it was. If time, class and controls are summed before adaLN they interfere: asking for another size
+           changes what is drawn. So let semantics enter through attention only, leave the modulation to time and
+           controls, and fade in the controls of fine detail (size) only when there is detail to act on. Low
+           resolution and small data then serve as pre-training: resample the position table and rescale the noise, so
+           that the model meets what it knows.
+Equations  strength of a control over time -> control_schedule()      three conditionings -> Model.forward()
+           two guidance strengths -> guide()      text slots -> replicate_padding()
+           change of resolution -> resample_pos_embed(), rescale_alpha_bar(), shift_time()
+Read first section 2, Model in section 3, then train(); five published ways to condition a layer follow in section 3
+Symbols    z0 clean latent, zt noisy one, eps noise, t in [0, 1] (1 = pure noise), zt = alpha z0 + sigma eps; s semantic
+           tokens (B, L, D), c controls (B, 7) = crop box, flip | size; lambda, beta guidance of s and c; k = s' / s
+Run        python methods/ldm_conditioning.py --preset smoke                   (CPU, no data, under 30 s)
+           python methods/ldm_conditioning.py                                  (CPU, no data, about 5 min)
+           python methods/ldm_conditioning.py --preset transfer                (then: 64 px, with and without the former)
+           torchrun --nproc_per_node=8 methods/ldm_conditioning.py --preset paper --data data/imagenet_latents --vae VAE
+Data       generated (common/scenes.py), or latents by data_prep/cache_latents.py, which records crop, size and flip
+Expect     not yet recorded
+Differs    from the paper: DiT in place of mmDiT (attention to s is a sub-layer of its own); class tokens, the exponent 8,
+           the guidance formula and the padding's constants are recalled, not verified, hence flags; the control-swap
+           distance is L2 in latent space (LPIPS there); Frechet distances use features of a classifier of scenes, and are
+           not comparable with published ones; the baseline's MLPs are wider, so that both arms have equal parameters.
+           Left out: UNet and mDT as trained models, recaptioned CC12M, FID on ImageNet (needs Inception).
+           No code of the paper was published.
+Uses       common/augment.py ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py
+           tokenizer.py vae.py vit.py zoo.py and weights/   (copy these with this file)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, torchrun and python -m all find common/
+
+from common import augment, ckpt, cli, data, ddp, metrics, optim, plot, scenes, zoo
+from common.dit import Attention, DiT, Mlp, modulate, read_tensors, sincos_2d, time_features
+from common.log import RunLog, table, write_json
+from common.tokenizer import Tokenizer
+from common.vae import load_vae
+from common.vit import TextTransformer, trim
+
+
+# 1. CONFIG (presets stand in section 7) ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Config:
+    # run: the same names in all ten files
+    out_dir: str = "runs/ldm_conditioning"  # one folder a run; each arm gets a sub-folder
+    seed: int = 0  # of weights, scenes, data order and noise
+    steps: int = 600  # optimiser updates of each arm
+    batch_size: int = 64  # GLOBAL, divided by the number of processes
+    accum: int = 1  # micro-batches an update
+    lr: float = 1e-3  # AdamW, constant after the warm-up; the paper: 1e-4
+    wd: float = 0.0  # weight decay (the paper)
+    warmup: int = 50  # updates of linear warm-up; the paper: not known
+    grad_clip: float = 1.0  # largest gradient norm, 0 = off
+    ema_decay: float = 0.99  # of the weights that are evaluated; long runs: 0.9999
+    dtype: str = "float32"  # float32, or bfloat16 autocast (loss, norms and noise stay in float32)
+    compile: bool = False  # torch.compile the model
+    data: str = ""  # folder of data_prep/cache_latents.py; "" = generated scenes
+    workers: int = 0  # loader processes of each rank
+    log_every: int = 20  # updates between lines of log.jsonl
+    eval_every: int = 0  # updates between evaluations; 0 = at the end only
+    save_every: int = 200  # updates between checkpoints
+    resume: bool = True  # continue from last.pt, exactly; --no-resume starts again
+    max_bad: float = 0.01  # share of damaged samples at which the run stops
+    # the method
+    conditioning: str = "adaln-sum,attn+schedule"  # comma list of adaln-sum, attn, attn+schedule; one arm each
+    task: str = "class"  # class or text
+    objective: str = "flow"  # flow, eps or v; the paper's main runs are diffusion
+    control_power: float = 8.0  # steepness of the schedule; the paper ablates it, its value is not verified
+    control_init: str = "zero"  # last layer of the control embedders: zero or normal
+    drop_semantic: float = 0.1  # chance that class or text becomes the null one
+    drop_control: float = 0.1  # chance that the controls are left out, drawn independently
+    guidance: float = 2.0  # lambda, of semantics; 1 = none
+    control_guidance: float = 1.0  # beta, of controls; 1 = ordinary guidance, 0 = controls ignored
+    sample_steps: int = 25  # of DDIM / Euler; the paper: 50 for curves, 250 for its table of controls
+    class_tokens: int = 4  # tokens a class, to be attended to
+    padding: str = "noisy"  # of text slots: zero, replicate or noisy
+    beta_txt: float = 0.02  # noise of replicated tokens, in standard deviations of the prompt's tokens
+    slots: int = 48  # text tokens; CLIP's: 77
+    # transfer
+    init: str = ""  # model.safetensors to start from; each arm is then trained with and without it
+    positions: str = "resample"  # at another resolution: resample, extrapolate or interpolate (bicubic)
+    rescale: bool = True  # noisier at higher resolution: k = image_size / base_size
+    base_size: int = 32  # pixels at which the noise schedule stays as it is
+    # data and model
+    image_size: int = 32  # pixels
+    images: int = 4_096  # generated training pictures
+    views: int = 2  # random crops of each, encoded once
+    objects: int = 1  # at most so many in a generated scene
+    grid: int = 1  # cells a side of generated scenes: 1 close-up, 2, 3
+    min_crop: float = 0.5  # smallest crop, as a share of the area; 1 = no crops
+    crop: str = "resize"  # resize: the crop of the high resolution, made small; direct: a field of view `direct` times smaller
+    direct: float = 2.0  # side of the later resolution / this one, for --crop direct
+    flip: float = 0.5  # chance of a mirrored picture
+    sizes: str = "8,16,32,64,128"  # pixels at which generated pictures are recorded
+    vae: str = ""  # autoencoder; "" = the stand-in of common/weights
+    samples: int = 1_024  # pictures drawn for the Frechet distance
+    dim: int = 128  # width
+    depth: int = 6  # blocks
+    heads: int = 4  # of attention
+    patch: int = 2  # latent pixels a side
+    text_depth: int = 2  # blocks of the text encoder, trained along
+
+
+# 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
+def control_schedule(t, power=8.0):  # Fig. 3: zero while semantics are decided, one where detail is added
+    """Strength of low-level controls at noise level t in [0, 1], 1 = pure noise: (1 - cos(pi (1 - t)^power)) / 2."""
+    return (1 - torch.cos(torch.pi * (1 - t) ** power)) / 2
+
+
+def control_vector(high, low, t, power=None):  # Sec. on disentangled control conditioning
+    """c_emb = E_h(phi_h) + gamma(t) E_l(phi_l). high (crop, flip), low (size): (B, D); t (B,); power None: no schedule."""
+    return high + (low if power is None else control_schedule(t, power)[:, None] * low)
+
+
+def guide(e_cs, e_0s, e_00, semantic, control):
+    """Outputs with (controls, semantics), (null, semantics), (null, null) -> lambda [beta e_cs + (1 - beta) e_0s] + (1 -
+    lambda) e_00. semantic: lambda, control: beta."""
+    return semantic * (control * e_cs + (1 - control) * e_0s) + (1 - semantic) * e_00
+
+
+def replicate_padding(tokens, lengths, slots, beta, generator=None):  # twin: replicate_padding
+    """Fills the slots behind a short text with copies of its tokens, the m-th copy with noise beta * std * sqrt(m).
+
+    tokens (B, L, D), of which lengths (B,) are real; std: over the text's tokens, of each channel. Real tokens stay as they
+    are, and all slots are valid afterwards -> (B, slots, D). Zero padding is attended to as well, and wasted."""
+    n = lengths.clamp(1, slots)[:, None]
+    place = torch.arange(slots, device=tokens.device)[None]
+    out = tokens.gather(1, (place % n)[..., None].expand(-1, -1, tokens.shape[-1]))
+    real = (torch.arange(tokens.shape[1], device=tokens.device)[None] < n)[..., None]
+    mean = (tokens * real).sum(1, keepdim=True) / n[..., None]
+    std = (((tokens - mean) * real).square().sum(1, keepdim=True) / n[..., None]).sqrt()  # one token: 0, no noise
+    copy_number = (place // n)[..., None]  # 0 for the text itself
+    noise = torch.randn(out.shape, generator=generator, device=out.device, dtype=out.dtype)
+    return out + beta * std * copy_number.sqrt() * noise
+
+
+# Transfer to another resolution: everything at index t should look as uncertain as it did where the model was trained.
+def resample_pos_embed(dim, grid, base_grid):  # Fig. 4
+    """Table (1, grid * grid, dim) whose coordinates cover [0, base_grid) more finely: no place the model has not seen."""
+    places = torch.arange(grid, dtype=torch.float64) * base_grid / grid
+    return sincos_2d(dim, places, places)
+
+
+def rescale_alpha_bar(abar, s, s_new):  # Fig. A1: SNR' = SNR (s / s')^2, since (s' / s)^2 pixels now show the same patch
+    """Cumulative noise schedule of side s_new that is as uncertain as `abar` at side s. Composes; identity for s = s_new."""
+    return s**2 * abar / (s_new**2 + abar * (s**2 - s_new**2))
+
+
+def shift_time(t, k):
+    """The same for a straight path: noise / signal = t / (1 - t) becomes k times larger."""
+    return k * t / (1 + (k - 1) * t)
+
+
+@lru_cache
+def alpha_bar(steps=1_000):  # twin: alpha_bar
+    """DiT's linear betas."""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), 0)
+
+
+def alpha_sigma(kind, t, k=1.0):
+    """Noise level t (B,) in [0, 1] -> alpha, sigma (B, 1, 1, 1) of zt = alpha z0 + sigma eps, at k times the base resolution."""
+    if kind == "flow":
+        sigma = shift_time(t, k)
+        alpha = 1 - sigma
+    else:
+        abar = rescale_alpha_bar(alpha_bar().to(t.device), 1.0, k)[(t * 999).round().long()]
+        alpha, sigma = abar.sqrt().float(), (1 - abar).sqrt().float()
+    return alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+
+
+def diffusion_loss(model, z0, t, eps, kind, k=1.0, **conditions):
+    """Mean squared error of the network's output, float32. z0, eps (B, C, h, w); t (B,)."""
+    alpha, sigma = alpha_sigma(kind, t, k)
+    out = model(alpha * z0 + sigma * eps, t, **conditions)
+    target = {"flow": lambda: eps - z0, "eps": lambda: eps, "v": lambda: alpha * eps - sigma * z0}[kind]()
+    return (out.float() - target).square().mean()
+
+
+@torch.no_grad()
+def sample(model, z, semantic, controls, kind, steps, guidance=1.0, control_guidance=1.0, k=1.0):
+    """Deterministic sampler from noise z (B, C, h, w): estimate z0 and eps, go to the next level. That is DDIM for eps and v,
+    and Euler's method for flow. Evaluates the network once, twice or three times a step, as the guidance needs."""
+    B, times = len(z), torch.linspace(1, 0, steps + 1, device=z.device)
+    branches = [(False, False)]  # (drop the controls, drop the semantics)
+    if guidance != 1 or control_guidance != 1:
+        branches = [b for b, used in (((False, False), control_guidance != 0), ((True, False), control_guidance != 1),
+                                      ((True, True), guidance != 1)) if used]  # fmt: skip
+    drop_c, drop_s = (torch.tensor([b[i] for b in branches], device=z.device).repeat_interleave(B) for i in (0, 1))
+    many = len(branches)
+    semantic = {name: v.repeat(many, *[1] * (v.ndim - 1)) for name, v in semantic.items()}
+    for t, t_next in zip(times[:-1], times[1:]):
+        out = model(z.repeat(many, 1, 1, 1), t.expand(many * B), controls=controls.repeat(many, 1), drop_s=drop_s,
+                    drop_c=drop_c, **semantic).float()  # fmt: skip
+        e = dict(zip(branches, out.chunk(many)))
+        if many > 1:
+            zero = torch.zeros_like(z)  # stands for a branch of weight 0
+            e = guide(e.get((False, False), zero), e.get((True, False), zero), e.get((True, True), zero),
+                      guidance, control_guidance)  # fmt: skip
+        else:
+            e = out
+        alpha, sigma = alpha_sigma(kind, t[None], k)
+        z0 = {"flow": lambda: z - sigma * e, "eps": lambda: (z - sigma * e) / alpha, "v": lambda: alpha * z - sigma * e}[kind]()
+        eps = (z - alpha * z0) / sigma
+        alpha, sigma = alpha_sigma(kind, t_next[None], k)
+        z = alpha * z0 + sigma * eps if t_next > 0 else z0
+    return z
+
+
+# 3. MODULES: the model of the three conditionings; five published layers to compare with --------------------------------
+class ControlEmbed(nn.Module):
+    """Each number as a sinusoid, then two layers with SiLU: (B, n) -> (B, D). With init zero a model does not change when
+    controls are added to it."""
+
+    def __init__(self, count: int, dim: int, init: str):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256 * count, dim), nn.SiLU(), nn.Linear(dim, dim))
+        nn.init.zeros_(self.mlp[2].bias)
+        nn.init.zeros_(self.mlp[2].weight) if init == "zero" else nn.init.normal_(self.mlp[2].weight, std=0.02)
+
+    def forward(self, x):
+        return self.mlp(time_features(x.flatten()).view(len(x), -1))
+
+
+class ClassTokens(nn.Module):
+    """Class -> (B, K, D): K learned tokens a class; the last class is the null one."""
+
+    def __init__(self, classes: int, tokens: int, dim: int):
+        super().__init__()
+        self.tokens, self.table, self.norm = tokens, nn.Embedding(classes + 1, tokens * dim), nn.LayerNorm(dim)
+
+    def forward(self, y, drop, **_):
+        y = torch.where(drop, self.table.num_embeddings - 1, y)
+        return self.norm(self.table(y).view(len(y), self.tokens, -1))
+
+
+class TextTokens(nn.Module):
+    """Text ids -> (B, slots, D) from a text transformer trained along, the padding filled; a learned null token if dropped."""
+
+    def __init__(self, vocab: int, cfg: Config):
+        super().__init__()
+        self.encoder = TextTransformer(vocab, cfg.slots, cfg.dim, cfg.text_depth, cfg.heads, act="gelu")
+        self.null = nn.Parameter(torch.randn(1, 1, cfg.dim) * 0.02)
+        self.padding, self.beta, self.slots = cfg.padding, cfg.beta_txt, cfg.slots
+
+    def forward(self, ids, drop, fixed=0):
+        """fixed: the same padding noise on every call (sampling), else new noise (training)."""
+        ids = trim(ids)  # the text encoder is causal: what stands behind the longest text changes nothing
+        lengths = ids.argmax(1) + 1  # the end token has the largest id
+        x = self.encoder.hidden(ids)
+        generator = torch.Generator(x.device).manual_seed(int(fixed)) if fixed else None
+        if self.padding == "zero":
+            x = F.pad(x * (torch.arange(x.shape[1], device=x.device)[None] < lengths[:, None])[..., None],
+                      (0, 0, 0, self.slots - x.shape[1]))  # fmt: skip
+        else:
+            x = replicate_padding(x, lengths, self.slots, self.beta if self.padding == "noisy" else 0.0, generator)
+        return torch.where(drop[:, None, None], self.null, x)
+
+
+class Model(nn.Module):
+    """DiT with one of the three conditionings. channels, side: of the latent; kinds: classes or words."""
+
+    def __init__(self, cfg: Config, channels: int, side: int, kinds: int):
+        super().__init__()
+        self.how, self.power = cfg.conditioning, cfg.control_power
+        attends = self.how != "adaln-sum"
+        # cross-attention has 4 D^2 weights a block; the baseline gets them as wider MLPs
+        self.dit = DiT(side, cfg.patch, channels, cfg.dim, cfg.depth, cfg.heads, 4.0 if attends else 6.0, 0, False, attends)
+        self.high, self.low = ControlEmbed(5, cfg.dim, cfg.control_init), ControlEmbed(2, cfg.dim, cfg.control_init)
+        tokens = cfg.class_tokens if attends else 1
+        self.semantic = TextTokens(kinds, cfg) if cfg.task == "text" else ClassTokens(kinds, tokens, cfg.dim)
+
+    def forward(self, zt, t, controls, drop_s, drop_c, **semantic):
+        """zt (B, C, h, w); t (B,) in [0, 1]; controls (B, 7); drop_s, drop_c (B,) bool; semantic: y (B,) or ids (B, L)."""
+        high, low = self.high(controls[:, :5] * 1000), self.low(controls[:, 5:])  # shares of the image; pixels
+        c = control_vector(high, low, t, self.power if self.how == "attn+schedule" else None)
+        c = c * ~drop_c[:, None]  # null controls: the zero vector
+        s = self.semantic(drop=drop_s, **semantic)  # (B, L, D)
+        if self.how == "adaln-sum":  # time + class + controls, all in one sum
+            return self.dit(zt, 999 * t, add=c + s.mean(1))
+        return self.dit(zt, 999 * t, add=c, context=s)  # semantics by attention only
+
+
+# How five published models let conditions into a layer, reduced to that. All take image tokens x (B, N, D), semantic tokens
+# s (B, L, D), time t and controls c (B, D) and return x (mmDiT also s).
+class UNetLayer(nn.Module):
+    """Stable Diffusion, SDXL: time + controls are ADDED to the residual block's activations; cross-attention to text."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(4, dim), nn.GroupNorm(4, dim)
+        self.conv1, self.conv2 = nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, dim, 3, padding=1)
+        self.time, self.norms = nn.Linear(dim, dim), nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
+        self.attn, self.cross, self.mlp = Attention(dim, heads), Attention(dim, heads, cross=True), Mlp(dim, 4 * dim)
+
+    def forward(self, x, s, t, c):
+        img = x.transpose(1, 2).unflatten(2, (math.isqrt(x.shape[1]), -1))  # (B, D, h, w)
+        h = self.conv1(F.silu(self.norm1(img))) + self.time(F.silu(t + c))[..., None, None]
+        x = (img + self.conv2(F.silu(self.norm2(h)))).flatten(2).transpose(1, 2)
+        x = x + self.attn(self.norms[0](x))
+        x = x + self.cross(self.norms[1](x), s)
+        return x + self.mlp(self.norms[2](x))
+
+
+class DiTLayer(nn.Module):
+    """DiT: everything is summed; six vectors from the sum shift, scale and gate attention and MLP (adaLN-Zero)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm, self.attn, self.mlp = nn.LayerNorm(dim, 1e-6, False), Attention(dim, heads), Mlp(dim, 4 * dim)
+        self.six = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        nn.init.zeros_(self.six[1].weight)
+        nn.init.zeros_(self.six[1].bias)
+
+    def forward(self, x, s, t, c):
+        return self.blocks(x, *self.six(t + c + s.mean(1)).chunk(6, 1))
+
+    def blocks(self, x, s1, c1, g1, s2, c2, g2):
+        x = x + g1[:, None] * self.attn(modulate(self.norm(x), s1, c1))
+        return x + g2[:, None] * self.mlp(modulate(self.norm(x), s2, c2))
+
+
+class MDTLayer(DiTLayer):
+    """mDT: DiT's layer on the tokens that a random mask leaves (30 % hidden in training); a side interpolater, here one
+    learned token, fills the gaps before the decoder's layers."""
+
+    def __init__(self, dim, heads, hidden=0.3):
+        super().__init__(dim, heads)
+        self.hidden, self.filler = hidden, nn.Parameter(torch.zeros(1, 1, dim))
+
+    def forward(self, x, s, t, c, order=None):
+        """order (B, N): the tokens in random order; None (sampling): nothing is hidden."""
+        if order is None:
+            return super().forward(x, s, t, c)
+        kept = order[:, : round(x.shape[1] * (1 - self.hidden)), None].expand(-1, -1, x.shape[2])
+        return self.filler.expand_as(x).scatter(1, kept, super().forward(x.gather(1, kept), s, t, c))
+
+
+class PixArtLayer(DiTLayer):
+    """PixArt: ONE network gives six vectors for all layers, each adds a table of its own (adaLN-single); cross-attention to
+    text, un-modulated, between attention and MLP; controls are added to time."""
+
+    def __init__(self, dim, heads):
+        super().__init__(dim, heads)
+        self.six = None  # shared by all layers, and given: shared (B, 6, D)
+        self.own, self.cross = nn.Parameter(torch.randn(6, dim) / dim**0.5), Attention(dim, heads, cross=True)
+        nn.init.zeros_(self.cross.proj.weight)
+
+    def forward(self, x, s, shared):
+        s1, c1, g1, s2, c2, g2 = (self.own + shared).unbind(1)
+        x = x + g1[:, None] * self.attn(modulate(self.norm(x), s1, c1))
+        x = x + self.cross(x, s)
+        return x + g2[:, None] * self.mlp(modulate(self.norm(x), s2, c2))
+
+
+class MMDiTLayer(nn.Module):
+    """Stable Diffusion 3: text is a second stream with weights of its own; both attend to both, queries and keys through
+    RMSNorm; time and pooled text modulate either stream."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(dim, 1e-6, False)
+        self.six = nn.ModuleList(nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim)) for _ in range(2))
+        self.qkv, self.proj = (nn.ModuleList(nn.Linear(dim, n * dim) for _ in range(2)) for n in (3, 1))
+        self.rms = nn.ModuleList(nn.RMSNorm(dim // heads) for _ in range(4))
+        self.mlp = nn.ModuleList(Mlp(dim, 4 * dim) for _ in range(2))
+        for six in self.six:
+            nn.init.zeros_(six[1].weight)
+            nn.init.zeros_(six[1].bias)
+
+    def forward(self, x, s, t, c):
+        streams, mods = (x, s), [six(t + c + s.mean(1)).chunk(6, 1) for six in self.six]
+        q, k, v = [], [], []
+        for i, (z, m) in enumerate(zip(streams, mods)):
+            parts = self.qkv[i](modulate(self.norm(z), m[0], m[1])).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k, v = q + [self.rms[2 * i](parts[0])], k + [self.rms[2 * i + 1](parts[1])], v + [parts[2]]
+        joint = F.scaled_dot_product_attention(torch.cat(q, 2), torch.cat(k, 2), torch.cat(v, 2))
+        out = joint.transpose(1, 2).flatten(2).split([x.shape[1], s.shape[1]], 1)
+        streams = [z + m[2][:, None] * self.proj[i](o) for i, (z, m, o) in enumerate(zip(streams, mods, out))]
+        return tuple(z + m[5][:, None] * self.mlp[i](modulate(self.norm(z), m[3], m[4]))
+                     for i, (z, m) in enumerate(zip(streams, mods)))  # fmt: skip
+
+
+# 4. DATA: latents with a label, captions and the controls of the view that was encoded -----------------------------------
+def full_frame(count, size, device="cpu"):
+    """Controls that ask for an uncropped, unflipped picture of `size` pixels."""
+    return torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, size, size], device=device).repeat(count, 1)
+
+
+def label(s: scenes.Scene) -> int:
+    """72 classes: colour and shape of the first object."""
+    return list(scenes.COLOURS).index(s.things[0].colour) * len(scenes.SHAPES) + scenes.SHAPES.index(s.things[0].shape)
+
+
+def make_scenes(cfg: Config, count: int, seed: int):
+    return [scenes.scene(i, seed, (1, cfg.objects), grid=cfg.grid) for i in range(count)]
+
+
+def to_unit(images, device):  # twin: to_unit
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
+    return torch.as_tensor(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode(vae, images, device, part=256):  # twin: encode
+    """(N, H, W, 3) uint8 -> mean, logvar (N, z, h, w) on the CPU."""
+    parts = [vae.encode(to_unit(images[i : i + part], device)) for i in range(0, len(images), part)]
+    return [torch.cat([p[j] for p in parts]).cpu() for j in (0, 1)]
+
+
+def scene_latents(cfg: Config, vae, device, count: int, seed: int) -> data.Table:
+    """Scenes recorded at one of the sizes, then cropped, flipped, resized and encoded: `views` of each."""
+    world, sizes = make_scenes(cfg, count, seed), [int(s) for s in cfg.sizes.split(",")]
+    shrink = cfg.direct**2 if cfg.crop == "direct" else 1.0
+    views, controls = [], []
+    for i, s in enumerate(world * cfg.views):
+        rng = np.random.default_rng((seed, 2, i))
+        picture = Image.fromarray(scenes.render([s], int(rng.choice(sizes)))[0])
+        view, c = augment.random_view(picture, cfg.image_size, rng, (cfg.min_crop / shrink, 1 / shrink), cfg.flip)
+        views.append(view)
+        controls.append(c)
+    mean, logvar = encode(vae, np.stack(views), device)
+    world = world * cfg.views
+    return data.Table(mean=mean, logvar=logvar, controls=torch.tensor(np.stack(controls)), label=[label(s) for s in world],
+                      scene=world)  # fmt: skip
+
+
+class Items:
+    """make(sample, rng) and collate for data.Batches: posterior, controls, and the label or one caption's ids."""
+
+    def __init__(self, cfg, tok):
+        self.cfg, self.tok = cfg, tok
+
+    def __call__(self, sample, rng):
+        if self.cfg.task == "class":
+            what = int(sample["label"])
+        elif "scene" in sample:  # the full caption, or one of endless paraphrases that may leave details out
+            what = scenes.caption(sample["scene"], int(rng.integers(1 << 30)) if rng.random() < 0.5 else 0)
+        else:
+            what = sample["captions"][rng.integers(len(sample["captions"]))]
+        return sample["mean"], sample["logvar"], sample["controls"], what
+
+    def collate(self, items):
+        mean, logvar, controls, what = zip(*items)
+        return torch.stack(mean), torch.stack(logvar), torch.stack(controls), self.semantic(what)
+
+    def semantic(self, what):
+        """Labels or texts -> what the model takes."""
+        return {"y": torch.tensor(what)} if self.cfg.task == "class" else {"ids": self.tok(list(what), self.cfg.slots)}
+
+
+@dataclass
+class World:
+    """All that a run reads: training and validation latents, what to draw for the evaluation, real pictures of it."""
+
+    train: object
+    val: object
+    kinds: int  # classes, or words of the tokenizer
+    tok: Tokenizer | None
+    asked: list  # scenes, or labels
+    real: torch.Tensor | None  # (N, 3, S, S) in [-1, 1]
+
+
+def open_world(cfg: Config, vae, device) -> World:
+    if not cfg.data:
+        train = scene_latents(cfg, vae, device, cfg.images, 3 * cfg.seed)
+        val = scene_latents(replace(cfg, views=1), vae, device, min(512, cfg.samples), 3 * cfg.seed + 1)
+        asked = make_scenes(cfg, cfg.samples, 3 * cfg.seed + 2)
+        real = to_unit(scenes.render(asked, cfg.image_size), "cpu")
+        texts = [scenes.caption(s, v) for s in make_scenes(cfg, 2_000, 0) for v in range(3)] if cfg.task == "text" else []
+        tok = Tokenizer.train(texts, 900) if texts else None
+        return World(train, val, len(tok) if tok else len(scenes.COLOURS) * len(scenes.SHAPES), tok, asked, real)
+    train, val = (data.Latents(cfg.data, split, vae.fingerprint()) for split in ("train", "val"))
+    if train.size != cfg.image_size:
+        raise ValueError(f"{cfg.data} holds latents of {train.size} px, --image_size is {cfg.image_size}")
+    if cfg.task == "class" and not train.classes:
+        raise ValueError(f"{cfg.data} has no classes; prepare labelled pictures, or use --task text")
+    tok = None
+    if cfg.task == "text":
+        captions = [c for shard, n in enumerate(train.sizes) for row in range(n) for c in train.read(shard, row)["captions"]]
+        tok = Tokenizer.train(captions, 8_000)
+    return World(train, val, len(tok) if tok else len(train.classes), tok,
+                 list(range(len(train.classes))) if cfg.task == "class" else captions[:16], None)  # fmt: skip
+
+
+# 5. EVALUATE ------------------------------------------------------------------------------------------------------------
+def draw_noise(seed, step, count, shape, device):  # twin: draw_noise
+    """Everything random of a step for the GLOBAL batch: any number of processes sees the same numbers.
+    -> uniform (count, 3), posterior noise and diffusion noise (count, *shape)."""
+    g = torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 2 + 1)
+    return (torch.rand(count, 3, generator=g, device=device), torch.randn(count, *shape, generator=g, device=device),
+            torch.randn(count, *shape, generator=g, device=device))  # fmt: skip
+
+
+def pictures(model, vae, world: World, items: Items, cfg: Config, device, asked, controls=None, seed=1):
+    """Draws what is asked for, at the full frame unless controls are given -> latents and images in [-1, 1]."""
+    k, zs = noise_scale(cfg), []
+    side, total = cfg.image_size // vae.factor, len(asked)
+    noise = torch.randn(total, vae.z, side, side, generator=torch.Generator().manual_seed(seed))
+    controls = full_frame(total, cfg.image_size) if controls is None else controls
+    what = asked
+    if not cfg.data:
+        what = [label(s) if cfg.task == "class" else scenes.caption(s) for s in asked]
+    for i in range(0, total, 256):
+        rows = slice(i, min(i + 256, total))
+        semantic = {name: v.to(device) for name, v in items.semantic(what[rows]).items()}
+        if cfg.task == "text":
+            semantic["fixed"] = torch.tensor(1)
+        fixed = {k_: v for k_, v in semantic.items() if v.ndim}
+        net = (lambda *a, **kw: model(*a, **kw, fixed=1)) if cfg.task == "text" else model
+        zs.append(sample(net, noise[rows].to(device), fixed, controls[rows].to(device), cfg.objective, cfg.sample_steps,
+                         cfg.guidance, cfg.control_guidance, k))  # fmt: skip
+    with torch.no_grad():
+        return torch.cat(zs), torch.cat([vae.decode(z) for z in zs])
+
+
+def noise_scale(cfg):
+    return cfg.image_size / cfg.base_size if cfg.rescale else 1.0
+
+
+@torch.no_grad()
+def evaluate(model, vae, judge, world, items, cfg, env) -> dict[str, float]:
+    """Validation loss; for scenes also the Frechet distance to real ones, whether the right thing is drawn, and how far the
+    picture moves when only the requested size changes. The work is divided over the processes."""
+    out, device, part = {}, env.device, slice(env.rank, None, env.world)
+    loader = data.in_order(world.val, lambda s: items(s, np.random.default_rng(0)), items.collate, 256, part)
+    total = torch.zeros(2)
+    for i, (mean, logvar, controls, semantic) in enumerate(loader):
+        u, n1, n2 = draw_noise(1, i, len(mean), mean.shape[1:], device)
+        z0 = vae.to_latent(mean.to(device), logvar.to(device), n1)
+        no = torch.zeros(len(z0), dtype=torch.bool, device=device)
+        loss = diffusion_loss(model, z0, time_of(cfg.objective, u[:, 0]), n2, cfg.objective, noise_scale(cfg), controls=controls.to(device),
+                              drop_s=no, drop_c=no, **{k: v.to(device) for k, v in semantic.items()})  # fmt: skip
+        total += torch.tensor([loss.item() * len(z0), len(z0)])
+    total = ddp.all_sum(total.to(device))
+    out["val_loss"] = (total[0] / total[1]).item()
+    if cfg.data:
+        return out
+    count = len(world.asked) // env.world * env.world
+    asked = world.asked[:count][part]
+    _, images = pictures(model, vae, world, items, cfg, device, asked, seed=1 + env.rank)
+    fake = ddp.gather_rows(judge.features(images, cfg.grid))
+    real = torch.cat([judge.features(x.to(device), cfg.grid) for x in world.real.split(256)])
+    out["fd"] = metrics.frechet_distance(fake, real)
+    out.update(ddp.mean({k: 100 * float(np.mean(v)) for k, v in zoo.verify(judge, images, asked).items() if v}))
+    # The control-swap distance: same noise, same semantics, only the requested size differs
+    few, sizes = asked[: max(2, 64 // env.world)], [int(s) for s in cfg.sizes.split(",")]
+    zs = torch.stack([pictures(model, vae, world, items, cfg, device, few, full_frame(len(few), s), 7 + env.rank)[0]
+                      for s in sizes])  # fmt: skip
+    out.update(ddp.mean({"swap": spread(zs), "swap_hr": spread(zs[-3:])}))
+    return out
+
+
+def spread(zs):
+    """Mean over pairs of sizes of the root mean square difference: zs (sizes, B, ...) -> float."""
+    pairs = [(zs[i] - zs[j]).square().flatten(1).mean(1).sqrt().mean() for i in range(len(zs)) for j in range(i)]
+    return torch.stack(pairs).mean().item()
+
+
+def time_of(kind, u):  # twin: time_of
+    """Uniform u in [0, 1) -> noise level: continuous for flow, one of 1,000 for diffusion."""
+    return u if kind == "flow" else (u * 1000).floor() / 999
+
+
+# 6. TRAIN --------------------------------------------------------------------------------------------------------------
+def build(cfg: Config, vae, world: World, device) -> Model:
+    """The model of one arm, with weights of --init if there is one."""
+    side = cfg.image_size // vae.factor
+    if cfg.image_size % (vae.factor * cfg.patch):
+        raise ValueError(f"--image_size {cfg.image_size} must be a multiple of {vae.factor * cfg.patch}: autoencoder x patch")
+    model = Model(cfg, vae.z, side, world.kinds).to(device)
+    if not cfg.init:
+        return model
+    state, meta = read_tensors(cfg.init)
+    mine, old = model.state_dict(), meta.get("config", {})
+    if old.get("conditioning") != cfg.conditioning:
+        raise ValueError(f"--init {cfg.init} was conditioned by {old.get('conditioning')}, this arm by {cfg.conditioning}")
+    grid, base = model.dit.grid, math.isqrt(state["dit.pos_embed"].shape[1])
+    if grid != base:
+        if cfg.positions == "resample":
+            state["dit.pos_embed"] = resample_pos_embed(cfg.dim, grid, base)
+        elif cfg.positions == "interpolate":
+            square = state["dit.pos_embed"].view(1, base, base, -1).permute(0, 3, 1, 2)
+            wide = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)
+            state["dit.pos_embed"] = wide.permute(0, 2, 3, 1).flatten(1, 2)
+        else:  # extrapolate: the plain table of the larger grid
+            state["dit.pos_embed"] = mine["dit.pos_embed"]
+    if old.get("task") != cfg.task:  # another semantic interface: keep all image-side weights
+        state = {k: v for k, v in state.items() if not k.startswith("semantic.")}
+        state.update({k: v for k, v in mine.items() if k.startswith("semantic.")})
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"--init {cfg.init} does not fit this model: {str(error).splitlines()[-1].strip()}") from error
+    return model
+
+
+def train(cfg: Config) -> dict:
+    """Trains one arm in cfg.out_dir and returns its metrics."""
+    env, out = ddp.start(cfg.seed), Path(cfg.out_dir)
+    vae = (load_vae(cfg.vae) if cfg.vae else zoo.load_vae()).to(env.device)
+    judge = None if cfg.data else zoo.load_judge().to(env.device)
+    world = open_world(cfg, vae, env.device)
+    items = Items(cfg, world.tok)
+    ddp.reseed(cfg.seed, 0, 0)  # the same initial weights on every process, and in every arm as far as they agree
+    model = build(cfg, vae, world, env.device)
+    wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
+    ema, shown = optim.Ema(model, cfg.ema_decay), copy.deepcopy(model).eval()
+    params = [p for p in model.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, (0.9, 0.95), 1e-8, fused=True)
+    state = {"model": model, "ema": ema, "opt": opt}
+    start, _ = ckpt.resume(out / "last.pt", cfg, **state) if cfg.resume else (0, {})
+    share = env.share(cfg.batch_size) // cfg.accum
+    if share * cfg.accum != env.share(cfg.batch_size):
+        raise ValueError(f"batch_size {cfg.batch_size} on {env.world} processes cannot be cut into {cfg.accum} micro-batches")
+    batches = data.Batches(world.train, items, items.collate, cfg.batch_size // cfg.accum, env, cfg.seed, start * cfg.accum,
+                           cfg.workers, cfg.max_bad)  # fmt: skip
+    amp = torch.autocast(env.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+
+    def report(step):
+        shown.load_state_dict({**model.state_dict(), **ema.shadow})
+        result = evaluate(shown, vae, judge, world, items, cfg, env)
+        log.write(step, **result)
+        return result
+
+    log = RunLog(cfg, env, out.name, start)
+    for step in range(start, cfg.steps):
+        ddp.reseed(cfg.seed, env.rank, step)  # the padding's noise; all else is drawn below, for the global batch
+        optim.set_lr(opt, cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup)))
+        for micro in range(cfg.accum):
+            mean, logvar, controls, semantic = (to_device(x, env.device) for x in next(batches))
+            noise = draw_noise(cfg.seed, step * cfg.accum + micro, share * env.world, mean.shape[1:], env.device)
+            u, n1, n2 = (x[env.rank * share : (env.rank + 1) * share] for x in noise)
+            z0 = vae.to_latent(mean, logvar, n1)
+            with amp:
+                loss = diffusion_loss(wrapped, z0, time_of(cfg.objective, u[:, 0]), n2, cfg.objective, noise_scale(cfg), controls=controls,
+                                      drop_s=u[:, 1] < cfg.drop_semantic, drop_c=u[:, 2] < cfg.drop_control, **semantic)  # fmt: skip
+            (loss / cfg.accum).backward()
+        norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        ema.update(model)
+        done, last = step + 1, step + 1 == cfg.steps
+        due = done % cfg.log_every == 0 or last
+        if due or done % cfg.save_every == 0:
+            ddp.check_finite({"loss": loss.item()}, step)
+        if due:
+            log.write(step, **ddp.mean({"loss": loss, "grad_norm": norm}), lr=opt.param_groups[0]["lr"], bad=batches.bad)
+        if last or (cfg.eval_every and done % cfg.eval_every == 0):
+            result = report(step)
+        log.tick(step)
+        leave = (due or env.world == 1) and ddp.interrupted()
+        if env.is_main and (done % cfg.save_every == 0 or last or leave):
+            ckpt.save(out / "last.pt", done, cfg, **state)
+        if leave:
+            log.close()
+            raise KeyboardInterrupt
+    if start == cfg.steps:  # killed between the last update and the report
+        result = report(cfg.steps - 1)
+    if env.is_main:
+        ckpt.export(out / "model.safetensors", shown.state_dict(), dit=model.dit.config,
+                    config={k: getattr(cfg, k) for k in ("conditioning", "task", "objective", "control_power", "slots",
+                                                         "padding", "beta_txt", "text_depth", "heads", "class_tokens")},
+                    vae=vae.fingerprint())  # fmt: skip
+        if world.tok:
+            world.tok.save(out / "merges.txt")
+        plot.save(plot.lines(log.history("loss", "val_loss"), out.name, y="loss"), out / "curves.png")
+        draw(shown, vae, world, items, cfg, env.device, out / "samples")
+    log.finish(result)
+    return result
+
+
+def to_device(x, device):
+    return {k: v.to(device) for k, v in x.items()} if isinstance(x, dict) else x.to(device)
+
+
+def to_uint8(x):  # twin: to_uint8
+    """(B, 3, H, W) in [-1, 1] -> list of (H, W, 3) uint8."""
+    return list(((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+
+
+def draw(model, vae, world, items, cfg, device, folder):
+    """A sheet of samples, and one that changes only the requested size."""
+    asked = (world.asked * 16)[:16]
+    _, images = pictures(model, vae, world, items, cfg, device, asked)
+    names = world.train.classes if cfg.data and cfg.task == "class" else None
+    labels = [names[a] if names else a if cfg.data else scenes.caption(a) if cfg.task == "text" else
+              f"{a.things[0].colour} {a.things[0].shape}" for a in asked]  # fmt: skip
+    title = f"{cfg.conditioning}, guidance {cfg.guidance:g}"
+    rows = 4 if cfg.task == "text" else 1
+    plot.save(plot.grid(to_uint8(images), 8, labels, title=title, cell=110, rows_of_text=rows), folder / "samples.png")
+    sizes = [int(s) for s in cfg.sizes.split(",")]
+    few = (world.asked * 5)[:5]
+    rows = [pictures(model, vae, world, items, cfg, device, few, full_frame(5, s), 7)[1] for s in sizes]
+    cells = [to_uint8(row[i : i + 1])[0] for i in range(5) for row in rows]
+    title = f"{cfg.conditioning}: same noise, same semantics, another size"
+    plot.save(plot.grid(cells, len(sizes), [f"size {s}" for s in sizes] * 5, title=title, cell=110, rows_of_text=1),
+              folder / "size_swap.png")  # fmt: skip
+
+
+def check(cfg: Config) -> None:
+    """One sentence for what a user can get wrong."""
+    choices = {"task": ("class", "text"), "objective": ("flow", "eps", "v"), "control_init": ("zero", "normal"),
+               "padding": ("zero", "replicate", "noisy"), "positions": ("resample", "extrapolate", "interpolate"),
+               "crop": ("resize", "direct"), "dtype": ("float32", "bfloat16")}  # fmt: skip
+    asked = [(f, getattr(cfg, f), known) for f, known in choices.items()]
+    asked += [("conditioning", how, ("adaln-sum", "attn", "attn+schedule")) for how in cfg.conditioning.split(",")]
+    for field, value, known in asked:
+        if value not in known:
+            raise ValueError(f"--{field} {value} is unknown; choose from {', '.join(known)}")
+    for field in ("steps", "batch_size", "accum", "sample_steps", "class_tokens", "slots", "images", "views", "samples", "dim",
+                  "depth", "heads", "patch", "image_size", "base_size", "log_every", "save_every"):  # fmt: skip
+        if getattr(cfg, field) < 1:
+            raise ValueError(f"--{field} {getattr(cfg, field)} must be at least 1")
+    for field in ("guidance", "control_guidance", "beta_txt"):
+        if not getattr(cfg, field) >= 0:
+            raise ValueError(f"--{field} {getattr(cfg, field)} must not be negative")
+    if not (1 <= cfg.grid <= 3 and 1 <= cfg.objects <= 3 and 0 < cfg.min_crop <= 1 and cfg.direct >= 1 and cfg.samples >= 16):
+        raise ValueError("--grid and --objects must be 1 to 3, --min_crop in (0, 1], --direct at least 1, --samples at least 16")
+    if not all(s.isdigit() and 4 <= int(s) <= 1024 for s in cfg.sizes.split(",")):
+        raise ValueError(f"--sizes {cfg.sizes} must be a comma list of pixels between 4 and 1024")
+
+
+def run(cfg: Config) -> dict:
+    """All arms side by side, each in its own folder; finished arms are kept. Prints the claim."""
+    check(cfg)
+    out, scores = Path(cfg.out_dir), {}
+    for how in cfg.conditioning.split(","):
+        for init in ["", cfg.init] if cfg.init else [""]:
+            name = how + (" transferred" if init else " from scratch" if cfg.init else "")
+            arm = replace(cfg, conditioning=how, init=init, out_dir=str(out / name.replace(" ", "_")))
+            done = Path(arm.out_dir, "metrics.json")
+            if cfg.resume and done.exists() and ckpt.same_config(json.loads(Path(arm.out_dir, "config.json").read_text()), arm):
+                scores[name] = json.loads(done.read_text())
+            else:
+                scores[name] = train(arm)
+    result = {f"{name}_{k}".replace(" ", "_"): v for name, s in scores.items() for k, v in s.items()}
+    if ddp.rank() == 0:
+        show(cfg, scores)
+        write_json(out / "metrics.json", result)
+    return result
+
+
+def show(cfg, scores):
+    """Tables on the terminal."""
+    names = {"val_loss": "validation loss", "fd": "Frechet distance (judge's features, new scenes)", "all": "all named right, %",
+             "swap": "control-swap distance (x 100)", "swap_hr": "... of the three largest sizes"}  # fmt: skip
+    factor = {"swap": 100, "swap_hr": 100}
+    rows = [[text, *[f"{s[k] * factor.get(k, 1):.3f}" for s in scores.values()]] for k, text in names.items()
+            if k in next(iter(scores.values()))]  # fmt: skip
+    print("\n" + table(rows, ["", *scores]))
+    rows, pair = [], None
+    if {"adaln-sum", "attn+schedule"} <= scores.keys() and not cfg.data:
+        pair, paper = ("adaln-sum", "attn+schedule"), ("7 to 23 % better (FID)", "content stays (Fig. 2)")
+        words = ("disentangled conditioning draws better", "... and the size moves the content less")
+        keys = ("fd", "swap")
+    elif cfg.init and not cfg.data:
+        how = cfg.conditioning.split(",")[-1]
+        pair, paper = (f"{how} from scratch", f"{how} transferred"), ("converges faster",)
+        words, keys = ("pre-training at low resolution helps at equal steps",), ("fd",)
+    if pair:
+        for word, key, claim in zip(words, keys, paper):
+            a, b = (scores[p][key] * factor.get(key, 1) for p in pair)
+            rows.append([word, f"{a:.2f}", f"{b:.2f}", f"{100 * (b / a - 1):+.0f} %", claim])
+        print("\n" + table(rows, ["claim (smaller is better)", "baseline", "method", "difference", "paper"]))
+    print(f"\npictures, curves and weights: {cfg.out_dir}")
+
+
+# 7. MAIN ---------------------------------------------------------------------------------------------------------------
+PRESETS = {
+    "smoke": dict(steps=6, batch_size=8, warmup=2, images=24, views=1, samples=16, sample_steps=3, dim=32, depth=2, heads=2,
+                  log_every=2, save_every=3, out_dir="runs/ldm_conditioning_smoke"),
+    "laptop": {},
+    "transfer": dict(image_size=64, steps=150, batch_size=32, conditioning="attn+schedule", samples=512,
+                     init="runs/ldm_conditioning/attn+schedule/model.safetensors", out_dir="runs/ldm_conditioning_transfer"),
+    # the stand-in text-to-image model of common/weights
+    "standin": dict(task="text", conditioning="attn", steps=6_000, batch_size=128, images=24_000, views=1, grid=2, objects=3,
+                    min_crop=1.0, flip=0.0, sizes="32", guidance=3.0, ema_decay=0.999, dtype="bfloat16", samples=512,
+                    drop_control=1.0, out_dir="runs/standin_t2i"),
+    "gpu": dict(steps=20_000, batch_size=512, images=40_000, image_size=64, grid=2, objects=3, dim=384, depth=12, heads=6,
+                lr=3e-4, ema_decay=0.999, dtype="bfloat16", samples=5_000, sample_steps=50, workers=14, save_every=1_000,
+                out_dir="runs/ldm_conditioning_gpu"),
+    # ImageNet 256, DiT-XL/2 with the paper's optimiser; batch, EMA and length are usual values, the paper's are not known
+    "paper": dict(steps=600_000, batch_size=256, lr=1e-4, warmup=0, grad_clip=0.0, ema_decay=0.9999, dtype="bfloat16", workers=12,
+                  objective="eps", conditioning="attn+schedule", image_size=256, base_size=256, dim=1152, depth=28, heads=16,
+                  sample_steps=250, log_every=100, save_every=5_000, out_dir="runs/ldm_conditioning_in1k"),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    cli.main(run, Config, PRESETS)

@@ -1,0 +1,596 @@
+"""LPL: train a latent diffusion model also on what its frozen decoder makes of the latents, layer by layer.
+
+Paper      Berrada Ifriqi, Astolfi, Hall, Havasi, Benchetrit, Romero-Soriano, Alahari, Drozdzal, Verbeek: Boosting Latent
+           Diffusion with Perceptual Objectives. ICLR 2025, arXiv 2411.04873
+Idea       A latent diffusion model is trained by a squared error of latents, but its pictures are seen through the decoder,
+           which treats directions of the latent very unequally. So push the one-step estimate of the clean latent and
+           the clean latent itself through the frozen decoder, and compare its feature maps too: normalised with shared
+           statistics, without the few abnormal activations that decoders have, several depths weighted by resolution.
+           Only where the estimate means something (little noise), and only in a second phase after ordinary training.
+           No other network is needed, and sampling does not change.
+Equations  clean latent from eps, v, x0 or flow -> x0_from()      outlier mask -> outlier_mask()
+           Eq. 3, the loss -> latent_perceptual_loss()      the gate -> lpl_term()
+Read first section 2, then step_loss() and train() in section 6; the rest is ordinary
+Symbols    z0 clean latent, zt noisy one, eps noise, t in [0, 1] (1 = pure noise), zt = alpha z0 + sigma eps; f decoder
+           features of z0, f_hat of its estimate; rho keep-mask, omega depth weight, tau gate on sigma / alpha
+Run        python methods/lpl_ldm.py --preset smoke                            (CPU, no data, under 30 s)
+           python methods/lpl_ldm.py                                           (CPU, no data, about 5 min)
+           python methods/lpl_ldm.py --objective eps                           (or v, x0)
+           torchrun --nproc_per_node=8 methods/lpl_ldm.py --preset paper --data data/imagenet_latents --vae VAE
+Data       generated (common/scenes.py), or latents by data_prep/cache_latents.py
+Expect     not yet recorded
+Differs    from the paper: class-conditional DiT in place of mmDiT, no text; pixels are averaged where Eq. 3 sums them, so
+           that the value does not depend on the resolution; the weight, the gate's tau and the statistics' side are not
+           verified against the paper's text, hence flags; Frechet distances use features of a classifier of scenes.
+           from the released code: latents pass post_quant_conv (skipped there); the gate is on sigma / alpha (there
+           "timestep < 200", far tighter); statistics are the prediction's, per channel over pixels, as in the text
+           (--norm cross is the released one: the target's norm over channels); constant and tiny maps give no NaN; with
+           several processes the mean is over all gated samples. Left out: L1 distance, separate statistics.
+Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py vae.py zoo.py
+           and weights/   (copy these with this file)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, torchrun and python -m all find common/
+
+from common import ckpt, cli, data, ddp, metrics, optim, plot, scenes, zoo
+from common.dit import DiT, load_dit
+from common.log import RunLog, table, write_json
+from common.vae import load_vae
+
+
+# 1. CONFIG (presets stand in section 7) ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Config:
+    # run: the same names in all ten files
+    out_dir: str = "runs/lpl_ldm"  # one folder a run, with sub-folders pretrain, control and lpl
+    seed: int = 0  # of weights, scenes, data order and noise
+    steps: int = 200  # optimiser updates of phase 2, each arm; the paper: 120,000 or 200,000
+    batch_size: int = 64  # GLOBAL, divided by the number of processes
+    accum: int = 1  # micro-batches an update
+    lr: float = 1e-3  # AdamW, constant after the warm-up; the paper's sister: 1e-4
+    wd: float = 0.0  # weight decay
+    warmup: int = 50  # updates of linear warm-up in phase 1
+    grad_clip: float = 1.0  # largest gradient norm, 0 = off
+    ema_decay: float = 0.99  # of the weights that are evaluated, carried from phase 1 to 2; long runs: 0.9999
+    dtype: str = "float32"  # float32, or bfloat16 autocast of the denoiser; the decoder stays in float32
+    compile: bool = False  # torch.compile the denoiser
+    data: str = ""  # folder of data_prep/cache_latents.py; "" = generated scenes
+    workers: int = 0  # loader processes of each rank
+    log_every: int = 20  # updates between lines of log.jsonl
+    eval_every: int = 0  # updates between evaluations; 0 = at the end of phase 2 only
+    save_every: int = 200  # updates between checkpoints
+    resume: bool = True  # continue from last.pt, exactly; --no-resume starts again
+    max_bad: float = 0.01  # share of damaged samples at which the run stops
+    # the method
+    objective: str = "flow"  # flow, eps, v or x0: what the denoiser predicts
+    pretrain: int = 500  # updates of phase 1, shared by both arms; the paper: about 600,000
+    init: str = ""  # DiT weights to start phase 2 from instead (common/dit.py reads the published files)
+    weight: float = 1.0  # of the perceptual term; choose it by the logged share, not by copying a number
+    lpl_start: int = 0  # updates of phase 2 before the term sets in
+    tau: float = 3.0  # the term acts where sigma / alpha <= tau
+    norm: str = "standardise"  # the prediction's statistics over pixels (paper), or "cross", the target's over channels
+    detach_stats: bool = False  # no gradient through the statistics (the paper's are differentiable)
+    mask: bool = True  # leave outlying activations out
+    depth_weights: str = "inverse"  # 1 / upscaling of the map, or "uniform"
+    checkpoint: bool = True  # keep only block borders of the decoder for backward: less memory, more time
+    drop: float = 0.1  # chance that a class becomes the null one
+    guidance: float = 2.0  # classifier-free, in sampling (paper)
+    sample_steps: str = "5,25"  # evaluated numbers of steps, the last is the headline; the paper: 50
+    # data and model
+    image_size: int = 32  # pixels
+    images: int = 4_096  # generated training pictures
+    vae: str = ""  # autoencoder; "" = the stand-in of common/weights
+    samples: int = 1_024  # pictures drawn for the Frechet distance
+    dim: int = 128  # width
+    depth: int = 6  # blocks
+    heads: int = 4  # of attention
+    patch: int = 2  # latent pixels a side
+
+
+# 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
+@lru_cache
+def alpha_bar(steps=1_000):  # twin: alpha_bar
+    """DiT's linear betas."""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), 0)
+
+
+def alpha_sigma(kind, t):
+    """Noise level t (B,) in [0, 1] -> alpha, sigma (B, 1, 1, 1) of zt = alpha z0 + sigma eps, float32."""
+    if kind == "flow":
+        alpha, sigma = 1 - t, t
+    else:
+        abar = alpha_bar().to(t.device)[(t * 999).round().long()]
+        alpha, sigma = abar.sqrt().float(), (1 - abar).sqrt().float()
+    return alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+
+
+def x0_from(kind, out, zt, t):
+    """The one-step estimate of z0 from the network's output, with the schedule that made zt. All (B, C, h, w), t (B,)."""
+    alpha, sigma = alpha_sigma(kind, t)
+    if kind == "x0":
+        return out
+    if kind == "eps":
+        return (zt - sigma * out) / alpha
+    if kind == "v":  # v = alpha eps - sigma z0
+        return alpha * zt - sigma * out
+    return zt - t.view(-1, 1, 1, 1) * out  # flow: v = eps - z0
+
+
+@torch.no_grad()
+def outlier_mask(f, strength=1):
+    """1 where an activation is ordinary: f (B, C, H, W) -> the same shape. strength: 1 at full resolution, 2 at half.
+
+    Every map has its own bounds: the 2 % and 98 % ranks, two standard deviations further out. Then single specks are
+    forgiven (dilation of the kept area), and what is left of the outliers grows (its erosion). Outliers that cover more
+    than 2 % of a map move the rank itself and are not found."""
+    flat, n = f.flatten(2), f[0, 0].numel()
+    low = flat.kthvalue(max(1, int(0.02 * n)), dim=2).values[..., None, None]  # ranks count from 1, tiny maps from 0.02 n < 1
+    high = flat.kthvalue(max(1, int(0.98 * n)), dim=2).values[..., None, None]
+    margin = 2 * flat.std(2)[..., None, None]
+    keep = ((low - margin < f) & (f < high + margin)).float()
+    close, grow = ((3, 5) if strength == 1 else (1, 3))
+    keep = F.max_pool2d(keep, close, 1, close // 2) if close > 1 else keep
+    return -F.max_pool2d(-keep, grow, 1, grow // 2)  # padding counts as kept: the border is not eroded
+
+
+def normalise(f_hat, f, norm="standardise", detach_stats=False):
+    """Both maps with ONE set of statistics; with separate ones a right prediction could still differ from its target."""
+    if norm == "cross":  # the released code: the target's length over channels, at every pixel
+        length = f.square().sum(1, keepdim=True).sqrt() + 1e-6
+        return f_hat / length, f / length
+    source = f_hat.detach() if detach_stats else f_hat
+    var, mean = torch.var_mean(source, (2, 3), keepdim=True)  # of the prediction, each channel over its pixels
+    return (f_hat - mean) * (var + 1e-6).rsqrt(), (f - mean) * (var + 1e-6).rsqrt()
+
+
+def latent_perceptual_loss(vae, z0_hat, z0, norm="standardise", detach_stats=False, mask=True, depth_weights="inverse",
+                           checkpoint=False):  # fmt: skip
+    """Eq. 3 with pixels averaged: mean over depths of omega_l / C_l sum_c mean_kept (f_hat - f)^2 -> ((B,), parts).
+
+    z0_hat, z0 (B, C, h, w): scaled latents, float32. parts: the term and the kept share of every depth. Gradient reaches
+    z0_hat only; the decoder's weights must be frozen."""
+    with torch.no_grad():
+        target = vae.features(z0)
+    predicted = vae.features(z0_hat, checkpoint)
+    total, parts, full = 0.0, {}, target[-1].shape[-1]
+    for l, (f_hat, f) in enumerate(zip(predicted, target)):
+        omega = 1.0 if depth_weights == "uniform" else target[0].shape[-1] / f.shape[-1]  # 1, 1/2, 1/4, 1/8, 1/8
+        strength = full // f.shape[-1]  # maps below half the resolution are not masked
+        keep = outlier_mask(f, strength) if mask and strength <= 2 else torch.ones_like(f)
+        f = f * keep if norm == "cross" else f  # the released code zeroes outliers before it takes lengths
+        f_hat, f = normalise(f_hat, f, norm, detach_stats)
+        error = ((f_hat - f).square() * keep).sum((2, 3)) / keep.sum((2, 3)).clamp_min(1)  # (B, C)
+        term = omega * error.mean(1)
+        total = total + term / len(target)
+        parts |= {f"lpl_{l}": term.mean(), f"kept_{l}": keep.mean()}
+    return total, parts
+
+
+def lpl_term(vae, kind, out, zt, z0, t, tau=3.0, **options):
+    """Mean of the loss over the samples with sigma / alpha <= tau, of all processes. Gated BEFORE decoding, which is what
+    saves time. Without such a sample a zero that hangs on the graph, so that every process has the same one."""
+    alpha, sigma = alpha_sigma(kind, t)
+    gate = (sigma <= tau * alpha).flatten()
+    share = ddp.all_sum(gate.sum()) / ddp.world_size()  # gated samples of an average process
+    parts = {"gated": gate.float().mean()}
+    if not gate.any():
+        return 0.0 * out.float().sum(), parts
+    z0_hat = x0_from(kind, out[gate].float(), zt[gate], t[gate])
+    loss, more = latent_perceptual_loss(vae, z0_hat, z0[gate], **options)
+    return loss.sum() / share, parts | more
+
+
+def diffusion_target(kind, z0, eps, t):
+    alpha, sigma = alpha_sigma(kind, t)
+    return {"flow": lambda: eps - z0, "eps": lambda: eps, "x0": lambda: z0, "v": lambda: alpha * eps - sigma * z0}[kind]()
+
+
+@torch.no_grad()
+def sample(model, z, y, kind, steps, guidance, null):
+    """Deterministic sampler from noise z (B, C, h, w) for classes y (B,): estimate z0 and eps, go to the next level. That is
+    DDIM for eps, v and x0, and Euler's method for flow."""
+    times = torch.linspace(1, 0, steps + 1, device=z.device)
+    both = torch.cat([y, torch.full_like(y, null)])
+    for t, t_next in zip(times[:-1], times[1:]):
+        cond, uncond = model(torch.cat([z, z]), 999 * t.expand(2 * len(z)), both).float().chunk(2)
+        out = uncond + guidance * (cond - uncond)
+        alpha, sigma = alpha_sigma(kind, t[None])
+        z0 = x0_from(kind, out, z, t[None])
+        eps = (z - alpha * z0) / sigma
+        alpha, sigma = alpha_sigma(kind, t_next[None])
+        z = alpha * z0 + sigma * eps if t_next > 0 else z0
+    return z
+
+
+# 3. MODULES: none of its own; denoiser and decoder come from common ------------------------------------------------------
+# 4. DATA: latents (mean and log-variance, so that the posterior is sampled anew at every step) with a class ----------------
+def label(s: scenes.Scene) -> int:
+    """72 classes: colour and shape. Size, texture and background are the model's choice."""
+    return list(scenes.COLOURS).index(s.things[0].colour) * len(scenes.SHAPES) + scenes.SHAPES.index(s.things[0].shape)
+
+
+def to_unit(images, device):  # twin: to_unit
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
+    return torch.as_tensor(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(x):  # twin: to_uint8
+    """(B, 3, H, W) in [-1, 1] -> list of (H, W, 3) uint8."""
+    return list(((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+
+
+@torch.no_grad()
+def encode(vae, images, device, part=256):  # twin: encode
+    """(N, H, W, 3) uint8 -> mean, logvar (N, z, h, w) on the CPU."""
+    parts = [vae.encode(to_unit(images[i : i + part], device)) for i in range(0, len(images), part)]
+    return [torch.cat([p[j] for p in parts]).cpu() for j in (0, 1)]
+
+
+def item(sample, rng):
+    return sample["mean"], sample["logvar"], int(sample["label"])
+
+
+def collate(items):
+    mean, logvar, y = zip(*items)
+    return torch.stack(mean), torch.stack(logvar), torch.tensor(y)
+
+
+@dataclass
+class World:
+    """All that a run reads: training and validation latents, class names, real pictures and what they show."""
+
+    train: object
+    val: object
+    classes: list
+    real: torch.Tensor  # (N, 3, S, S) in [-1, 1]
+    shown: list  # their scenes; [] for other data
+
+
+def open_world(cfg: Config, vae, device) -> World:
+    if not cfg.data:
+        part = {}
+        for i, (name, n) in enumerate((("train", cfg.images), ("val", min(512, cfg.samples)), ("real", cfg.samples))):
+            world = [scenes.scene(j, 3 * cfg.seed + i, (1, 1), grid=1) for j in range(n)]
+            images = np.concatenate([scenes.render(world[j : j + 256], cfg.image_size) for j in range(0, n, 256)])
+            mean, logvar = encode(vae, images, device)
+            part[name] = data.Table(mean=mean, logvar=logvar, label=[label(s) for s in world]), images, world
+        classes = [f"{c} {s}" for c in scenes.COLOURS for s in scenes.SHAPES]
+        return World(part["train"][0], part["val"][0], classes, to_unit(part["real"][1], "cpu"), part["real"][2])
+    train, val = (data.Latents(cfg.data, split, vae.fingerprint()) for split in ("train", "val"))
+    if train.size != cfg.image_size:
+        raise ValueError(f"{cfg.data} holds latents of {train.size} px, --image_size is {cfg.image_size}")
+    if not train.classes:
+        raise ValueError(f"{cfg.data} has no classes; prepare labelled pictures with data_prep/")
+    rows = [val.read(s, r)["mean"] for s, n in enumerate(val.sizes) for r in range(n)][: cfg.samples]
+    with torch.no_grad():  # the cache holds no pictures: the spectrum is compared with reconstructions
+        real = torch.cat([vae.decode(vae.to_latent(z.to(device))).cpu() for z in torch.stack(rows).split(64)])
+    return World(train, val, train.classes, real, [])
+
+
+# 5. EVALUATE ------------------------------------------------------------------------------------------------------------
+def spectrum(images):
+    """Power of the luminance by radial frequency: (N, 3, S, S) -> (S // 2,), the frequencies 0 to S / 2 - 1, in float64."""
+    grey = (images.double() * torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(1, 3, 1, 1)).sum(1)
+    S = grey.shape[-1]
+    power = torch.fft.fft2(grey).abs().square().mean(0) / S**2
+    f = torch.fft.fftfreq(S, 1 / S, dtype=torch.float64)
+    radius = (f[:, None] ** 2 + f[None] ** 2).sqrt().round().long().flatten()
+    total, count = (torch.zeros(S, dtype=torch.float64).index_add_(0, radius, v) for v in (power.flatten(), torch.ones(S * S).double()))
+    return (total / count.clamp_min(1))[: S // 2]
+
+
+def spectrum_error(fake, real):
+    """Mean log ratio of two spectra below 1/8 and above 1/2 of the Nyquist frequency: 0 is right, negative is too little."""
+    ratio, n = (fake / real).log(), len(real)
+    return ratio[1 : max(2, n // 8)].mean().item(), ratio[n // 2 :].mean().item()
+
+
+@torch.no_grad()
+def generate(model, vae, y, cfg, steps, device, seed):
+    """Pictures of classes y (N,), in [-1, 1], on the CPU."""
+    side, out = cfg.image_size // vae.factor, []
+    noise = torch.randn(len(y), vae.z, side, side, generator=torch.Generator().manual_seed(seed))
+    for z, part in zip(noise.split(256), y.split(256)):
+        z = sample(model, z.to(device), part.to(device), cfg.objective, steps, cfg.guidance, model.classes)
+        out.append(vae.decode(z).float().cpu())
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def evaluate(model, vae, judge, world, cfg, env):
+    """-> (metrics, spectrum of the generated pictures). The work is divided over the processes."""
+    out, part, total = {}, slice(env.rank, None, env.world), torch.zeros(2)
+    for i, (mean, logvar, y) in enumerate(data.in_order(world.val, lambda s: item(s, None), collate, 256, part)):
+        u, n1, n2 = draw_noise(1, i, len(y), mean.shape[1:], env.device)
+        z0, t = vae.to_latent(mean.to(env.device), logvar.to(env.device), n1), time_of(cfg.objective, u[:, 0])
+        alpha, sigma = alpha_sigma(cfg.objective, t)
+        got = model(alpha * z0 + sigma * n2, 999 * t, y.to(env.device))
+        loss = (got - diffusion_target(cfg.objective, z0, n2, t)).square().mean()
+        total += torch.tensor([loss.item() * len(y), len(y)])
+    total = ddp.all_sum(total.to(env.device))
+    out["val_loss"] = (total[0] / total[1]).item()
+    count = cfg.samples // env.world
+    asked = world.shown[env.rank * count : (env.rank + 1) * count]
+    y = torch.tensor([label(s) for s in asked] if asked else [i % len(world.classes) for i in range(count)])
+    for steps in map(int, cfg.sample_steps.split(",")):
+        images = generate(model, vae, y, cfg, steps, env.device, 1 + env.rank)
+        fake = ddp.all_sum(spectrum(images).to(env.device)).cpu() / env.world
+        out[f"low_{steps}"], out[f"high_{steps}"] = spectrum_error(fake, spectrum(world.real))
+        if judge is not None:
+            f = ddp.gather_rows(torch.cat([judge.features(x.to(env.device), 1) for x in images.split(256)]))
+            real = torch.cat([judge.features(x.to(env.device), 1) for x in world.real.split(256)])
+            out[f"fd_{steps}"] = metrics.frechet_distance(f, real)
+            seen = zoo.verify(judge, images.to(env.device), asked)
+            right = [a and b for a, b in zip(seen["shape"], seen["colour"])]
+            out[f"right_{steps}"] = ddp.mean({"right": 100 * float(np.mean(right))})["right"]
+    return out, fake
+
+
+def draw_noise(seed, step, count, shape, device):  # twin: draw_noise
+    """Everything random of a step for the GLOBAL batch: any number of processes sees the same numbers.
+    -> uniform (count, 3), posterior noise and diffusion noise (count, *shape)."""
+    g = torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 2 + 1)
+    return (torch.rand(count, 3, generator=g, device=device), torch.randn(count, *shape, generator=g, device=device),
+            torch.randn(count, *shape, generator=g, device=device))  # fmt: skip
+
+
+def time_of(kind, u):  # twin: time_of
+    """Uniform u in [0, 1) -> noise level: continuous for flow, one of 1,000 for diffusion."""
+    return u if kind == "flow" else (u * 1000).floor() / 999
+
+
+# 6. TRAIN --------------------------------------------------------------------------------------------------------------
+def step_loss(model, vae, z0, t, eps, y, cfg, lpl):
+    """L = L_diff + w L_LPL of one batch -> (loss, parts). lpl: whether the perceptual term is on."""
+    alpha, sigma = alpha_sigma(cfg.objective, t)
+    zt = alpha * z0 + sigma * eps
+    with torch.autocast(z0.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+        out = model(zt, 999 * t, y)
+    out = out.float()
+    loss = (out - diffusion_target(cfg.objective, z0, eps, t)).square().mean()
+    if not lpl:
+        return loss, {"diffusion": loss}
+    options = {k: getattr(cfg, k) for k in ("norm", "detach_stats", "mask", "depth_weights", "checkpoint")}
+    term, parts = lpl_term(vae, cfg.objective, out, zt, z0, t, cfg.tau, **options)
+    return loss + cfg.weight * term, {"diffusion": loss, "lpl": term, "share": cfg.weight * term / (loss + cfg.weight * term),
+                                      **parts, "out": out}  # fmt: skip
+
+
+def gradient_ratio(parts, weight):
+    """|gradient of w L_LPL| / |gradient of L_diff| at the network's output."""
+    g = [torch.autograd.grad(parts[k], parts["out"], retain_graph=True)[0].norm() for k in ("lpl", "diffusion")]
+    return weight * g[0] / g[1]
+
+
+def kept_bytes(closure):
+    """What a forward pass keeps for its backward pass, in MiB: distinct storages, on any device."""
+    seen = {}
+
+    def pack(x):
+        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = closure()
+    del loss
+    return sum(seen.values()) / 2**20
+
+
+def train(cfg: Config, arm: str) -> dict:
+    """One phase: "pretrain", or one of the arms "control" and "lpl", which start from its checkpoint and see the same data
+    in the same order with the same noise."""
+    env, out = ddp.start(cfg.seed), Path(cfg.out_dir, arm)
+    vae = (load_vae(cfg.vae) if cfg.vae else zoo.load_vae()).to(env.device)
+    world = open_world(cfg, vae, env.device)
+    ddp.reseed(cfg.seed, 0, 0)  # the same initial weights on every process
+    model = build(cfg, vae, len(world.classes)).to(env.device)
+    wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
+    ema, shown = optim.Ema(model, cfg.ema_decay), copy.deepcopy(model).eval()
+    opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, (0.9, 0.95), 1e-8, fused=True)
+    state = {"model": model, "ema": ema, "opt": opt}
+    first = 0 if arm == "pretrain" else cfg.pretrain  # updates before this phase
+    total = cfg.pretrain if arm == "pretrain" else cfg.pretrain + cfg.steps
+    here = replace(cfg, out_dir=str(out), steps=total)
+    if arm != "pretrain" and cfg.pretrain:
+        ckpt.resume(out.parent / "pretrain" / "last.pt", phase_one(cfg), **state)
+    done_before = (out / "last.pt").exists() and cfg.resume
+    start, _ = ckpt.resume(out / "last.pt", phase_one(cfg) if arm == "pretrain" else here, **state) if done_before else (first, {})
+    share = env.share(cfg.batch_size) // cfg.accum
+    if share * cfg.accum != env.share(cfg.batch_size):
+        raise ValueError(f"batch_size {cfg.batch_size} on {env.world} processes cannot be cut into {cfg.accum} micro-batches")
+    batches = data.Batches(world.train, item, collate, cfg.batch_size // cfg.accum, env, cfg.seed, start * cfg.accum,
+                           cfg.workers, cfg.max_bad)  # fmt: skip
+    judge = zoo.load_judge().to(env.device) if world.shown else None
+
+    def report(step):
+        shown.load_state_dict({**model.state_dict(), **ema.shadow})
+        result, curve = evaluate(shown, vae, judge, world, cfg, env)
+        log.write(step, **result)
+        return result, curve
+
+    def micro_loss(step, micro):
+        mean, logvar, y = (x.to(env.device) for x in next(batches))
+        noise = draw_noise(cfg.seed, step * cfg.accum + micro, share * env.world, mean.shape[1:], env.device)
+        u, n1, n2 = (x[env.rank * share : (env.rank + 1) * share] for x in noise)
+        y = torch.where(u[:, 1] < cfg.drop, model.classes, y)
+        lpl = arm == "lpl" and step >= first + cfg.lpl_start
+        return step_loss(wrapped, vae, vae.to_latent(mean, logvar, n1), time_of(cfg.objective, u[:, 0]), n2, y, cfg, lpl)
+
+    log = RunLog(here, env, arm, start)
+    began, memory, clock = time.monotonic(), 0.0, start
+    for step in range(start, total):
+        optim.set_lr(opt, cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup)))
+        due = (step + 1) % cfg.log_every == 0 or step + 1 == total
+        for micro in range(cfg.accum):
+            loss, parts = micro_loss(step, micro)
+            if due and "lpl" in parts and parts["lpl"].item():
+                parts["gradient_ratio"] = gradient_ratio(parts, cfg.weight)
+            parts.pop("out", None)
+            (loss / cfg.accum).backward()
+        norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.grad_clip or math.inf)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        ema.update(model)
+        done, last = step + 1, step + 1 == total
+        if due or done % cfg.save_every == 0:
+            ddp.check_finite({"loss": loss.item()}, step)
+        if due:
+            log.write(step, **ddp.mean({"loss": loss, "grad_norm": norm, **parts}), lr=opt.param_groups[0]["lr"])
+        if cfg.eval_every and done % cfg.eval_every == 0 and not last:
+            report(step)
+        log.tick(step)
+        leave = (due or env.world == 1) and ddp.interrupted()
+        if env.is_main and (done % cfg.save_every == 0 or last or leave):
+            ckpt.save(out / "last.pt", done, phase_one(cfg) if arm == "pretrain" else here, **state)
+        if leave:
+            log.close()
+            raise KeyboardInterrupt
+    result = {}
+    if arm != "pretrain":
+        per_step = (time.monotonic() - began) / max(1, total - clock)
+        if env.world == 1:
+            memory = kept_bytes(lambda: micro_loss(total, 0)[0])
+        result, curve = report(total - 1)
+        result.update(ms_per_step=1000 * per_step, activations_mib=memory, spectrum=curve.tolist())
+    if env.is_main and arm != "pretrain":
+        ckpt.export(out / "model.safetensors", shown.state_dict(), dit=model.config, vae=vae.fingerprint(),
+                    objective=cfg.objective)  # fmt: skip
+        y = torch.arange(24) * len(world.classes) // 24
+        images = generate(shown, vae, y, cfg, int(cfg.sample_steps.split(",")[-1]), env.device, 3)
+        labels = [world.classes[i] for i in y.tolist()]
+        plot.save(plot.grid(to_uint8(images), 8, labels, title=f"{arm}, {cfg.objective}, guidance {cfg.guidance:g}", cell=110,
+                            rows_of_text=1), out / "samples" / "samples.png")  # fmt: skip
+    if env.is_main:
+        keys = ("loss", "diffusion", "lpl") if arm == "lpl" else ("loss",)
+        plot.save(plot.lines(log.history(*keys), arm, y="loss"), out / "curves.png")
+    log.finish(result)
+    return result
+
+
+def phase_one(cfg: Config) -> Config:
+    """The settings that phase 1 depends on, so that arms with other weights may share its checkpoint."""
+    plain = Config()
+    method = ("weight", "lpl_start", "tau", "norm", "detach_stats", "mask", "depth_weights", "checkpoint", "guidance",
+              "sample_steps", "samples", "eval_every")  # fmt: skip
+    return replace(cfg, out_dir=str(Path(cfg.out_dir, "pretrain")), steps=cfg.pretrain, **{k: getattr(plain, k) for k in method})
+
+
+def build(cfg: Config, vae, classes: int) -> DiT:
+    side = cfg.image_size // vae.factor
+    if cfg.image_size % (vae.factor * cfg.patch):
+        raise ValueError(f"--image_size {cfg.image_size} must be a multiple of {vae.factor * cfg.patch}: autoencoder x patch")
+    if not cfg.init:
+        return DiT(side, cfg.patch, vae.z, cfg.dim, cfg.depth, cfg.heads, classes=classes, learn_sigma=False)
+    model = load_dit(cfg.init, "DiT-XL/2" if cfg.dim == 1152 else "", side, learn_sigma=False).train()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name != "pos_embed")
+    if model.classes != classes or model.config["channels"] != vae.z:
+        raise ValueError(f"--init {cfg.init} has {model.classes} classes and {model.config['channels']} channels, the data "
+                         f"{classes} and {vae.z}")  # fmt: skip
+    return model
+
+
+def check(cfg: Config) -> None:
+    """One sentence for what a user can get wrong."""
+    choices = {"objective": ("flow", "eps", "v", "x0"), "norm": ("standardise", "cross"), "dtype": ("float32", "bfloat16"),
+               "depth_weights": ("inverse", "uniform")}  # fmt: skip
+    for field, known in choices.items():
+        if getattr(cfg, field) not in known:
+            raise ValueError(f"--{field} {getattr(cfg, field)} is unknown; choose from {', '.join(known)}")
+    for field in ("steps", "batch_size", "accum", "images", "samples", "dim", "depth", "heads", "patch", "image_size",
+                  "log_every", "save_every"):  # fmt: skip
+        if getattr(cfg, field) < 1:
+            raise ValueError(f"--{field} {getattr(cfg, field)} must be at least 1")
+    for field in ("guidance", "weight", "tau", "pretrain", "lpl_start"):
+        if not getattr(cfg, field) >= 0:
+            raise ValueError(f"--{field} {getattr(cfg, field)} must not be negative")
+    if not all(s.isdigit() and int(s) for s in cfg.sample_steps.split(",")):
+        raise ValueError(f"--sample_steps {cfg.sample_steps} must be a comma list of numbers of steps")
+    if cfg.init and cfg.pretrain:
+        raise ValueError("--init replaces phase 1; add --pretrain 0")
+
+
+def run(cfg: Config) -> dict:
+    """Phase 1, then both arms side by side; finished parts are kept. Prints the claim."""
+    check(cfg)
+    scores = {}
+    for arm in ("pretrain", "control", "lpl") if cfg.pretrain else ("control", "lpl"):
+        folder, total = Path(cfg.out_dir, arm), cfg.pretrain + cfg.steps
+        done = folder / "metrics.json"
+        same = replace(cfg, out_dir=str(folder), steps=cfg.pretrain if arm == "pretrain" else total)
+        if cfg.resume and done.exists() and ckpt.same_config(json.loads((folder / "config.json").read_text()), same):
+            scores[arm] = json.loads(done.read_text())
+        else:
+            scores[arm] = train(cfg, arm)
+    scores.pop("pretrain", None)
+    result = {f"{arm}_{k}": v for arm, s in scores.items() for k, v in s.items() if k != "spectrum"}
+    if ddp.rank() == 0:
+        show(cfg, scores)
+        write_json(Path(cfg.out_dir, "metrics.json"), result)
+    return result
+
+
+def show(cfg, scores):
+    """Table on the terminal, spectra as a chart."""
+    a, b = scores["control"], scores["lpl"]
+    rows, last = [], int(cfg.sample_steps.split(",")[-1])
+    for steps in map(int, cfg.sample_steps.split(",")):
+        for key, text, paper in (("fd", "Frechet distance (judge's features)", "6 to 20 % better (FID)"),
+                                 ("right", "class right, %", ""), ("low", "log spectrum error, low band", "a little worse"),
+                                 ("high", "log spectrum error, high band", "better")):  # fmt: skip
+            if f"{key}_{steps}" in a:
+                x, y = a[f"{key}_{steps}"], b[f"{key}_{steps}"]
+                gain = f"{100 * (y / x - 1):+.1f} %" if key == "fd" else f"{y - x:+.2f}"
+                rows.append([f"{text}, {steps} steps", f"{x:.2f}", f"{y:.2f}", gain, paper if steps == last else ""])
+    rows.append(["validation loss", f"{a['val_loss']:.4f}", f"{b['val_loss']:.4f}", "", ""])
+    rows.append(["milliseconds a step", f"{a['ms_per_step']:.0f}", f"{b['ms_per_step']:.0f}",
+                 f"x {b['ms_per_step'] / max(a['ms_per_step'], 1e-9):.2f}", ""])  # fmt: skip
+    if a["activations_mib"]:
+        rows.append(["kept for backward, MiB", f"{a['activations_mib']:.0f}", f"{b['activations_mib']:.0f}",
+                     f"x {b['activations_mib'] / a['activations_mib']:.2f}", ""])  # fmt: skip
+    print("\n" + table(rows, [f"{cfg.objective}, equal updates", "control", "LPL", "difference", "paper"]))
+    print(f"\npictures, curves and weights: {cfg.out_dir}")
+    real = spectrum(open_real(cfg)).log10() if not cfg.data else None
+    curves = {"real": real, "control": torch.tensor(a["spectrum"]).log10(), "LPL": torch.tensor(b["spectrum"]).log10()}
+    curves = {k: (list(range(1, len(v))), v[1:].tolist()) for k, v in curves.items() if v is not None}
+    chart = plot.lines(curves, "radial power spectrum of the luminance", x="cycles a picture", y="log10")
+    plot.save(chart, Path(cfg.out_dir, "spectrum.png"))
+
+
+def open_real(cfg):
+    world = [scenes.scene(j, 3 * cfg.seed + 2, (1, 1), grid=1) for j in range(cfg.samples)]
+    return to_unit(scenes.render(world, cfg.image_size), "cpu")
+
+
+# 7. MAIN ---------------------------------------------------------------------------------------------------------------
+PRESETS = {
+    "smoke": dict(steps=4, pretrain=4, batch_size=8, warmup=2, images=24, samples=16, sample_steps="2", dim=32, depth=2, heads=2,
+                  log_every=2, save_every=2, out_dir="runs/lpl_ldm_smoke"),
+    "laptop": {},
+    "gpu": dict(pretrain=20_000, steps=5_000, batch_size=512, images=40_000, image_size=64, dim=384, depth=12, heads=6, lr=3e-4,
+                ema_decay=0.999, dtype="bfloat16", samples=5_000, sample_steps="5,50", workers=14, save_every=1_000,
+                out_dir="runs/lpl_ldm_gpu"),
+    # ImageNet 256, DiT-XL/2; phases as reviewers read them; batch size and EMA are usual values, the paper's are not known
+    "paper": dict(pretrain=600_000, steps=200_000, batch_size=256, lr=1e-4, warmup=0, grad_clip=0.0, ema_decay=0.9999,
+                  dtype="bfloat16", workers=12, image_size=256, dim=1152, depth=28, heads=16, sample_steps="5,50", samples=10_000,
+                  log_every=100, save_every=5_000, out_dir="runs/lpl_ldm_in1k"),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    cli.main(run, Config, PRESETS)
