@@ -69,6 +69,7 @@ class Config:
     lr: float = 1e-3  # AdamW, constant after the warm-up; the paper: 1e-4
     wd: float = 0.0  # weight decay (the paper)
     warmup: int = 50  # updates of linear warm-up; the paper: not known
+    decay: float = 0.0  # share of the updates, the last ones, in which lr falls to 0; the paper: constant
     grad_clip: float = 1.0  # largest gradient norm, 0 = off
     ema_decay: float = 0.99  # of the weights that are evaluated; long runs: 0.9999
     dtype: str = "float32"  # float32, or bfloat16 autocast (loss, norms and noise stay in float32)
@@ -644,7 +645,8 @@ def train(cfg: Config) -> dict:
     log = RunLog(cfg, env, out.name, start)
     for step in range(start, cfg.steps):
         ddp.reseed(cfg.seed, env.rank, step)  # the padding's noise; all else is drawn below, for the global batch
-        optim.set_lr(opt, cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup)))
+        fall = (cfg.steps - step) / max(1.0, cfg.decay * cfg.steps)
+        optim.set_lr(opt, cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup), fall if cfg.decay else 1.0))
         for micro in range(cfg.accum):
             mean, logvar, controls, semantic = (to_device(x, env.device) for x in next(batches))
             noise = draw_noise(cfg.seed, step * cfg.accum + micro, share * env.world, mean.shape[1:], env.device)
@@ -792,9 +794,9 @@ PRESETS = {
     "transfer": dict(image_size=64, steps=150, batch_size=32, conditioning="attn+schedule", samples=512,
                      init="runs/ldm_conditioning/attn+schedule/model.safetensors", out_dir="runs/ldm_conditioning_transfer"),
     # the stand-in text-to-image model of common/weights
-    "standin": dict(task="text", conditioning="attn", steps=6_000, batch_size=128, images=24_000, views=1, grid=2, objects=3,
-                    min_crop=1.0, flip=0.0, sizes="32", guidance=3.0, ema_decay=0.999, dtype="bfloat16", samples=512,
-                    drop_control=1.0, out_dir="runs/standin_t2i"),
+    "standin": dict(task="text", conditioning="attn", steps=5_500, batch_size=128, lr=4e-3, warmup=300, decay=0.3, images=40_000,
+                    views=1, grid=2, objects=3, min_crop=1.0, flip=0.0, sizes="32", guidance=3.0, ema_decay=0.999, slots=32,
+                    samples=512, drop_control=1.0, out_dir="runs/standin_t2i"),
     "gpu": dict(steps=20_000, batch_size=512, images=40_000, image_size=64, grid=2, objects=3, dim=384, depth=12, heads=6,
                 lr=3e-4, ema_decay=0.999, dtype="bfloat16", samples=5_000, sample_steps=50, workers=14, save_every=1_000,
                 out_dir="runs/ldm_conditioning_gpu"),
