@@ -234,8 +234,9 @@ def read_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:  # twin: read_te
 
 
 _DIFFUSERS = [  # theirs -> ours; the first that fits is taken
-    ("proj_out_1", "final_layer.adaLN_modulation.1"), ("proj_out_2", "final_layer.linear"), ("pos_embed.proj", "x_embedder.proj"),
-    ("attn1.to_out.0", "attn.proj"), ("ff.net.0.proj", "mlp.fc1"), ("ff.net.2", "mlp.fc2"), ("norm1.linear", "adaLN_modulation.1"),
+    ("proj_out_1", "final_layer.adaLN_modulation.1"), ("proj_out_2", "final_layer.linear"),
+    ("pos_embed.proj", "x_embedder.proj"), ("attn1.to_out.0", "attn.proj"), ("ff.net.0.proj", "mlp.fc1"),
+    ("ff.net.2", "mlp.fc2"), ("norm1.linear", "adaLN_modulation.1"),
 ]  # fmt: skip
 _EMBED = "transformer_blocks.{}.norm1.emb."  # time and label embedders are repeated in every block there
 
@@ -282,7 +283,7 @@ def from_diffusers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def without_sigma(state: dict[str, torch.Tensor], channels: int) -> dict[str, torch.Tensor]:
-    """Keeps the first `channels` of 2 * channels outputs. Channels are the fastest within a token: every second block of rows."""
+    """Keeps the first `channels` of 2 * channels outputs: channels are the fastest within a token, so every second block."""
     out = dict(state)
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
         v = state[key]

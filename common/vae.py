@@ -336,7 +336,9 @@ def load_vae(path, scale: float = 0.0, shift: float | None = None) -> VAE:
         vae = VAE(**{**found, **config})
     except (KeyError, ValueError, TypeError, ZeroDivisionError, IndexError) as error:
         keys = ", ".join(list(state)[:3])
-        raise ValueError(f"{path} is not an autoencoder of this kind ({type(error).__name__}: {error}); it has {keys}") from error
+        raise ValueError(
+            f"{path} is not an autoencoder of this kind ({type(error).__name__}: {error}); it has {keys}"
+        ) from error
     want = vae.state_dict()
     missing, extra = sorted(want.keys() - state.keys()), sorted(state.keys() - want.keys())
     wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in want.items()

@@ -85,7 +85,9 @@ def verify(judge: Judge, images: torch.Tensor, world: list[scenes.Scene]) -> dic
             found = [replace(t, cell=-1 if c is None else c) for t, c in zip(s.things, here)]
             placed = found[:1] if len(found) == 1 else found[2:]  # two objects are related, all others have a place
             if s.grid > 1 and placed:
-                right["place"] = all(a.cell == b.cell for a, b in zip(placed, s.things[:1] if len(found) == 1 else s.things[2:]))
+                right["place"] = all(
+                    a.cell == b.cell for a, b in zip(placed, s.things[:1] if len(found) == 1 else s.things[2:])
+                )
             if len(found) > 1:
                 a, b = found[:2]
                 same = scenes.relation(a, b, s.grid) == scenes.relation(*s.things[:2], s.grid)
@@ -110,7 +112,9 @@ def load_judge() -> Judge:
 def adopt(path, name: str) -> None:
     """Puts a run's model.safetensors into common/weights/ as fp16, with its settings."""
     state, meta = vae.read_tensors(path)
-    ckpt.export(WEIGHTS / f"{name}.safetensors", {k: v.half() if v.is_floating_point() else v for k, v in state.items()}, **meta)
+    ckpt.export(
+        WEIGHTS / f"{name}.safetensors", {k: v.half() if v.is_floating_point() else v for k, v in state.items()}, **meta
+    )
 
 
 def _read(name: str) -> dict[str, torch.Tensor]:

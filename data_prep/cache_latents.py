@@ -1,12 +1,12 @@
 """Encodes a prepared data set once: the autoencoder's mean AND log-variance of every view, with the view's controls.
 
-python data_prep/cache_latents.py --data data/cifar100 --out data/cifar100_latents --vae runs/vae_cifar/model.safetensors --size 32
-torchrun --nproc_per_node=8 data_prep/cache_latents.py --data data/imagenet --out data/imagenet_latents --vae VAE --size 256 --views 4
+python data_prep/cache_latents.py --data data/cifar100 --out data/cifar100_latents --vae VAE --size 32
+torchrun --nproc_per_node=8 data_prep/cache_latents.py --data data/imagenet --out data/imagenet_latents --vae VAE --views 4
 
-Mean and log-variance, because cached samples lose the posterior's noise and over-fit. A view is a random crop (--min_crop below 1)
-and flip, recorded as it was drawn (common/augment.py); validation pictures are central squares. One file of latents for
-every 1,000 pictures, shared out to the processes; interrupted, it continues. The manifest holds the autoencoder's
-fingerprint, and readers refuse latents of another one.
+Mean and log-variance, because cached samples lose the posterior's noise and over-fit. A view is a random crop (--min_crop
+below 1) and flip, recorded as it was drawn (common/augment.py); validation pictures are central squares. One file of
+latents for every 1,000 pictures, shared out to the processes; interrupted, it continues. The manifest holds the
+autoencoder's fingerprint, and readers refuse latents of another one.
 """
 
 import json
@@ -74,7 +74,9 @@ def encode_part(vae, source, rows, cfg, split, part, device) -> tuple[dict, list
 
 def run(cfg: Config) -> dict:
     if min(cfg.size, cfg.views, cfg.batch_size, cfg.per_shard) < 1 or not 0 < cfg.min_crop <= cfg.max_crop <= 1:
-        raise ValueError("--size, --views, --batch_size and --per_shard must be at least 1, and 0 < --min_crop <= --max_crop <= 1")
+        raise ValueError(
+            "--size, --views, --batch_size and --per_shard must be at least 1, and 0 < --min_crop <= --max_crop <= 1"
+        )
     env = ddp.start(cfg.seed)
     vae = (load_vae(cfg.vae) if cfg.vae else zoo.load_vae()).to(env.device)
     if cfg.size % vae.factor:
@@ -114,7 +116,9 @@ def run(cfg: Config) -> dict:
             ddp.gather_lists([0])  # wait for the other processes
             manifest["shards"] += [{"name": f.name, "split": name, "count": count(f)} for f in files]
     manifest["complete"] = True
-    manifest["counts"] = {s: sum(e["count"] for e in manifest["shards"] if e["split"] == s) for s in {e["split"] for e in manifest["shards"]}}
+    manifest["counts"] = {
+        s: sum(e["count"] for e in manifest["shards"] if e["split"] == s) for s in {e["split"] for e in manifest["shards"]}
+    }
     if env.is_main:
         write_json(path, manifest)
         print(f"{out}: {manifest['counts']} views of {cfg.size} px, autoencoder {manifest['vae']}")

@@ -3,10 +3,11 @@
 python data_prep/train_vae.py --out_dir runs/vae                            (generated world at 32 px, f4; CPU)
 torchrun --nproc_per_node=8 data_prep/train_vae.py --preset f8 --data data/imagenet --vgg vgg16.pth --gan 0.5
 
-The loss of Stable Diffusion's autoencoder is L1 + LPIPS + 1e-6 KL + 0.5 adversarial from step 50,001 on, batch-summed, with a
-learned variance. Here all terms are means over pixels, the variance is left out, and --vgg is LPIPS without its learned
-channel weights (unit-normalised VGG-16 features). --edges, L1 on differences of neighbouring pixels, and --mse are ours:
-without a perceptual term they keep small shapes sharp and coloured. The latent's standard deviation is measured at the end and stored as scale.
+The loss of Stable Diffusion's autoencoder is L1 + LPIPS + 1e-6 KL + 0.5 adversarial from step 50,001 on, batch-summed,
+with a learned variance. Here all terms are means over pixels, the variance is left out, and --vgg is LPIPS without its
+learned channel weights (unit-normalised VGG-16 features). --edges, L1 on differences of neighbouring pixels, and --mse
+are ours: without a perceptual term they keep small shapes sharp and coloured. The latent's standard deviation is
+measured at the end and stored as scale.
 """
 
 import sys
@@ -235,7 +236,9 @@ def train(cfg: Config) -> dict:
     if env.is_main:
         result = finish(vae, cfg, env.device, batches)
         ckpt.export(out / "model.safetensors", vae.state_dict(), vae=vae.config)
-        print(f"error on new pictures {result['mse']:.5f} (squared, in [-1, 1]), scale {vae.scale:.4f}: {out}/model.safetensors")
+        print(
+            f"error on new pictures {result['mse']:.5f} (squared, in [-1, 1]), scale {vae.scale:.4f}: {out}/model.safetensors"
+        )
     log.finish(result)
     return result
 

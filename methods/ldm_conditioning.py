@@ -21,12 +21,11 @@ Run        python methods/ldm_conditioning.py --preset smoke                   (
            torchrun --nproc_per_node=8 methods/ldm_conditioning.py --preset paper --data data/imagenet_latents --vae VAE
 Data       generated (common/scenes.py), or latents by data_prep/cache_latents.py, which records crop, size and flip
 Expect     not yet recorded
-Differs    from the paper: DiT in place of mmDiT (attention to s is a sub-layer of its own); class tokens, the exponent 8,
-           the guidance formula and the padding's constants are recalled, not verified, hence flags; the control-swap
-           distance is L2 in latent space (LPIPS there); Frechet distances use features of a classifier of scenes, and are
-           not comparable with published ones; the baseline's MLPs are wider, so that both arms have equal parameters.
-           Left out: UNet and mDT as trained models, recaptioned CC12M, FID on ImageNet (needs Inception).
-           No code of the paper was published.
+Differs    from the paper: DiT in place of mmDiT, attention to s is a sub-layer of its own, and the baseline's MLPs are wider to
+           have as many parameters; class tokens, the exponent 8, the guidance formula and the padding's constants are
+           recalled, not verified, hence flags; the control-swap distance is L2 in latent space (LPIPS there); Frechet
+           distances use a classifier of scenes and compare with nothing published. Left out: UNet and mDT as trained
+           models, recaptioned CC12M, FID on ImageNet (needs Inception). No code of the paper was published.
 Uses       common/augment.py ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py
            tokenizer.py vae.py vit.py zoo.py and weights/   (copy these with this file)
 """
@@ -99,8 +98,7 @@ class Config:
     # transfer
     init: str = ""  # model.safetensors to start from; each arm is then trained with and without it
     positions: str = "resample"  # at another resolution: resample, extrapolate or interpolate (bicubic)
-    rescale: bool = True  # noisier at higher resolution: k = image_size / base_size
-    base_size: int = 32  # pixels at which the noise schedule stays as it is
+    base_size: int = 32  # pixels at which the noise schedule stays as it is; larger pictures are noisier by k
     # data and model
     image_size: int = 32  # pixels
     images: int = 4_096  # generated training pictures
@@ -108,8 +106,7 @@ class Config:
     objects: int = 1  # at most so many in a generated scene
     grid: int = 1  # cells a side of generated scenes: 1 close-up, 2, 3
     min_crop: float = 0.5  # smallest crop, as a share of the area; 1 = no crops
-    crop: str = "resize"  # resize: the crop of the high resolution, made small; direct: a field of view `direct` times smaller
-    direct: float = 2.0  # side of the later resolution / this one, for --crop direct
+    crop: str = "resize"  # resize: the crop that twice the resolution will have, made small; direct: half its side
     flip: float = 0.5  # chance of a mirrored picture
     sizes: str = "8,16,32,64,128"  # pixels at which generated pictures are recorded
     vae: str = ""  # autoencoder; "" = the stand-in of common/weights
@@ -118,7 +115,6 @@ class Config:
     depth: int = 6  # blocks
     heads: int = 4  # of attention
     patch: int = 2  # latent pixels a side
-    text_depth: int = 2  # blocks of the text encoder, trained along
 
 
 # 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
@@ -138,11 +134,11 @@ def guide(e_cs, e_0s, e_00, semantic, control):
     return semantic * (control * e_cs + (1 - control) * e_0s) + (1 - semantic) * e_00
 
 
-def replicate_padding(tokens, lengths, slots, beta, generator=None):  # twin: replicate_padding
+def replicate_padding(tokens, lengths, slots, beta, noise=None):  # twin: replicate_padding
     """Fills the slots behind a short text with copies of its tokens, the m-th copy with noise beta * std * sqrt(m).
 
-    tokens (B, L, D), of which lengths (B,) are real; std: over the text's tokens, of each channel. Real tokens stay as they
-    are, and all slots are valid afterwards -> (B, slots, D). Zero padding is attended to as well, and wasted."""
+    tokens (B, L, D), of which lengths (B,) are real; std: over the text's tokens, of each channel; noise (B or 1, slots, D):
+    given, or drawn. Real tokens stay as they are, and all slots are valid afterwards -> (B, slots, D)."""
     n = lengths.clamp(1, slots)[:, None]
     place = torch.arange(slots, device=tokens.device)[None]
     out = tokens.gather(1, (place % n)[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -150,8 +146,7 @@ def replicate_padding(tokens, lengths, slots, beta, generator=None):  # twin: re
     mean = (tokens * real).sum(1, keepdim=True) / n[..., None]
     std = (((tokens - mean) * real).square().sum(1, keepdim=True) / n[..., None]).sqrt()  # one token: 0, no noise
     copy_number = (place // n)[..., None]  # 0 for the text itself
-    noise = torch.randn(out.shape, generator=generator, device=out.device, dtype=out.dtype)
-    return out + beta * std * copy_number.sqrt() * noise
+    return out + beta * std * copy_number.sqrt() * (torch.randn_like(out) if noise is None else noise)
 
 
 # Transfer to another resolution: everything at index t should look as uncertain as it did where the model was trained.
@@ -179,7 +174,7 @@ def alpha_bar(steps=1_000):  # twin: alpha_bar
 
 
 def alpha_sigma(kind, t, k=1.0):
-    """Noise level t (B,) in [0, 1] -> alpha, sigma (B, 1, 1, 1) of zt = alpha z0 + sigma eps, at k times the base resolution."""
+    """Noise level t (B,) in [0, 1] -> alpha, sigma (B, 1, 1, 1) of zt = alpha z0 + sigma eps, k as above."""
     if kind == "flow":
         sigma = shift_time(t, k)
         alpha = 1 - sigma
@@ -189,12 +184,21 @@ def alpha_sigma(kind, t, k=1.0):
     return alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
 
 
+def target_of(kind, z0, eps, alpha, sigma):
+    """What the network predicts."""
+    return {"flow": eps - z0, "eps": eps, "v": alpha * eps - sigma * z0}[kind]
+
+
+def clean_from(kind, out, zt, alpha, sigma):
+    """The network's estimate of z0: the inverse of target_of."""
+    return {"flow": zt - sigma * out, "eps": (zt - sigma * out) / alpha, "v": alpha * zt - sigma * out}[kind]
+
+
 def diffusion_loss(model, z0, t, eps, kind, k=1.0, **conditions):
     """Mean squared error of the network's output, float32. z0, eps (B, C, h, w); t (B,)."""
     alpha, sigma = alpha_sigma(kind, t, k)
     out = model(alpha * z0 + sigma * eps, t, **conditions)
-    target = {"flow": lambda: eps - z0, "eps": lambda: eps, "v": lambda: alpha * eps - sigma * z0}[kind]()
-    return (out.float() - target).square().mean()
+    return (out.float() - target_of(kind, z0, eps, alpha, sigma)).square().mean()
 
 
 @torch.no_grad()
@@ -220,7 +224,7 @@ def sample(model, z, semantic, controls, kind, steps, guidance=1.0, control_guid
         else:
             e = out
         alpha, sigma = alpha_sigma(kind, t[None], k)
-        z0 = {"flow": lambda: z - sigma * e, "eps": lambda: (z - sigma * e) / alpha, "v": lambda: alpha * z - sigma * e}[kind]()
+        z0 = clean_from(kind, e, z, alpha, sigma)
         eps = (z - alpha * z0) / sigma
         alpha, sigma = alpha_sigma(kind, t_next[None], k)
         z = alpha * z0 + sigma * eps if t_next > 0 else z0
@@ -249,31 +253,33 @@ class ClassTokens(nn.Module):
         super().__init__()
         self.tokens, self.table, self.norm = tokens, nn.Embedding(classes + 1, tokens * dim), nn.LayerNorm(dim)
 
-    def forward(self, y, drop, **_):
+    def forward(self, y, drop):
         y = torch.where(drop, self.table.num_embeddings - 1, y)
         return self.norm(self.table(y).view(len(y), self.tokens, -1))
 
 
 class TextTokens(nn.Module):
-    """Text ids -> (B, slots, D) from a text transformer trained along, the padding filled; a learned null token if dropped."""
+    """Text ids -> (B, slots, D) from a text transformer trained along, the padding filled; a learned null token if dropped.
+    The padding's noise is new at every call in training, always the same in evaluation."""
 
-    def __init__(self, vocab: int, cfg: Config):
+    def __init__(self, words: int, cfg: Config):
         super().__init__()
-        self.encoder = TextTransformer(vocab, cfg.slots, cfg.dim, cfg.text_depth, cfg.heads, act="gelu")
+        self.encoder = TextTransformer(words, cfg.slots, cfg.dim, 2, cfg.heads, act="gelu")
         self.null = nn.Parameter(torch.randn(1, 1, cfg.dim) * 0.02)
         self.padding, self.beta, self.slots = cfg.padding, cfg.beta_txt, cfg.slots
 
-    def forward(self, ids, drop, fixed=0):
-        """fixed: the same padding noise on every call (sampling), else new noise (training)."""
-        ids = trim(ids)  # the text encoder is causal: what stands behind the longest text changes nothing
+    def forward(self, ids, drop):
+        ids = trim(ids)  # the encoder is causal: what stands behind the longest text changes nothing
         lengths = ids.argmax(1) + 1  # the end token has the largest id
         x = self.encoder.hidden(ids)
-        generator = torch.Generator(x.device).manual_seed(int(fixed)) if fixed else None
         if self.padding == "zero":
-            x = F.pad(x * (torch.arange(x.shape[1], device=x.device)[None] < lengths[:, None])[..., None],
-                      (0, 0, 0, self.slots - x.shape[1]))  # fmt: skip
+            real = torch.arange(x.shape[1], device=x.device)[None] < lengths[:, None]
+            x = F.pad(x * real[..., None], (0, 0, 0, self.slots - x.shape[1]))
         else:
-            x = replicate_padding(x, lengths, self.slots, self.beta if self.padding == "noisy" else 0.0, generator)
+            noise = None
+            if not self.training:
+                noise = torch.randn(1, self.slots, x.shape[2], generator=torch.Generator().manual_seed(1)).to(x)
+            x = replicate_padding(x, lengths, self.slots, self.beta if self.padding == "noisy" else 0.0, noise)
         return torch.where(drop[:, None, None], self.null, x)
 
 
@@ -431,7 +437,7 @@ def encode(vae, images, device, part=256):  # twin: encode
 def scene_latents(cfg: Config, vae, device, count: int, seed: int) -> data.Table:
     """Scenes recorded at one of the sizes, then cropped, flipped, resized and encoded: `views` of each."""
     world, sizes = make_scenes(cfg, count, seed), [int(s) for s in cfg.sizes.split(",")]
-    shrink = cfg.direct**2 if cfg.crop == "direct" else 1.0
+    shrink = 4.0 if cfg.crop == "direct" else 1.0
     views, controls = [], []
     for i, s in enumerate(world * cfg.views):
         rng = np.random.default_rng((seed, 2, i))
@@ -463,6 +469,12 @@ class Items:
     def collate(self, items):
         mean, logvar, controls, what = zip(*items)
         return torch.stack(mean), torch.stack(logvar), torch.stack(controls), self.semantic(what)
+
+    def name(self, asked):
+        """A scene's label or full caption; labels and captions as they are."""
+        if not isinstance(asked, scenes.Scene):
+            return asked
+        return label(asked) if self.cfg.task == "class" else scenes.caption(asked)
 
     def semantic(self, what):
         """Labels or texts -> what the model takes."""
@@ -512,30 +524,25 @@ def draw_noise(seed, step, count, shape, device):  # twin: draw_noise
             torch.randn(count, *shape, generator=g, device=device))  # fmt: skip
 
 
-def pictures(model, vae, world: World, items: Items, cfg: Config, device, asked, controls=None, seed=1):
-    """Draws what is asked for, at the full frame unless controls are given -> latents and images in [-1, 1]."""
-    k, zs = noise_scale(cfg), []
-    side, total = cfg.image_size // vae.factor, len(asked)
+@torch.no_grad()
+def pictures(model, vae, items: Items, cfg: Config, device, asked, controls=None, seed=1):
+    """Draws what is asked for, at the full frame unless controls are given -> latents, images in [-1, 1], on the CPU."""
+    side, total, zs, images = cfg.image_size // vae.factor, len(asked), [], []
     noise = torch.randn(total, vae.z, side, side, generator=torch.Generator().manual_seed(seed))
     controls = full_frame(total, cfg.image_size) if controls is None else controls
-    what = asked
-    if not cfg.data:
-        what = [label(s) if cfg.task == "class" else scenes.caption(s) for s in asked]
     for i in range(0, total, 256):
-        rows = slice(i, min(i + 256, total))
-        semantic = {name: v.to(device) for name, v in items.semantic(what[rows]).items()}
-        if cfg.task == "text":
-            semantic["fixed"] = torch.tensor(1)
-        fixed = {k_: v for k_, v in semantic.items() if v.ndim}
-        net = (lambda *a, **kw: model(*a, **kw, fixed=1)) if cfg.task == "text" else model
-        zs.append(sample(net, noise[rows].to(device), fixed, controls[rows].to(device), cfg.objective, cfg.sample_steps,
-                         cfg.guidance, cfg.control_guidance, k))  # fmt: skip
-    with torch.no_grad():
-        return torch.cat(zs), torch.cat([vae.decode(z) for z in zs])
+        rows = slice(i, i + 256)
+        semantic = to_device(items.semantic([items.name(a) for a in asked[rows]]), device)
+        z = sample(model, noise[rows].to(device), semantic, controls[rows].to(device), cfg.objective, cfg.sample_steps,
+                   cfg.guidance, cfg.control_guidance, noise_scale(cfg))  # fmt: skip
+        zs.append(z.cpu())
+        images.append(vae.decode(z).cpu())
+    return torch.cat(zs), torch.cat(images)
 
 
 def noise_scale(cfg):
-    return cfg.image_size / cfg.base_size if cfg.rescale else 1.0
+    """k = s' / s."""
+    return cfg.image_size / cfg.base_size
 
 
 @torch.no_grad()
@@ -549,8 +556,9 @@ def evaluate(model, vae, judge, world, items, cfg, env) -> dict[str, float]:
         u, n1, n2 = draw_noise(1, i, len(mean), mean.shape[1:], device)
         z0 = vae.to_latent(mean.to(device), logvar.to(device), n1)
         no = torch.zeros(len(z0), dtype=torch.bool, device=device)
-        loss = diffusion_loss(model, z0, time_of(cfg.objective, u[:, 0]), n2, cfg.objective, noise_scale(cfg), controls=controls.to(device),
-                              drop_s=no, drop_c=no, **{k: v.to(device) for k, v in semantic.items()})  # fmt: skip
+        t, semantic = time_of(cfg.objective, u[:, 0]), to_device(semantic, device)
+        loss = diffusion_loss(model, z0, t, n2, cfg.objective, noise_scale(cfg), controls=controls.to(device), drop_s=no,
+                              drop_c=no, **semantic)  # fmt: skip
         total += torch.tensor([loss.item() * len(z0), len(z0)])
     total = ddp.all_sum(total.to(device))
     out["val_loss"] = (total[0] / total[1]).item()
@@ -558,14 +566,14 @@ def evaluate(model, vae, judge, world, items, cfg, env) -> dict[str, float]:
         return out
     count = len(world.asked) // env.world * env.world
     asked = world.asked[:count][part]
-    _, images = pictures(model, vae, world, items, cfg, device, asked, seed=1 + env.rank)
-    fake = ddp.gather_rows(judge.features(images, cfg.grid))
+    _, images = pictures(model, vae, items, cfg, device, asked, seed=1 + env.rank)
+    fake = ddp.gather_rows(torch.cat([judge.features(x.to(device), cfg.grid) for x in images.split(256)]))
     real = torch.cat([judge.features(x.to(device), cfg.grid) for x in world.real.split(256)])
     out["fd"] = metrics.frechet_distance(fake, real)
-    out.update(ddp.mean({k: 100 * float(np.mean(v)) for k, v in zoo.verify(judge, images, asked).items() if v}))
+    out.update(ddp.mean({k: 100 * float(np.mean(v)) for k, v in zoo.verify(judge, images.to(device), asked).items() if v}))
     # The control-swap distance: same noise, same semantics, only the requested size differs
     few, sizes = asked[: max(2, 64 // env.world)], [int(s) for s in cfg.sizes.split(",")]
-    zs = torch.stack([pictures(model, vae, world, items, cfg, device, few, full_frame(len(few), s), 7 + env.rank)[0]
+    zs = torch.stack([pictures(model, vae, items, cfg, device, few, full_frame(len(few), s), 7 + env.rank)[0]
                       for s in sizes])  # fmt: skip
     out.update(ddp.mean({"swap": spread(zs), "swap_hr": spread(zs[-3:])}))
     return out
@@ -653,9 +661,13 @@ def train(cfg: Config) -> dict:
             noise = draw_noise(cfg.seed, step * cfg.accum + micro, share * env.world, mean.shape[1:], env.device)
             u, n1, n2 = (x[env.rank * share : (env.rank + 1) * share] for x in noise)
             z0 = vae.to_latent(mean, logvar, n1)
+            conditions = dict(
+                controls=controls, drop_s=u[:, 1] < cfg.drop_semantic, drop_c=u[:, 2] < cfg.drop_control, **semantic
+            )
             with amp:
-                loss = diffusion_loss(wrapped, z0, time_of(cfg.objective, u[:, 0]), n2, cfg.objective, noise_scale(cfg), controls=controls,
-                                      drop_s=u[:, 1] < cfg.drop_semantic, drop_c=u[:, 2] < cfg.drop_control, **semantic)  # fmt: skip
+                loss = diffusion_loss(
+                    wrapped, z0, time_of(cfg.objective, u[:, 0]), n2, cfg.objective, noise_scale(cfg), **conditions
+                )
             (loss / cfg.accum).backward()
         norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
         opt.step()
@@ -681,7 +693,7 @@ def train(cfg: Config) -> dict:
     if env.is_main:
         ckpt.export(out / "model.safetensors", shown.state_dict(), dit=model.dit.config,
                     config={k: getattr(cfg, k) for k in ("conditioning", "task", "objective", "control_power", "slots",
-                                                         "padding", "beta_txt", "text_depth", "heads", "class_tokens")},
+                                                         "padding", "beta_txt", "heads", "class_tokens")},
                     vae=vae.fingerprint())  # fmt: skip
         if world.tok:
             world.tok.save(out / "merges.txt")
@@ -703,7 +715,7 @@ def to_uint8(x):  # twin: to_uint8
 def draw(model, vae, world, items, cfg, device, folder):
     """A sheet of samples, and one that changes only the requested size."""
     asked = (world.asked * 16)[:16]
-    _, images = pictures(model, vae, world, items, cfg, device, asked)
+    _, images = pictures(model, vae, items, cfg, device, asked)
     names = world.train.classes if cfg.data and cfg.task == "class" else None
     labels = [names[a] if names else a if cfg.data else scenes.caption(a) if cfg.task == "text" else
               f"{a.things[0].colour} {a.things[0].shape}" for a in asked]  # fmt: skip
@@ -712,7 +724,7 @@ def draw(model, vae, world, items, cfg, device, folder):
     plot.save(plot.grid(to_uint8(images), 8, labels, title=title, cell=110, rows_of_text=rows), folder / "samples.png")
     sizes = [int(s) for s in cfg.sizes.split(",")]
     few = (world.asked * 5)[:5]
-    rows = [pictures(model, vae, world, items, cfg, device, few, full_frame(5, s), 7)[1] for s in sizes]
+    rows = [pictures(model, vae, items, cfg, device, few, full_frame(5, s), 7)[1] for s in sizes]
     cells = [to_uint8(row[i : i + 1])[0] for i in range(5) for row in rows]
     title = f"{cfg.conditioning}: same noise, same semantics, another size"
     plot.save(plot.grid(cells, len(sizes), [f"size {s}" for s in sizes] * 5, title=title, cell=110, rows_of_text=1),
@@ -736,8 +748,8 @@ def check(cfg: Config) -> None:
     for field in ("guidance", "control_guidance", "beta_txt"):
         if not getattr(cfg, field) >= 0:
             raise ValueError(f"--{field} {getattr(cfg, field)} must not be negative")
-    if not (1 <= cfg.grid <= 3 and 1 <= cfg.objects <= 3 and 0 < cfg.min_crop <= 1 and cfg.direct >= 1 and cfg.samples >= 16):
-        raise ValueError("--grid and --objects must be 1 to 3, --min_crop in (0, 1], --direct at least 1, --samples at least 16")
+    if not (1 <= cfg.grid <= 3 and 1 <= cfg.objects <= 3 and 0 < cfg.min_crop <= 1 and cfg.samples >= 16):
+        raise ValueError("--grid and --objects must be 1 to 3, --min_crop in (0, 1], --samples at least 16")
     if not all(s.isdigit() and 4 <= int(s) <= 1024 for s in cfg.sizes.split(",")):
         raise ValueError(f"--sizes {cfg.sizes} must be a comma list of pixels between 4 and 1024")
 
@@ -764,8 +776,8 @@ def run(cfg: Config) -> dict:
 
 def show(cfg, scores):
     """Tables on the terminal."""
-    names = {"val_loss": "validation loss", "fd": "Frechet distance (judge's features, new scenes)", "all": "all named right, %",
-             "swap": "control-swap distance (x 100)", "swap_hr": "... of the three largest sizes"}  # fmt: skip
+    names = {"val_loss": "validation loss", "fd": "Frechet distance (judge's features, new scenes)",
+             "all": "all named right, %", "swap": "control-swap distance (x 100)", "swap_hr": "... of the three largest sizes"}  # fmt: skip
     factor = {"swap": 100, "swap_hr": 100}
     rows = [[text, *[f"{s[k] * factor.get(k, 1):.3f}" for s in scores.values()]] for k, text in names.items()
             if k in next(iter(scores.values()))]  # fmt: skip
@@ -795,15 +807,15 @@ PRESETS = {
     "transfer": dict(image_size=64, steps=150, batch_size=32, conditioning="attn+schedule", samples=512,
                      init="runs/ldm_conditioning/attn+schedule/model.safetensors", out_dir="runs/ldm_conditioning_transfer"),
     # the stand-in text-to-image model of common/weights
-    "standin": dict(task="text", conditioning="attn", steps=5_500, batch_size=128, lr=4e-3, warmup=300, decay=0.3, images=40_000,
-                    views=1, grid=2, objects=3, min_crop=1.0, flip=0.0, sizes="32", guidance=3.0, ema_decay=0.999, slots=32,
+    "standin": dict(task="text", conditioning="attn", steps=5_500, batch_size=128, lr=4e-3, warmup=300, decay=0.3,
+                    images=40_000, views=1, grid=2, objects=3, min_crop=1.0, flip=0.0, sizes="32", guidance=3.0, ema_decay=0.999, slots=32,
                     samples=512, drop_control=1.0, out_dir="runs/standin_t2i"),
     "gpu": dict(steps=20_000, batch_size=512, images=40_000, image_size=64, grid=2, objects=3, dim=384, depth=12, heads=6,
                 lr=3e-4, ema_decay=0.999, dtype="bfloat16", samples=5_000, sample_steps=50, workers=14, save_every=1_000,
                 out_dir="runs/ldm_conditioning_gpu"),
     # ImageNet 256, DiT-XL/2 with the paper's optimiser; batch, EMA and length are usual values, the paper's are not known
-    "paper": dict(steps=600_000, batch_size=256, lr=1e-4, warmup=0, grad_clip=0.0, ema_decay=0.9999, dtype="bfloat16", workers=12,
-                  objective="eps", conditioning="attn+schedule", image_size=256, base_size=256, dim=1152, depth=28, heads=16,
+    "paper": dict(steps=600_000, batch_size=256, lr=1e-4, warmup=0, grad_clip=0.0, ema_decay=0.9999, dtype="bfloat16",
+                  workers=12, objective="eps", conditioning="attn+schedule", image_size=256, base_size=256, dim=1152, depth=28, heads=16,
                   sample_steps=250, log_every=100, save_every=5_000, out_dir="runs/ldm_conditioning_in1k"),
 }  # fmt: skip
 

@@ -144,7 +144,7 @@ def outlier_mask(f, strength=1):
     high = flat.kthvalue(max(1, int(0.98 * n)), dim=2).values[..., None, None]
     margin = 2 * flat.std(2)[..., None, None]
     keep = ((low - margin < f) & (f < high + margin)).float()
-    close, grow = ((3, 5) if strength == 1 else (1, 3))
+    close, grow = (3, 5) if strength == 1 else (1, 3)
     keep = F.max_pool2d(keep, close, 1, close // 2) if close > 1 else keep
     return -F.max_pool2d(-keep, grow, 1, grow // 2)  # padding counts as kept: the border is not eroded
 
@@ -291,7 +291,9 @@ def spectrum(images):
     power = torch.fft.fft2(grey).abs().square().mean(0) / S**2
     f = torch.fft.fftfreq(S, 1 / S, dtype=torch.float64)
     radius = (f[:, None] ** 2 + f[None] ** 2).sqrt().round().long().flatten()
-    total, count = (torch.zeros(S, dtype=torch.float64).index_add_(0, radius, v) for v in (power.flatten(), torch.ones(S * S).double()))
+    total, count = (
+        torch.zeros(S, dtype=torch.float64).index_add_(0, radius, v) for v in (power.flatten(), torch.ones(S * S).double())
+    )
     return (total / count.clamp_min(1))[: S // 2]
 
 
@@ -410,7 +412,9 @@ def train(cfg: Config, arm: str) -> dict:
     if arm != "pretrain" and cfg.pretrain:
         ckpt.resume(out.parent / "pretrain" / "last.pt", phase_one(cfg), **state)
     done_before = (out / "last.pt").exists() and cfg.resume
-    start, _ = ckpt.resume(out / "last.pt", phase_one(cfg) if arm == "pretrain" else here, **state) if done_before else (first, {})
+    start, _ = (
+        ckpt.resume(out / "last.pt", phase_one(cfg) if arm == "pretrain" else here, **state) if done_before else (first, {})
+    )
     share = env.share(cfg.batch_size) // cfg.accum
     if share * cfg.accum != env.share(cfg.batch_size):
         raise ValueError(f"batch_size {cfg.batch_size} on {env.world} processes cannot be cut into {cfg.accum} micro-batches")
@@ -488,7 +492,9 @@ def phase_one(cfg: Config) -> Config:
     plain = Config()
     method = ("weight", "lpl_start", "tau", "norm", "detach_stats", "mask", "depth_weights", "checkpoint", "guidance",
               "sample_steps", "samples", "eval_every")  # fmt: skip
-    return replace(cfg, out_dir=str(Path(cfg.out_dir, "pretrain")), steps=cfg.pretrain, **{k: getattr(plain, k) for k in method})
+    return replace(
+        cfg, out_dir=str(Path(cfg.out_dir, "pretrain")), steps=cfg.pretrain, **{k: getattr(plain, k) for k in method}
+    )
 
 
 def build(cfg: Config, vae, classes: int) -> DiT:
@@ -580,16 +586,16 @@ def open_real(cfg):
 
 # 7. MAIN ---------------------------------------------------------------------------------------------------------------
 PRESETS = {
-    "smoke": dict(steps=4, pretrain=4, batch_size=8, warmup=2, images=24, samples=16, sample_steps="2", dim=32, depth=2, heads=2,
-                  log_every=2, save_every=2, out_dir="runs/lpl_ldm_smoke"),
+    "smoke": dict(steps=4, pretrain=4, batch_size=8, warmup=2, images=24, samples=16, sample_steps="2", dim=32, depth=2,
+                  heads=2, log_every=2, save_every=2, out_dir="runs/lpl_ldm_smoke"),
     "laptop": {},
     "gpu": dict(pretrain=20_000, steps=5_000, batch_size=512, images=40_000, image_size=64, dim=384, depth=12, heads=6, lr=3e-4,
                 ema_decay=0.999, dtype="bfloat16", samples=5_000, sample_steps="5,50", workers=14, save_every=1_000,
                 out_dir="runs/lpl_ldm_gpu"),
     # ImageNet 256, DiT-XL/2; phases as reviewers read them; batch size and EMA are usual values, the paper's are not known
     "paper": dict(pretrain=600_000, steps=200_000, batch_size=256, lr=1e-4, warmup=0, grad_clip=0.0, ema_decay=0.9999,
-                  dtype="bfloat16", workers=12, image_size=256, dim=1152, depth=28, heads=16, sample_steps="5,50", samples=10_000,
-                  log_every=100, save_every=5_000, out_dir="runs/lpl_ldm_in1k"),
+                  dtype="bfloat16", workers=12, image_size=256, dim=1152, depth=28, heads=16, sample_steps="5,50",
+                  samples=10_000, log_every=100, save_every=5_000, out_dir="runs/lpl_ldm_in1k"),
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -70,7 +70,9 @@ def test_position_table_by_loops():
 def test_time_features_cosine_first():
     f = D.time_features(torch.tensor([0.0, 7.0]))
     assert f.shape == (2, 256) and f[0].tolist() == [1.0] * 128 + [0.0] * 128
-    assert f[1, 0].item() == pytest.approx(math.cos(7)) and f[1, 128 + 64].item() == pytest.approx(math.sin(7 * 10000**-0.5), abs=1e-6)
+    assert f[1, 0].item() == pytest.approx(math.cos(7)) and f[1, 128 + 64].item() == pytest.approx(
+        math.sin(7 * 10000**-0.5), abs=1e-6
+    )
 
 
 def test_zero_at_the_start():

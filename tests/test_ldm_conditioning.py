@@ -1,7 +1,6 @@
 """methods/ldm_conditioning.py: conditioning, guidance, padding, transfer exactly; note ldm_conditioning (b)."""
 
 import json
-import math
 import signal
 import subprocess
 import sys
@@ -124,7 +123,9 @@ def test_guidance_identities():
         torch.testing.assert_close(f(0.25), 0.75 * f(0.0) + 0.25 * f(1.0))
 
 
-@pytest.mark.parametrize("guidance, control, calls", [(1.0, 1.0, 1), (2.0, 1.0, 2), (1.0, 0.0, 1), (2.0, 0.0, 2), (2.0, 0.5, 3)])
+@pytest.mark.parametrize(
+    "guidance, control, calls", [(1.0, 1.0, 1), (2.0, 1.0, 2), (1.0, 0.0, 1), (2.0, 0.0, 2), (2.0, 0.5, 3)]
+)
 def test_batched_guidance_equals_separate_calls(guidance, control, calls):
     model, x = make(), inputs()
     z, t, seen = x["zt"], torch.ones(3), []
@@ -183,7 +184,9 @@ def test_padding_of_full_texts_and_of_originals():
 def test_padding_noise_grows_with_the_root_of_the_copy():
     tokens = torch.randn(1, 3, 4) * torch.tensor([1.0, 2, 4, 8])
     big = tokens.expand(20_000, -1, -1)
-    noise = M.replicate_padding(big, torch.full((20_000,), 3), 12, 0.1) - M.replicate_padding(big, torch.full((20_000,), 3), 12, 0.0)
+    noise = M.replicate_padding(big, torch.full((20_000,), 3), 12, 0.1) - M.replicate_padding(
+        big, torch.full((20_000,), 3), 12, 0.0
+    )
     std = noise.std(0)  # (12, 4)
     sigma = tokens[0].std(0, unbiased=False)
     for j in range(12):
@@ -203,13 +206,15 @@ def test_text_model_padding_modes_and_fixed_noise():
     ids[0, :4], ids[1, :7] = torch.tensor([598, 5, 6, 599]), torch.tensor([598, 5, 6, 7, 8, 9, 599])
     for padding in ("zero", "replicate", "noisy"):
         model = make("attn", task="text", padding=padding, slots=16, beta_txt=0.5)
-        a, b = (model(**x, ids=ids, fixed=f) for f in (1, 1))
-        assert torch.equal(a, b) and a.isfinite().all()
-        new = model(**x, ids=ids)
-        assert torch.equal(new, a) == (padding != "noisy")
-    longer = torch.cat([ids, torch.zeros(2, 0, dtype=torch.long)], 1)
-    longer[0, 9] = 7  # behind the end token: not read
-    assert torch.equal(model(**x, ids=longer, fixed=1), a)
+        a, b = (model(**x, ids=ids) for _ in range(2))
+        assert torch.equal(a, b) and a.isfinite().all()  # in evaluation the noise is fixed
+        alone = model(**{k: v[1:] for k, v in x.items()}, ids=ids[1:])
+        torch.testing.assert_close(alone, a[1:], atol=1e-5, rtol=1e-5)  # whatever else is in the batch
+        assert torch.equal(model.train()(**x, ids=ids), a) == (padding != "noisy")
+    model.eval()
+    longer = ids.clone()
+    longer[0, 5] = 7  # behind the end token: not read
+    assert torch.equal(model(**x, ids=longer), a)
 
 
 # 4. Transfer ---------------------------------------------------------------------------------------------------------------
@@ -236,7 +241,9 @@ def test_rescaled_noise_schedule():
     assert (two.diff() < 0).all() and 0 < two.min() and two.max() < 1
     sd = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
     out = M.rescale_alpha_bar(sd, 256, 512)
-    assert [round(x.item(), 5) for x in (sd[500], out[500], sd[-1], out[-1])] == pytest.approx([0.27633, 0.08714, 0.00466, 0.00117], abs=2e-4)
+    assert [round(x.item(), 5) for x in (sd[500], out[500], sd[-1], out[-1])] == pytest.approx(
+        [0.27633, 0.08714, 0.00466, 0.00117], abs=2e-4
+    )
 
 
 def test_shifted_time():
@@ -416,7 +423,12 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
 def test_command_line_in_one_and_two_processes(tmp_path):
     one = run("methods/ldm_conditioning.py", "--preset", "smoke", "--out_dir", tmp_path / "1")
     assert one.returncode == 0 and "claim" in one.stdout and "control-swap" in one.stdout, one.stderr
-    for name in ("attn+schedule/samples/samples.png", "attn+schedule/samples/size_swap.png", "adaln-sum/curves.png", "metrics.json"):
+    for name in (
+        "attn+schedule/samples/samples.png",
+        "attn+schedule/samples/size_swap.png",
+        "adaln-sum/curves.png",
+        "metrics.json",
+    ):
         assert (tmp_path / "1" / name).exists(), name
     two = torchrun(2, "methods/ldm_conditioning.py", "--preset", "smoke", "--out_dir", tmp_path / "2")
     assert two.returncode == 0, two.stderr
@@ -443,5 +455,3 @@ def test_command_line_in_one_and_two_processes(tmp_path):
 )
 def test_user_errors(flags, words, tmp_path):
     user_error(run("methods/ldm_conditioning.py", "--preset", "smoke", "--out_dir", tmp_path, *flags), *words)
-
-

@@ -38,7 +38,7 @@ def slow_loss(decoder, z0_hat, z0, norm):
     with torch.no_grad():
         target, got = decoder.features(z0), decoder.features(z0_hat)
     total = np.zeros(len(z0))
-    for l, (f, g) in enumerate(zip(target, got)):
+    for f, g in zip(target, got):
         strength = {16: 1, 8: 2}.get(f.shape[-1], 0)
         keep = M.outlier_mask(f, strength).numpy() if strength else np.ones(f.shape)
         f, g = f.double().numpy(), g.double().numpy()
@@ -125,7 +125,9 @@ def test_more_than_two_percent_are_not_found():
 
 
 def test_constant_and_tiny_maps_are_finite(decoder):
-    assert M.outlier_mask(torch.zeros(1, 2, 8, 8)).sum() == 0  # strict bounds leave nothing: the loss divides by one, not by zero
+    assert (
+        M.outlier_mask(torch.zeros(1, 2, 8, 8)).sum() == 0
+    )  # strict bounds leave nothing: the loss divides by one, not by zero
     assert M.outlier_mask(torch.rand(1, 1, 2, 2)).shape == (1, 1, 2, 2)
     f = torch.full((1, 4, 2, 2), 3.0)
     for norm in NORMS:
@@ -225,7 +227,12 @@ def parts_of(kind, t, decoder, seed=0, **options):
     alpha, sigma = M.alpha_sigma(kind, t)
     zt = alpha * z0 + sigma * eps
     out = net(zt, 999 * t, torch.zeros(len(t), dtype=torch.long))
-    return net, out, (out - M.diffusion_target(kind, z0, eps, t)).square().mean(), M.lpl_term(decoder, kind, out, zt, z0, t, **options)
+    return (
+        net,
+        out,
+        (out - M.diffusion_target(kind, z0, eps, t)).square().mean(),
+        M.lpl_term(decoder, kind, out, zt, z0, t, **options),
+    )
 
 
 @pytest.mark.parametrize("kind", ["flow", "eps", "v", "x0"])
@@ -375,7 +382,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
         process.wait()
     assert run(*base, "--out_dir", tmp_path / "b").returncode == 0
     for arm in ("control", "lpl"):
-        assert (tmp_path / "a" / arm / "model.safetensors").read_bytes() == (tmp_path / "b" / arm / "model.safetensors").read_bytes()
+        assert (tmp_path / "a" / arm / "model.safetensors").read_bytes() == (
+            tmp_path / "b" / arm / "model.safetensors"
+        ).read_bytes()
 
 
 def test_command_line_in_one_and_two_processes(tmp_path):

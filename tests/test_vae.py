@@ -50,7 +50,12 @@ def test_published_keys(names):
             want[f"{key}.bias"] = shape[:1]
 
     def block(key, a, b):
-        add(f"{key}.norm1", (a,)), add(f"{key}.conv1", (b, a, 3, 3)), add(f"{key}.norm2", (b,)), add(f"{key}.conv2", (b, b, 3, 3))
+        (
+            add(f"{key}.norm1", (a,)),
+            add(f"{key}.conv1", (b, a, 3, 3)),
+            add(f"{key}.norm2", (b,)),
+            add(f"{key}.conv2", (b, b, 3, 3)),
+        )
         if a != b:
             add(f"{key}.conv_shortcut", (b, a, 1, 1))
 
@@ -99,7 +104,11 @@ def test_files_of_every_layout_give_the_same_output(layout, kind, tmp_path):
         save_file(state, path)
     else:  # a whole checkpoint, as trainers write them
         state = {f"first_stage_model.{k}": v for k, v in state.items()}
-        state |= {"first_stage_model.loss.logvar": torch.zeros(1), "model.diffusion_model.w": torch.zeros(2), "model_ema.x": torch.zeros(1)}
+        state |= {
+            "first_stage_model.loss.logvar": torch.zeros(1),
+            "model.diffusion_model.w": torch.zeros(2),
+            "model_ema.x": torch.zeros(1),
+        }
         torch.save({"state_dict": state, "epoch": 3}, path)
     loaded = V.load_vae(path)
     x = torch.randn(2, 3, 16, 16)
@@ -141,7 +150,9 @@ def test_downsampling_pads_right_and_bottom_only():
     down = V.Down(1)
     torch.nn.init.ones_(down.conv.weight), torch.nn.init.zeros_(down.conv.bias)
     impulse = torch.zeros(1, 1, 8, 8)
-    impulse[0, 0, 0, 0] = 1  # with symmetric padding the window of output (0, 0) would be centred on it, and reach one side only
+    impulse[0, 0, 0, 0] = (
+        1  # with symmetric padding the window of output (0, 0) would be centred on it, and reach one side only
+    )
     impulse[0, 0, 7, 7] = 1
     out = down(impulse)[0, 0]
     assert out.shape == (4, 4) and out[0, 0] == 1 and out[3, 3] == 1 and out.sum() == 2

@@ -47,7 +47,9 @@ def test_autoencoder(diffusers, layout, tmp_path):
 
 
 def test_autoencoder_folder_without_quant_convolutions(diffusers, tmp_path):
-    theirs = autoencoder(diffusers, z=16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5, shift_factor=0.06)
+    theirs = autoencoder(
+        diffusers, z=16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5, shift_factor=0.06
+    )
     theirs.save_pretrained(tmp_path)
     ours = load_vae(tmp_path)
     assert (ours.scale, ours.shift) == (1.5, 0.06)
@@ -77,7 +79,10 @@ def transformer(diffusers, heads=4, width=16, depth=3):
 
 def test_transformer(diffusers, tmp_path):
     theirs = transformer(diffusers)
-    save_file({k: v.contiguous() for k, v in theirs.state_dict().items() if not k.startswith("pos_embed.pos")}, tmp_path / "m.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in theirs.state_dict().items() if not k.startswith("pos_embed.pos")},
+        tmp_path / "m.safetensors",
+    )
     ours = load_dit(tmp_path / "m.safetensors", heads=4, input_size=16)
     # diffusers repeats the embedders in every block and reads the first for the last layer: make them equal first
     state = {k: v for k, v in to_diffusers(ours.state_dict()).items()}
