@@ -2,6 +2,8 @@
 
     vae = load_vae()                        autoencoder, 32 px <-> 4 x 8 x 8
     judge = load_judge()                    reads every attribute off a picture; its features serve Frechet distances
+    painter = load_painter()                text -> 32 px scenes on a grid of 2 x 2 cells
+    images = painter.draw(["a large striped red star on a dark background"], seed=1)
 
 They let every method start without a download. common/weights/README.md says how each was made and how good it is.
 """
@@ -16,7 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import ckpt, scenes, vae
+from common.dit import DiT
 from common.resnet import ResNet
+from common.tokenizer import Tokenizer
+from common.vit import TextTransformer, trim
 
 WEIGHTS = Path(__file__).parent / "weights"
 ANSWERS = {  # what the judge tells of one cell of the grid
@@ -99,6 +104,62 @@ def verify(judge: Judge, images: torch.Tensor, world: list[scenes.Scene]) -> dic
     return out
 
 
+class Painter(nn.Module):
+    """Text-to-image: methods/ldm_conditioning.py --preset standin, which explains every part. DiT with cross-attention to the
+    tokens of a small text transformer, flow, classifier-free guidance."""
+
+    def __init__(self, words: Tokenizer, autoencoder: vae.VAE, config: dict, size: dict):
+        super().__init__()
+        self.tok, self.vae, self.slots, self.beta = words, autoencoder, config["slots"], config["beta_txt"]
+        self.dit = DiT(**size)
+        self.encoder = TextTransformer(len(words), self.slots, size["dim"], 2, config["heads"], act="gelu")
+        self.null = nn.Parameter(torch.zeros(1, 1, size["dim"]))
+
+    def read(self, prompts: list[str]) -> torch.Tensor:
+        """-> (B, slots, D). Text behind the slots is cut."""
+        ids = trim(self.tok(prompts, self.slots)).to(self.null.device)
+        noise = torch.randn(1, self.slots, self.null.shape[-1], generator=torch.Generator().manual_seed(1)).to(self.null)
+        return replicate_padding(self.encoder.hidden(ids), ids.argmax(1) + 1, self.slots, self.beta, noise)
+
+    def noise(self, count: int, seed: int) -> torch.Tensor:
+        """Starting points (count, z, 8, 8); the same seed gives the same ones, and the first of more."""
+        side = self.dit.config["input_size"]
+        return torch.stack([torch.randn(self.vae.z, side, side, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
+                            for i in range(count)])  # fmt: skip
+
+    @torch.no_grad()
+    def draw(self, prompts: list[str], guidance: float = 3.0, steps: int = 16, seed: int = 0, noise=None, part: int = 256):
+        """-> images (N, 3, 32, 32), about [-1, 1], on the CPU. guidance 1: none. Picture i depends on its prompt, the seed
+        and i only, or on its row of `noise` (N, z, 8, 8)."""
+        if guidance < 0 or steps < 1:
+            raise ValueError(f"guidance {guidance} must not be negative, steps {steps} at least 1")
+        noise, out = self.noise(len(prompts), seed) if noise is None else noise, []
+        for i in range(0, len(prompts), part):
+            z, context = noise[i : i + part].to(self.null), self.read(prompts[i : i + part])
+            both = torch.cat([context, self.null.expand_as(context)])
+            times = torch.linspace(1, 0, steps + 1, device=z.device)
+            for t, t_next in zip(times[:-1], times[1:]):
+                cond, null = self.dit(torch.cat([z, z]), 999 * t.expand(2 * len(z)), context=both).chunk(2)
+                z = z + (t_next - t) * (null + guidance * (cond - null))  # Euler's method
+            out.append(self.vae.decode(z).cpu())
+        return torch.cat(out)
+
+
+def replicate_padding(tokens, lengths, slots, beta, noise=None):  # twin: replicate_padding
+    """Fills the slots behind a short text with copies of its tokens, the m-th copy with noise beta * std * sqrt(m).
+
+    tokens (B, L, D), of which lengths (B,) are real; std: over the text's tokens, of each channel; noise (B or 1, slots, D):
+    given, or drawn. Real tokens stay as they are, and all slots are valid afterwards -> (B, slots, D)."""
+    n = lengths.clamp(1, slots)[:, None]
+    place = torch.arange(slots, device=tokens.device)[None]
+    out = tokens.gather(1, (place % n)[..., None].expand(-1, -1, tokens.shape[-1]))
+    real = (torch.arange(tokens.shape[1], device=tokens.device)[None] < n)[..., None]
+    mean = (tokens * real).sum(1, keepdim=True) / n[..., None]
+    std = (((tokens - mean) * real).square().sum(1, keepdim=True) / n[..., None]).sqrt()  # one token: 0, no noise
+    copy_number = (place // n)[..., None]  # 0 for the text itself
+    return out + beta * std * copy_number.sqrt() * (torch.randn_like(out) if noise is None else noise)
+
+
 def load_vae() -> vae.VAE:
     return vae.load_vae(WEIGHTS / "vae.safetensors")
 
@@ -107,6 +168,18 @@ def load_judge() -> Judge:
     judge = Judge()
     judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in _read("judge").items()})
     return judge.eval().requires_grad_(False)
+
+
+def load_painter(name: str = "painter") -> Painter:
+    """The text-to-image stand-in. Its tokenizer lies beside it."""
+    state, meta = vae.read_tensors(WEIGHTS / f"{name}.safetensors")
+    autoencoder = load_vae()
+    if meta["vae"] != autoencoder.fingerprint():
+        raise ValueError(f"common/weights/{name}.safetensors was trained with another autoencoder than the one beside it")
+    painter = Painter(Tokenizer.load(WEIGHTS / "merges.txt"), autoencoder, meta["config"], meta["dit"])
+    mine = {k.removeprefix("semantic."): v.float() for k, v in state.items() if not k.startswith(("high.", "low."))}
+    painter.load_state_dict({**mine, **{f"vae.{k}": v for k, v in autoencoder.state_dict().items()}})
+    return painter.eval().requires_grad_(False)
 
 
 def adopt(path, name: str) -> None:

@@ -79,9 +79,9 @@ class Config:
     max_bad: float = 0.01  # share of damaged samples at which the run stops
     # the method
     objective: str = "flow"  # flow, eps, v or x0: what the denoiser predicts
-    pretrain: int = 500  # updates of phase 1, shared by both arms; the paper: about 600,000
+    pretrain: int = 600  # updates of phase 1, shared by both arms; the paper: about 600,000
     init: str = ""  # DiT weights to start phase 2 from instead (common/dit.py reads the published files)
-    weight: float = 1.0  # of the perceptual term; choose it by the logged share, not by copying a number
+    weight: float = 4.0  # of the perceptual term; chosen by the logged share (about 30 %), the paper's is not known
     lpl_start: int = 0  # updates of phase 2 before the term sets in
     tau: float = 3.0  # the term acts where sigma / alpha <= tau
     norm: str = "standardise"  # the prediction's statistics over pixels (paper), or "cross", the target's over channels

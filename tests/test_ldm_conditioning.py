@@ -422,7 +422,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
 
 def test_command_line_in_one_and_two_processes(tmp_path):
     one = run("methods/ldm_conditioning.py", "--preset", "smoke", "--out_dir", tmp_path / "1")
-    assert one.returncode == 0 and "claim" in one.stdout and "control-swap" in one.stdout, one.stderr
+    assert one.returncode == 0 and "paper" in one.stdout and "control-swap" in one.stdout, one.stderr
     for name in (
         "attn+schedule/samples/samples.png",
         "attn+schedule/samples/size_swap.png",
