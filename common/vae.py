@@ -78,12 +78,21 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
+    """Nearest-neighbour doubling, then a 3 x 3 convolution, without the doubled map: each of the four output phases sees only
+    2 x 2 different pixels, so it is a 2 x 2 convolution with summed weights. Same result, 4 / 9 of the work."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        B, C, H, W = x.shape
+        rows = self.conv.weight.unbind(2)  # even output rows see (w0, w1 + w2), odd ones (w0 + w1, w2)
+        cols = [torch.stack(pair, 2).unbind(3) for pair in ((rows[0], rows[1] + rows[2]), (rows[0] + rows[1], rows[2]))]
+        weight = torch.cat([torch.stack(pair, 3) for c in cols for pair in ((c[0], c[1] + c[2]), (c[0] + c[1], c[2]))])
+        y = F.conv2d(F.pad(x, (1, 1, 1, 1)), weight, self.conv.bias.repeat(4)).unflatten(1, (2, 2, C))
+        y = torch.stack([y[:, a, b, :, a : a + H, b : b + W] for a in (0, 1) for b in (0, 1)], 2)  # (B, C, 4, H, W)
+        return F.pixel_shuffle(y.flatten(1, 2), 2)
 
 
 class Level(nn.Module):

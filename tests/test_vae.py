@@ -161,6 +161,17 @@ def test_downsampling_pads_right_and_bottom_only():
     assert down(moved)[0, 0, :2, :2].tolist() == [[1, 1], [1, 1]]
 
 
+@pytest.mark.parametrize("side", [(5, 7), (1, 1)])
+def test_upsampling_equals_doubling_then_convolution(side):
+    torch.manual_seed(0)
+    up, x = V.Up(6).double(), torch.randn(2, 6, *side).double().requires_grad_()
+    want = up.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    g = torch.randn_like(want)
+    grads = [torch.autograd.grad(y, [x, *up.parameters()], g) for y in (up(x), want)]
+    torch.testing.assert_close(up(x), want)
+    torch.testing.assert_close(*grads)
+
+
 def test_attention_equals_loops():
     torch.manual_seed(0)
     block = V.AttnBlock(8, 4)

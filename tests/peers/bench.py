@@ -1,6 +1,6 @@
 """Speed against published packages: peer time / our time, both in one run, median of alternating repetitions.
 
-python tests/peers/bench.py [--data ../shared/data] [--only tokenizer,clip,shards,scenes]
+python tests/peers/bench.py [--data ../shared/data] [--only tokenizer,clip,shards,scenes,dit,vae]
 """
 
 import argparse
@@ -133,6 +133,56 @@ def shards(root):
     return rows
 
 
+def dit(root):
+    """Training steps of DiT-S/2 (batch 8, 32 x 32 latents) and of one XL/2 block (batch 4), same weights, AdamW."""
+    import diffusers
+
+    from common.dit import DiT, to_diffusers
+
+    rows = []
+    for name, width, heads, depth, batch in (("DiT-S/2", 384, 6, 12, 8), ("one XL/2 block", 1152, 16, 1, 4)):
+        torch.manual_seed(0)
+        ours = DiT(32, 2, 4, width, depth, heads, learn_sigma=True)
+        for p in ours.parameters():
+            p.data += 0.02 * torch.randn_like(p)
+        theirs = diffusers.DiTTransformer2DModel(heads, width // heads, 4, 8, depth, sample_size=32, patch_size=2).train()
+        theirs.load_state_dict(to_diffusers(ours.state_dict()), strict=False)
+        x, t, y = torch.randn(batch, 4, 32, 32), torch.randint(0, 1000, (batch,)), torch.randint(0, 1000, (batch,))
+        params = [[p for p in m.parameters() if p.requires_grad] for m in (ours, theirs)]
+        opts = [torch.optim.AdamW(params[0], 1e-4, fused=True), torch.optim.AdamW(params[1], 1e-4)]  # as either's scripts do
+
+        def step_ours(ours=ours, opt=opts[0], x=x, t=t, y=y):
+            opt.zero_grad()
+            ours(x, t, y).square().mean().backward()
+            opt.step()
+
+        def step_theirs(theirs=theirs, opt=opts[1], x=x, t=t, y=y):
+            opt.zero_grad()
+            theirs(x, timestep=t, class_labels=y).sample.square().mean().backward()
+            opt.step()
+
+        rows.append((f"{name} training step, batch {batch}", "diffusers", 1.2, *race(step_ours, step_theirs)))
+    return rows
+
+
+def autoencoder(root):
+    """Stable Diffusion's autoencoder at full size, one picture of 256 px, same weights."""
+    import diffusers
+
+    from common.vae import VAE
+
+    torch.manual_seed(0)
+    levels = (128, 256, 512, 512)
+    theirs = diffusers.AutoencoderKL(3, 3, ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4, levels, 2).eval()
+    ours = VAE().eval()
+    ours.load_state_dict(theirs.state_dict())
+    x, z = torch.randn(1, 3, 256, 256), torch.randn(1, 4, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.decode(z * ours.scale), theirs.decode(z).sample, rtol=1e-4, atol=1e-4)
+        return [("VAE encode, 256 px", "diffusers", 1.1, *race(lambda: ours.encode(x), lambda: theirs.encode(x))),
+                ("VAE decode, 256 px", "diffusers", 1.1, *race(lambda: ours.decode(z), lambda: theirs.decode(z)))]  # fmt: skip
+
+
 def world(root):
     """Scenes a second on one core, description, picture and caption, 32 px; no peer, the target is 2,000."""
     threads = torch.get_num_threads()
@@ -150,9 +200,9 @@ def world(root):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default=os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"), type=Path)
-    parser.add_argument("--only", default="tokenizer,clip,shards,scenes")
+    parser.add_argument("--only", default="tokenizer,clip,shards,scenes,dit,vae")
     args = parser.parse_args()
-    jobs, rows = {"tokenizer": tokenizer, "clip": clip, "shards": shards, "scenes": world}, []
+    jobs, rows = {"tokenizer": tokenizer, "clip": clip, "shards": shards, "scenes": world, "dit": dit, "vae": autoencoder}, []
     for job in args.only.split(","):
         for work, peer, target, a, b, ratio in jobs[job](args.data):
             rows.append(

@@ -99,11 +99,12 @@ def test_training_gradients(diffusers, tmp_path):
                if not k.startswith("pos_embed.pos")}, tmp_path / "m.safetensors")  # fmt: skip
     ours = load_dit(tmp_path / "m.safetensors", heads=4, input_size=16).requires_grad_(True)
     theirs.load_state_dict(to_diffusers(ours.state_dict()), strict=False)
+    torch.manual_seed(0)
     x, t, y = torch.randn(2, 4, 16, 16), torch.tensor([7, 981]), torch.tensor([3, 10])
     ours(x, t, y).square().sum().backward()
     theirs(x, timestep=t, class_labels=y).sample.square().sum().backward()
     block = theirs.transformer_blocks[1]
     pairs = [(ours.blocks[1].mlp.fc1.weight, block.ff.net[0].proj.weight), (ours.blocks[1].attn.proj.bias, block.attn1.to_out[0].bias),
              (ours.blocks[1].adaLN_modulation[1].weight, block.norm1.linear.weight), (ours.x_embedder.proj.weight, theirs.pos_embed.proj.weight)]  # fmt: skip
-    for a, b in pairs:
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    for a, b in pairs:  # sums of squares over many positions: relative to the largest entry
+        assert (a.grad - b.grad).abs().max() < 1e-5 * b.grad.abs().max()
