@@ -86,13 +86,13 @@ class Up(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x):
-        B, C, H, W = x.shape
-        rows = self.conv.weight.unbind(2)  # even output rows see (w0, w1 + w2), odd ones (w0 + w1, w2)
-        cols = [torch.stack(pair, 2).unbind(3) for pair in ((rows[0], rows[1] + rows[2]), (rows[0] + rows[1], rows[2]))]
-        weight = torch.cat([torch.stack(pair, 3) for c in cols for pair in ((c[0], c[1] + c[2]), (c[0] + c[1], c[2]))])
-        y = F.conv2d(F.pad(x, (1, 1, 1, 1)), weight, self.conv.bias.repeat(4)).unflatten(1, (2, 2, C))
-        y = torch.stack([y[:, a, b, :, a : a + H, b : b + W] for a in (0, 1) for b in (0, 1)], 2)  # (B, C, 4, H, W)
-        return F.pixel_shuffle(y.flatten(1, 2), 2)
+        H, W = x.shape[-2:]
+        x, phases, rows = F.pad(x, (1, 1, 1, 1)), [], self.conv.weight.unbind(2)
+        for a, pair in enumerate(((rows[0], rows[1] + rows[2]), (rows[0] + rows[1], rows[2]))):  # even and odd output rows
+            c = torch.stack(pair, 2).unbind(3)
+            for b, pair in enumerate(((c[0], c[1] + c[2]), (c[0] + c[1], c[2]))):  # even and odd columns
+                phases.append(F.conv2d(x[..., a : a + H + 1, b : b + W + 1], torch.stack(pair, 3), self.conv.bias))
+        return F.pixel_shuffle(torch.stack(phases, 2).flatten(1, 2), 2)
 
 
 class Level(nn.Module):
