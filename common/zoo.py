@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import ckpt, scenes, vae
-from common.dit import DiT
+from common.dit import Attention, DiT, Mlp
 from common.resnet import ResNet
 from common.tokenizer import Tokenizer
 from common.vit import TextTransformer, trim
@@ -104,22 +104,62 @@ def verify(judge: Judge, images: torch.Tensor, world: list[scenes.Scene]) -> dic
     return out
 
 
-class Painter(nn.Module):
-    """Text-to-image: methods/ldm_conditioning.py --preset standin, which explains every part. DiT with cross-attention to the
-    tokens of a small text transformer, flow, classifier-free guidance."""
+PARTS = {"shape": (*scenes.SHAPES, "nothing"), **{k: ANSWERS[k] for k in ("colour", "size", "texture")}, "cell": range(4)}
+RELATIONS = ("to the left of", "to the right of", "above", "below", "nothing")
 
-    def __init__(self, words: Tokenizer, autoencoder: vae.VAE, config: dict, size: dict):
+
+class Reader(nn.Module):
+    """Text encoder of scenes, in the place of CLIP's or T5's: trained (data_prep/train_reader.py) to tell which objects a
+    caption names, sorted by shape, and their relations. Its first four output tokens sum that up: three objects, the rest."""
+
+    def __init__(self, words: int, width: int = 128, depth: int = 2, heads: int = 4, context: int = 40):
         super().__init__()
-        self.tok, self.vae, self.slots, self.beta = words, autoencoder, config["slots"], config["beta_txt"]
-        self.dit = DiT(**size)
-        self.encoder = TextTransformer(len(words), self.slots, size["dim"], 2, config["heads"], act="gelu")
+        self.config = dict(words=words, width=width, depth=depth, heads=heads, context=context)
+        self.width, self.context = width, context
+        self.encoder = TextTransformer(words, context, width, depth, heads, act="gelu")
+        self.query = nn.Parameter(torch.randn(1, 4, width))
+        self.layers = nn.ModuleList()
+        for _ in range(2):
+            parts = Attention(width, heads, cross=True), Attention(width, heads), Mlp(width, 2 * width)
+            self.layers.append(nn.ModuleList(m for part in parts for m in (nn.LayerNorm(width), part)))
+        self.norm = nn.LayerNorm(width)
+        self.objects = nn.ModuleDict({k: nn.Linear(width, len(v)) for k, v in PARTS.items()})
+        self.rest = nn.ModuleDict({k: nn.Linear(width, len(ANSWERS[k])) for k in ("tone", "pattern")})
+        self.relation = nn.Linear(width, 3 * len(RELATIONS))
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids (B, L) -> (B, 4 + L, width): the summary, then the text's own tokens."""
+        text = self.encoder.hidden(ids)
+        valid = torch.arange(ids.shape[1], device=ids.device)[None] <= ids.argmax(1)[:, None]
+        x = self.query.expand(len(ids), -1, -1)
+        for n1, cross, n2, attn, n3, mlp in self.layers:
+            x = x + cross(n1(x), text, valid)
+            x = x + attn(n2(x))
+            x = x + mlp(n3(x))
+        return torch.cat([self.norm(x), text], 1)
+
+    def forward(self, ids):
+        """-> logits of every part: (B, 3, n) for objects, (B, n) for tone and pattern, (B, 3, 5) for the pairs' relations."""
+        x = self.hidden(ids)[:, :4]
+        out = {k: head(x[:, :3]) for k, head in self.objects.items()} | {k: head(x[:, 3]) for k, head in self.rest.items()}
+        return out | {"relation": self.relation(x[:, 3]).unflatten(1, (3, -1))}
+
+
+class Painter(nn.Module):
+    """Text-to-image: the model of methods/ldm_conditioning.py --preset standin, which explains every part. The reader's
+    tokens enter a DiT by cross-attention; flow; classifier-free guidance."""
+
+    def __init__(self, words: Tokenizer, reader: Reader, autoencoder: vae.VAE, config: dict, size: dict):
+        super().__init__()
+        self.tok, self.reader, self.vae, self.slots, self.beta = words, reader, autoencoder, config["slots"], config["beta_txt"]
+        self.dit, self.proj = DiT(**size), nn.Linear(reader.width, size["dim"])
         self.null = nn.Parameter(torch.zeros(1, 1, size["dim"]))
 
     def read(self, prompts: list[str]) -> torch.Tensor:
-        """-> (B, slots, D). Text behind the slots is cut."""
-        ids = trim(self.tok(prompts, self.slots)).to(self.null.device)
+        """-> (B, slots, D). Text behind the reader's context is cut."""
+        ids = trim(self.tok(prompts, self.reader.context)).to(self.null.device)
         noise = torch.randn(1, self.slots, self.null.shape[-1], generator=torch.Generator().manual_seed(1)).to(self.null)
-        return replicate_padding(self.encoder.hidden(ids), ids.argmax(1) + 1, self.slots, self.beta, noise)
+        return replicate_padding(self.proj(self.reader.hidden(ids)), ids.argmax(1) + 5, self.slots, self.beta, noise)
 
     def noise(self, count: int, seed: int) -> torch.Tensor:
         """Starting points (count, z, 8, 8); the same seed gives the same ones, and the first of more."""
@@ -160,6 +200,17 @@ def replicate_padding(tokens, lengths, slots, beta, noise=None):  # twin: replic
     return out + beta * std * copy_number.sqrt() * (torch.randn_like(out) if noise is None else noise)
 
 
+def load_tokenizer() -> Tokenizer:
+    return Tokenizer.load(WEIGHTS / "merges.txt")
+
+
+def load_reader() -> Reader:
+    state, meta = vae.read_tensors(WEIGHTS / "reader.safetensors")
+    reader = Reader(**meta["reader"])
+    reader.load_state_dict({k: v.float() for k, v in state.items()})
+    return reader.eval().requires_grad_(False)
+
+
 def load_vae() -> vae.VAE:
     return vae.load_vae(WEIGHTS / "vae.safetensors")
 
@@ -171,14 +222,17 @@ def load_judge() -> Judge:
 
 
 def load_painter(name: str = "painter") -> Painter:
-    """The text-to-image stand-in. Its tokenizer lies beside it."""
     state, meta = vae.read_tensors(WEIGHTS / f"{name}.safetensors")
-    autoencoder = load_vae()
+    reader, autoencoder = load_reader(), load_vae()
     if meta["vae"] != autoencoder.fingerprint():
         raise ValueError(f"common/weights/{name}.safetensors was trained with another autoencoder than the one beside it")
-    painter = Painter(Tokenizer.load(WEIGHTS / "merges.txt"), autoencoder, meta["config"], meta["dit"])
-    mine = {k.removeprefix("semantic."): v.float() for k, v in state.items() if not k.startswith(("high.", "low."))}
-    painter.load_state_dict({**mine, **{f"vae.{k}": v for k, v in autoencoder.state_dict().items()}})
+    painter = Painter(load_tokenizer(), reader, autoencoder, meta["config"], meta["dit"])
+    mine = {
+        k.removeprefix("semantic."): v.float()
+        for k, v in state.items()
+        if k.startswith(("dit.", "semantic.proj", "semantic.null"))
+    }
+    painter.load_state_dict(mine, strict=False)  # reader and autoencoder have their own files
     return painter.eval().requires_grad_(False)
 
 

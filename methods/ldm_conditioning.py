@@ -6,9 +6,8 @@ Paper      Berrada Ifriqi, Astolfi, Hall, Askari-Hemmat, Benchetrit, Havasi, Muc
 Idea       A diffusion model is told a class or a text, and control metadata: how the picture was cropped, flipped, how
            large it was. If time, class and controls are summed before adaLN they interfere: asking for another size
            changes what is drawn. So let semantics enter through attention only, leave the modulation to time and
-           controls, and fade in the controls of fine detail (size) only when there is detail to act on. Low
-           resolution and small data then serve as pre-training: resample the position table and rescale the noise, so
-           that the model meets what it knows.
+           controls, and fade in the controls of fine detail (size) only when there is detail to act on. Low resolution
+           and small data serve as pre-training, if positions are resampled and the noise is rescaled for the move.
 Equations  strength of a control over time -> control_schedule()      three conditionings -> Model.forward()
            two guidance strengths -> guide()      text slots -> replicate_padding()
            change of resolution -> resample_pos_embed(), rescale_alpha_bar(), shift_time()
@@ -53,7 +52,7 @@ from common.dit import Attention, DiT, Mlp, modulate, read_tensors, sincos_2d, t
 from common.log import RunLog, table, write_json
 from common.tokenizer import Tokenizer
 from common.vae import load_vae
-from common.vit import TextTransformer, trim
+from common.vit import load_clip, trim
 
 
 # 1. CONFIG (presets stand in section 7) ------------------------------------------------------------------------------
@@ -94,7 +93,8 @@ class Config:
     class_tokens: int = 4  # tokens a class, to be attended to
     padding: str = "noisy"  # of text slots: zero, replicate or noisy
     beta_txt: float = 0.02  # noise of replicated tokens, in standard deviations of the prompt's tokens
-    slots: int = 48  # text tokens; CLIP's: 77
+    slots: int = 48  # text tokens that are attended to; CLIP's: 77
+    text_encoder: str = ""  # folder of a CLIP in Hugging Face's layout, weights and merges; "" = the stand-in for scenes
     # transfer
     init: str = ""  # model.safetensors to start from; each arm is then trained with and without it
     positions: str = "resample"  # at another resolution: resample, extrapolate or interpolate (bicubic)
@@ -259,22 +259,22 @@ class ClassTokens(nn.Module):
 
 
 class TextTokens(nn.Module):
-    """Text ids -> (B, slots, D) from a text transformer trained along, the padding filled; a learned null token if dropped.
-    The padding's noise is new at every call in training, always the same in evaluation."""
+    """Text ids -> (B, slots, D): tokens of a frozen text encoder, projected, the padding filled; a learned null token if
+    dropped. The padding's noise is new at every call in training, always the same in evaluation."""
 
-    def __init__(self, words: int, cfg: Config):
+    def __init__(self, encoder, cfg: Config):
         super().__init__()
-        self.encoder = TextTransformer(words, cfg.slots, cfg.dim, 2, cfg.heads, act="gelu")
-        self.null = nn.Parameter(torch.randn(1, 1, cfg.dim) * 0.02)
+        self.encoder = [encoder]  # in a list: neither trained nor saved with the model
+        self.proj, self.null = nn.Linear(encoder.width, cfg.dim), nn.Parameter(torch.randn(1, 1, cfg.dim) * 0.02)
         self.padding, self.beta, self.slots = cfg.padding, cfg.beta_txt, cfg.slots
 
     def forward(self, ids, drop):
-        ids = trim(ids)  # the encoder is causal: what stands behind the longest text changes nothing
-        lengths = ids.argmax(1) + 1  # the end token has the largest id
-        x = self.encoder.hidden(ids)
+        with torch.no_grad():
+            x = self.encoder[0].hidden(ids)
+        x, lengths = self.proj(x), ids.argmax(1) + 1 + x.shape[1] - ids.shape[1]  # the end token has the largest id
         if self.padding == "zero":
             real = torch.arange(x.shape[1], device=x.device)[None] < lengths[:, None]
-            x = F.pad(x * real[..., None], (0, 0, 0, self.slots - x.shape[1]))
+            x = F.pad(x * real[..., None], (0, 0, 0, max(0, self.slots - x.shape[1])))[:, : self.slots]
         else:
             noise = None
             if not self.training:
@@ -284,9 +284,9 @@ class TextTokens(nn.Module):
 
 
 class Model(nn.Module):
-    """DiT with one of the three conditionings. channels, side: of the latent; kinds: classes or words."""
+    """DiT with one of the three conditionings. channels, side: of the latent; kinds: number of classes, or a text encoder."""
 
-    def __init__(self, cfg: Config, channels: int, side: int, kinds: int):
+    def __init__(self, cfg: Config, channels: int, side: int, kinds):
         super().__init__()
         self.how, self.power = cfg.conditioning, cfg.control_power
         attends = self.how != "adaln-sum"
@@ -454,8 +454,8 @@ def scene_latents(cfg: Config, vae, device, count: int, seed: int) -> data.Table
 class Items:
     """make(sample, rng) and collate for data.Batches: posterior, controls, and the label or one caption's ids."""
 
-    def __init__(self, cfg, tok):
-        self.cfg, self.tok = cfg, tok
+    def __init__(self, cfg, tok, context):
+        self.cfg, self.tok, self.context = cfg, tok, context
 
     def __call__(self, sample, rng):
         if self.cfg.task == "class":
@@ -478,7 +478,7 @@ class Items:
 
     def semantic(self, what):
         """Labels or texts -> what the model takes."""
-        return {"y": torch.tensor(what)} if self.cfg.task == "class" else {"ids": self.tok(list(what), self.cfg.slots)}
+        return {"y": torch.tensor(what)} if self.cfg.task == "class" else {"ids": trim(self.tok(list(what), self.context))}
 
 
 @dataclass
@@ -487,8 +487,8 @@ class World:
 
     train: object
     val: object
-    kinds: int  # classes, or words of the tokenizer
-    tok: Tokenizer | None
+    kinds: object  # number of classes, or the text encoder
+    tok: object  # its tokenizer, or None
     asked: list  # scenes, or labels
     real: torch.Tensor | None  # (N, 3, S, S) in [-1, 1]
 
@@ -499,20 +499,24 @@ def open_world(cfg: Config, vae, device) -> World:
         val = scene_latents(replace(cfg, views=1), vae, device, min(512, cfg.samples), 3 * cfg.seed + 1)
         asked = make_scenes(cfg, cfg.samples, 3 * cfg.seed + 2)
         real = to_unit(scenes.render(asked, cfg.image_size), "cpu")
-        texts = [scenes.caption(s, v) for s in make_scenes(cfg, 2_000, 0) for v in range(3)] if cfg.task == "text" else []
-        tok = Tokenizer.train(texts, 900) if texts else None
-        return World(train, val, len(tok) if tok else len(scenes.COLOURS) * len(scenes.SHAPES), tok, asked, real)
+        return World(train, val, *semantics(cfg, len(scenes.COLOURS) * len(scenes.SHAPES), device), asked, real)
     train, val = (data.Latents(cfg.data, split, vae.fingerprint()) for split in ("train", "val"))
     if train.size != cfg.image_size:
         raise ValueError(f"{cfg.data} holds latents of {train.size} px, --image_size is {cfg.image_size}")
     if cfg.task == "class" and not train.classes:
         raise ValueError(f"{cfg.data} has no classes; prepare labelled pictures, or use --task text")
-    tok = None
-    if cfg.task == "text":
-        captions = [c for shard, n in enumerate(train.sizes) for row in range(n) for c in train.read(shard, row)["captions"]]
-        tok = Tokenizer.train(captions, 8_000)
-    return World(train, val, len(tok) if tok else len(train.classes), tok,
-                 list(range(len(train.classes))) if cfg.task == "class" else captions[:16], None)  # fmt: skip
+    asked = list(range(len(train.classes))) if cfg.task == "class" else val.read(0, 0)["captions"]
+    return World(train, val, *semantics(cfg, len(train.classes), device), asked, None)
+
+
+def semantics(cfg, classes, device):
+    """-> (number of classes, None) or (frozen text encoder, its tokenizer)."""
+    if cfg.task == "class":
+        return classes, None
+    if not cfg.text_encoder:
+        return zoo.load_reader().to(device), zoo.load_tokenizer()
+    encoder = load_clip(cfg.text_encoder).text.to(device).eval().requires_grad_(False)
+    return encoder, Tokenizer.from_clip(cfg.text_encoder)
 
 
 # 5. EVALUATE ------------------------------------------------------------------------------------------------------------
@@ -631,7 +635,7 @@ def train(cfg: Config) -> dict:
     vae = (load_vae(cfg.vae) if cfg.vae else zoo.load_vae()).to(env.device)
     judge = None if cfg.data else zoo.load_judge().to(env.device)
     world = open_world(cfg, vae, env.device)
-    items = Items(cfg, world.tok)
+    items = Items(cfg, world.tok, getattr(world.kinds, "context", 0))
     ddp.reseed(cfg.seed, 0, 0)  # the same initial weights on every process, and in every arm as far as they agree
     model = build(cfg, vae, world, env.device)
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
@@ -695,10 +699,8 @@ def train(cfg: Config) -> dict:
     if env.is_main:
         ckpt.export(out / "model.safetensors", shown.state_dict(), dit=model.dit.config,
                     config={k: getattr(cfg, k) for k in ("conditioning", "task", "objective", "control_power", "slots",
-                                                         "padding", "beta_txt", "heads", "class_tokens")},
+                                                         "padding", "beta_txt", "class_tokens")},
                     vae=vae.fingerprint())  # fmt: skip
-        if world.tok:
-            world.tok.save(out / "merges.txt")
         plot.save(plot.lines(log.history("loss", "val_loss"), out.name, y="loss"), out / "curves.png")
         draw(shown, vae, world, items, cfg, env.device, out / "samples")
     log.finish(result)
@@ -801,7 +803,7 @@ PRESETS = {
     # the stand-in text-to-image model of common/weights
     "standin": dict(task="text", conditioning="attn", steps=5_500, batch_size=128, lr=4e-3, warmup=300, decay=0.3,
                     images=40_000, views=1, grid=2, objects=3, min_crop=1.0, flip=0.0, sizes="32", guidance=3.0,
-                    ema_decay=0.999, slots=32, samples=512, drop_control=1.0, out_dir="runs/standin_t2i"),
+                    ema_decay=0.998, slots=4, samples=512, drop_control=1.0, out_dir="runs/standin_t2i"),
     "gpu": dict(steps=20_000, batch_size=512, images=40_000, image_size=64, grid=2, objects=3, dim=384, depth=12, heads=6,
                 lr=3e-4, ema_decay=0.999, dtype="bfloat16", samples=5_000, sample_steps=50, workers=14, save_every=1_000,
                 out_dir="runs/ldm_conditioning_gpu"),

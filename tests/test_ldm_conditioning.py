@@ -23,7 +23,7 @@ HOWS = ("adaln-sum", "attn", "attn+schedule")
 def make(how="attn+schedule", seed=0, shake=0.05, side=8, **more):
     cfg = M.Config(**{**M.PRESETS["smoke"], "conditioning": how, **more})
     torch.manual_seed(seed)
-    model = M.Model(cfg, 4, side, 6 if cfg.task == "class" else 600)
+    model = M.Model(cfg, 4, side, 6 if cfg.task == "class" else M.zoo.Reader(600, 32, 1, 2).eval())
     for name, p in model.named_parameters():
         if shake and "pos_embed" not in name:
             p.data += shake * torch.randn_like(p)
@@ -271,10 +271,10 @@ def test_low_resolution_checkpoint_into_a_larger_model_and_class_into_text(tmp_p
         assert all(torch.equal(state[k], v) for k, v in low.items() if k != "dit.pos_embed")
         assert state["dit.pos_embed"].shape == (1, 64, 32) and (table is None or torch.equal(state["dit.pos_embed"], table))
     cfg = M.Config(**{**small, "init": path, "task": "text"})
-    model = M.build(cfg, vae, M.World(None, None, 600, None, [], None), "cpu")
+    model = M.build(cfg, vae, M.World(None, None, M.zoo.Reader(600, 32, 1, 2), None, [], None), "cpu")
     assert torch.equal(model.state_dict()["dit.blocks.0.attn.qkv.weight"], low["dit.blocks.0.attn.qkv.weight"])
     with pytest.raises(ValueError, match="conditioned by attn\\+schedule, this arm by attn"):
-        M.build(replace(cfg, conditioning="attn"), vae, M.World(None, None, 600, None, [], None), "cpu")
+        M.build(replace(cfg, conditioning="attn"), vae, M.World(None, None, M.zoo.Reader(600, 32, 1, 2), None, [], None), "cpu")
     with pytest.raises(ValueError, match="does not fit"):
         M.build(replace(cfg, task="class", dim=64), vae, M.World(None, None, 72, None, [], None), "cpu")
 
