@@ -801,7 +801,7 @@ PRESETS = {
     "transfer": dict(image_size=64, steps=150, batch_size=32, conditioning="attn+schedule", samples=512,
                      init="runs/ldm_conditioning/attn+schedule/model.safetensors", out_dir="runs/ldm_conditioning_transfer"),
     # the stand-in text-to-image model of common/weights
-    "standin": dict(task="text", conditioning="attn", steps=5_500, batch_size=128, lr=4e-3, warmup=300, decay=0.3,
+    "standin": dict(task="text", conditioning="attn", steps=4_500, batch_size=128, lr=4e-3, warmup=300, decay=0.3,
                     images=40_000, views=1, grid=2, objects=3, min_crop=1.0, flip=0.0, sizes="32", guidance=3.0,
                     ema_decay=0.998, slots=4, samples=512, drop_control=1.0, out_dir="runs/standin_t2i"),
     "gpu": dict(steps=20_000, batch_size=512, images=40_000, image_size=64, grid=2, objects=3, dim=384, depth=12, heads=6,

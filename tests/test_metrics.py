@@ -38,3 +38,19 @@ def test_retrieval_equals_loops_and_ties_do_not_help():
         assert got[k] == pytest.approx(100 * sum(map(float, hits)) / 20)
     constant = M.retrieval_recall(torch.ones(4, 2), torch.ones(5, 2), torch.eye(4, 5).bool())
     assert constant[1] == 0.0  # a collapsed encoder scores nothing
+
+
+def test_frechet_distance_against_the_matrix_root():
+    """The definition, by eigenvalues of Sx Sy."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(300, 12, generator=g).double(), (torch.randn(200, 12, generator=g) @ torch.randn(12, 12, generator=g)).double() + 1
+    sx, sy = torch.cov(x.T), torch.cov(y.T)
+    root = torch.linalg.eigvals(sx @ sy).real.clamp_min(0).sqrt().sum()
+    want = (x.mean(0) - y.mean(0)).square().sum() + sx.trace() + sy.trace() - 2 * root
+    assert M.frechet_distance(x, y) == pytest.approx(want.item(), rel=1e-9)
+    assert M.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert M.frechet_distance(x, x + 2) == pytest.approx(48, rel=1e-9)  # a shift of 2 in 12 dimensions
+    few = x[:5]  # fewer rows than columns: a singular covariance
+    assert 0 < M.frechet_distance(few, y) < float("inf")
+    with pytest.raises(ValueError, match="equal columns"):
+        M.frechet_distance(x, y[:, :5])
