@@ -553,11 +553,13 @@ def noise_scale(cfg):
 def evaluate(model, vae, judge, world, items, cfg, env) -> dict[str, float]:
     """Validation loss; for scenes also the Frechet distance to real ones, whether the right thing is drawn, and how far the
     picture moves when only the requested size changes. The work is divided over the processes."""
-    out, device, part = {}, env.device, slice(env.rank, None, env.world)
-    loader = data.in_order(world.val, lambda s: items(s, np.random.default_rng(0)), items.collate, 256, part)
-    total = torch.zeros(2)
-    for i, (mean, logvar, controls, semantic) in enumerate(loader):
-        u, n1, n2 = draw_noise(1, i, len(mean), mean.shape[1:], device)
+    out, device, total = {}, env.device, torch.zeros(2)
+    used = min(sum(world.val.sizes), cfg.samples) // env.world * env.world
+    part = slice(env.rank, used, env.world)
+    rows = data.in_order(world.val, lambda s: items(s, np.random.default_rng(0)), items.collate, 256, part)
+    shape = world.val.read(0, 0)["mean"].shape
+    noise = zip(*(x[part].split(256) for x in draw_noise(1, 0, used, shape, device)))
+    for (mean, logvar, controls, semantic), (u, n1, n2) in zip(rows, noise):
         z0 = vae.to_latent(mean.to(device), logvar.to(device), n1)
         no = torch.zeros(len(z0), dtype=torch.bool, device=device)
         t, semantic = time_of(cfg.objective, u[:, 0]), to_device(semantic, device)
@@ -569,7 +571,7 @@ def evaluate(model, vae, judge, world, items, cfg, env) -> dict[str, float]:
     if cfg.data:
         return out
     count = len(world.asked) // env.world * env.world
-    asked = world.asked[:count][part]
+    asked = world.asked[env.rank : count : env.world]
     _, images = pictures(model, vae, items, cfg, device, asked, seed=1 + env.rank)
     fake = ddp.gather_rows(torch.cat([judge.features(x.to(device), cfg.grid) for x in images.split(256)]))
     real = torch.cat([judge.features(x.to(device), cfg.grid) for x in world.real.split(256)])

@@ -190,15 +190,17 @@ def lpl_term(vae, kind, out, zt, z0, t, tau=3.0, **options):
     share = ddp.all_sum(gate.sum()) / ddp.world_size()  # gated samples of an average process
     parts = {"gated": gate.float().mean()}
     if not gate.any():
-        return 0.0 * out.float().sum(), parts
+        depths = range(len(vae.decoder.up_blocks) + 1)
+        return 0.0 * out.float().sum(), parts | {f"{k}_{l}": 0.0 for k in ("lpl", "kept") for l in depths}
     z0_hat = x0_from(kind, out[gate].float(), zt[gate], t[gate])
     loss, more = latent_perceptual_loss(vae, z0_hat, z0[gate], **options)
     return loss.sum() / share, parts | more
 
 
 def diffusion_target(kind, z0, eps, t):
+    """What the network predicts."""
     alpha, sigma = alpha_sigma(kind, t)
-    return {"flow": lambda: eps - z0, "eps": lambda: eps, "x0": lambda: z0, "v": lambda: alpha * eps - sigma * z0}[kind]()
+    return {"flow": eps - z0, "eps": eps, "x0": z0, "v": alpha * eps - sigma * z0}[kind]
 
 
 @torch.no_grad()
@@ -317,9 +319,12 @@ def generate(model, vae, y, cfg, steps, device, seed):
 @torch.no_grad()
 def evaluate(model, vae, judge, world, cfg, env):
     """-> (metrics, spectrum of the generated pictures). The work is divided over the processes."""
-    out, part, total = {}, slice(env.rank, None, env.world), torch.zeros(2)
-    for i, (mean, logvar, y) in enumerate(data.in_order(world.val, lambda s: item(s, None), collate, 256, part)):
-        u, n1, n2 = draw_noise(1, i, len(y), mean.shape[1:], env.device)
+    out, total, used = {}, torch.zeros(2), min(sum(world.val.sizes), cfg.samples) // env.world * env.world
+    part = slice(env.rank, used, env.world)
+    rows = data.in_order(world.val, lambda s: item(s, None), collate, 256, part)
+    shape = world.val.read(0, 0)["mean"].shape
+    noise = zip(*(x[part].split(256) for x in draw_noise(1, 0, used, shape, env.device)))
+    for (mean, logvar, y), (u, n1, n2) in zip(rows, noise):
         z0, t = vae.to_latent(mean.to(env.device), logvar.to(env.device), n1), time_of(cfg.objective, u[:, 0])
         alpha, sigma = alpha_sigma(cfg.objective, t)
         got = model(alpha * z0 + sigma * n2, 999 * t, y.to(env.device))
@@ -381,7 +386,7 @@ def gradient_ratio(parts, weight):
 
 
 def kept_bytes(closure):
-    """What a forward pass keeps for its backward pass, in MiB: distinct storages, on any device."""
+    """What one forward pass of this process keeps for its backward pass, in MiB: distinct storages, on any device."""
     seen = {}
 
     def pack(x):
@@ -408,13 +413,12 @@ def train(cfg: Config, arm: str) -> dict:
     state = {"model": model, "ema": ema, "opt": opt}
     first = 0 if arm == "pretrain" else cfg.pretrain  # updates before this phase
     total = cfg.pretrain if arm == "pretrain" else cfg.pretrain + cfg.steps
-    here = replace(cfg, out_dir=str(out), steps=total)
-    if arm != "pretrain" and cfg.pretrain:
+    here = phase_one(cfg) if arm == "pretrain" else replace(cfg, out_dir=str(out), steps=total)
+    start = first
+    if first:
         ckpt.resume(out.parent / "pretrain" / "last.pt", phase_one(cfg), **state)
-    done_before = (out / "last.pt").exists() and cfg.resume
-    start, _ = (
-        ckpt.resume(out / "last.pt", phase_one(cfg) if arm == "pretrain" else here, **state) if done_before else (first, {})
-    )
+    if cfg.resume and (out / "last.pt").exists():
+        start, _ = ckpt.resume(out / "last.pt", here, **state)
     share = env.share(cfg.batch_size) // cfg.accum
     if share * cfg.accum != env.share(cfg.batch_size):
         raise ValueError(f"batch_size {cfg.batch_size} on {env.world} processes cannot be cut into {cfg.accum} micro-batches")
@@ -437,13 +441,13 @@ def train(cfg: Config, arm: str) -> dict:
         return step_loss(wrapped, vae, vae.to_latent(mean, logvar, n1), time_of(cfg.objective, u[:, 0]), n2, y, cfg, lpl)
 
     log = RunLog(here, env, arm, start)
-    began, memory, clock = time.monotonic(), 0.0, start
+    began = time.monotonic()
     for step in range(start, total):
         optim.set_lr(opt, cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup)))
         due = (step + 1) % cfg.log_every == 0 or step + 1 == total
         for micro in range(cfg.accum):
             loss, parts = micro_loss(step, micro)
-            if due and "lpl" in parts and parts["lpl"].item():
+            if due and "lpl" in parts:
                 parts["gradient_ratio"] = gradient_ratio(parts, cfg.weight)
             parts.pop("out", None)
             (loss / cfg.accum).backward()
@@ -461,15 +465,14 @@ def train(cfg: Config, arm: str) -> dict:
         log.tick(step)
         leave = (due or env.world == 1) and ddp.interrupted()
         if env.is_main and (done % cfg.save_every == 0 or last or leave):
-            ckpt.save(out / "last.pt", done, phase_one(cfg) if arm == "pretrain" else here, **state)
+            ckpt.save(out / "last.pt", done, here, **state)
         if leave:
             log.close()
             raise KeyboardInterrupt
     result = {}
     if arm != "pretrain":
-        per_step = (time.monotonic() - began) / max(1, total - clock)
-        if env.world == 1:
-            memory = kept_bytes(lambda: micro_loss(total, 0)[0])
+        per_step = (time.monotonic() - began) / max(1, total - start)
+        memory = kept_bytes(lambda: micro_loss(total, 0)[0])
         result, curve = report(total - 1)
         result.update(ms_per_step=1000 * per_step, activations_mib=memory, spectrum=curve.tolist())
     if env.is_main and arm != "pretrain":
@@ -539,7 +542,7 @@ def run(cfg: Config) -> dict:
     for arm in ("pretrain", "control", "lpl") if cfg.pretrain else ("control", "lpl"):
         folder, total = Path(cfg.out_dir, arm), cfg.pretrain + cfg.steps
         done = folder / "metrics.json"
-        same = replace(cfg, out_dir=str(folder), steps=cfg.pretrain if arm == "pretrain" else total)
+        same = phase_one(cfg) if arm == "pretrain" else replace(cfg, out_dir=str(folder), steps=total)
         if cfg.resume and done.exists() and ckpt.same_config(json.loads((folder / "config.json").read_text()), same):
             scores[arm] = json.loads(done.read_text())
         else:
@@ -567,9 +570,8 @@ def show(cfg, scores):
     rows.append(["validation loss", f"{a['val_loss']:.4f}", f"{b['val_loss']:.4f}", "", ""])
     rows.append(["milliseconds a step", f"{a['ms_per_step']:.0f}", f"{b['ms_per_step']:.0f}",
                  f"x {b['ms_per_step'] / max(a['ms_per_step'], 1e-9):.2f}", ""])  # fmt: skip
-    if a["activations_mib"]:
-        rows.append(["kept for backward, MiB", f"{a['activations_mib']:.0f}", f"{b['activations_mib']:.0f}",
-                     f"x {b['activations_mib'] / a['activations_mib']:.2f}", ""])  # fmt: skip
+    rows.append(["kept for backward, MiB", f"{a['activations_mib']:.0f}", f"{b['activations_mib']:.0f}",
+                 f"x {b['activations_mib'] / a['activations_mib']:.2f}", ""])  # fmt: skip
     print("\n" + table(rows, [f"{cfg.objective}, equal updates", "control", "LPL", "difference", "paper"]))
     print(f"\npictures, curves and weights: {cfg.out_dir}")
     real = spectrum(open_real(cfg)).log10() if not cfg.data else None

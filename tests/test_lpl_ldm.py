@@ -262,6 +262,7 @@ def test_target_branch_has_no_graph(decoder):
 def test_a_closed_gate_is_zero_and_leaves_the_gradient(decoder):
     net, _, diffusion, (loss, parts) = parts_of("flow", torch.tensor([0.8, 0.9, 0.99]), decoder)
     assert loss.item() == 0 and loss.requires_grad and parts["gated"] == 0
+    assert parts.keys() == parts_of("flow", torch.tensor([0.1, 0.9, 0.99]), decoder)[3][1].keys()  # ranks log the same names
     plain = torch.autograd.grad(diffusion, net.blocks[0].mlp.fc1.weight, retain_graph=True)[0]
     both = torch.autograd.grad(diffusion + loss, net.blocks[0].mlp.fc1.weight)[0]
     assert torch.equal(plain, both)

@@ -43,7 +43,10 @@ def test_retrieval_equals_loops_and_ties_do_not_help():
 def test_frechet_distance_against_the_matrix_root():
     """The definition, by eigenvalues of Sx Sy."""
     g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(300, 12, generator=g).double(), (torch.randn(200, 12, generator=g) @ torch.randn(12, 12, generator=g)).double() + 1
+    x, y = (
+        torch.randn(300, 12, generator=g).double(),
+        (torch.randn(200, 12, generator=g) @ torch.randn(12, 12, generator=g)).double() + 1,
+    )
     sx, sy = torch.cov(x.T), torch.cov(y.T)
     root = torch.linalg.eigvals(sx @ sy).real.clamp_min(0).sqrt().sum()
     want = (x.mean(0) - y.mean(0)).square().sum() + sx.trace() + sy.trace() - 2 * root

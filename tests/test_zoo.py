@@ -76,7 +76,10 @@ def test_verify_accepts_the_truth_and_finds_every_error(judge, objects):
         wrong(lambda s: replace(s, things=(*s.things, replace(s.things[0], cell=3 - s.things[0].cell))), "count")
     else:
         a, b = (lambda s: s.things[0].cell), (lambda s: s.things[1].cell)
-        wrong(lambda s: replace(s, things=(replace(s.things[0], cell=b(s)), replace(s.things[1], cell=a(s)), *s.things[2:])), "relation")
+        wrong(
+            lambda s: replace(s, things=(replace(s.things[0], cell=b(s)), replace(s.things[1], cell=a(s)), *s.things[2:])),
+            "relation",
+        )
 
 
 def test_autoencoder_keeps_what_the_judge_reads(judge):
@@ -128,8 +131,25 @@ def test_latent_cache(tmp_path):
     """Two views of each picture, resumed after a kill, refused for another autoencoder, read by both methods."""
     from common import data
 
-    assert run("data_prep/scenes.py", "--out", tmp_path / "s", "--train", "30", "--val", "10", "--test", "0", "--size", "32").returncode == 0
-    base = ["data_prep/cache_latents.py", "--data", tmp_path / "s", "--size", "32", "--views", "2", "--min_crop", "0.5", "--per_shard", "8"]
+    assert (
+        run(
+            "data_prep/scenes.py", "--out", tmp_path / "s", "--train", "30", "--val", "10", "--test", "0", "--size", "32"
+        ).returncode
+        == 0
+    )
+    base = [
+        "data_prep/cache_latents.py",
+        "--data",
+        tmp_path / "s",
+        "--size",
+        "32",
+        "--views",
+        "2",
+        "--min_crop",
+        "0.5",
+        "--per_shard",
+        "8",
+    ]
     assert run(*base, "--out", tmp_path / "a").returncode == 0
     vae = zoo.load_vae()
     train, val = (data.Latents(tmp_path / "a", split, vae.fingerprint()) for split in ("train", "val"))
@@ -137,7 +157,10 @@ def test_latent_cache(tmp_path):
     item = train.read(0, 1)
     assert item["mean"].shape == item["logvar"].shape == (8, 8, 8) and item["controls"].shape == (7,) and item["captions"]
     source = data.Shards(tmp_path / "s", "val")
-    x = torch.from_numpy(__import__("numpy").asarray(source.read(0, 0)["image"]).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    x = (
+        torch.from_numpy(__import__("numpy").asarray(source.read(0, 0)["image"]).copy()).permute(2, 0, 1)[None].float() / 127.5
+        - 1
+    )
     torch.testing.assert_close(val.read(0, 0)["mean"], vae.encode(x)[0][0], atol=5e-3, rtol=5e-3)
     assert val.read(0, 0)["controls"].tolist() == [0, 0, 1, 1, 0, 32, 32]
     # interrupted: half the files are there, the manifest says so
