@@ -55,6 +55,7 @@ class RunLog:
         if not self.main:
             return
         (self.dir / "samples").mkdir(parents=True, exist_ok=True)
+        (self.dir / "metrics.json").unlink(missing_ok=True)  # not done any more
         write_json(self.dir / "config.json", {**asdict(cfg), "processes": env.world, "versions": versions()})
         path = self.dir / "log.jsonl"
         lines = self._lines(path)

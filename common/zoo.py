@@ -194,8 +194,9 @@ def replicate_padding(tokens, lengths, slots, beta, noise=None):  # twin: replic
     place = torch.arange(slots, device=tokens.device)[None]
     out = tokens.gather(1, (place % n)[..., None].expand(-1, -1, tokens.shape[-1]))
     real = (torch.arange(tokens.shape[1], device=tokens.device)[None] < n)[..., None]
-    mean = (tokens * real).sum(1, keepdim=True) / n[..., None]
-    std = (((tokens - mean) * real).square().sum(1, keepdim=True) / n[..., None]).sqrt()  # one token: 0, no noise
+    text = tokens.detach()  # the root of a zero variance, of one token alone, has no gradient
+    mean = (text * real).sum(1, keepdim=True) / n[..., None]
+    std = (((text - mean) * real).square().sum(1, keepdim=True) / n[..., None]).sqrt()
     copy_number = (place // n)[..., None]  # 0 for the text itself
     return out + beta * std * copy_number.sqrt() * (torch.randn_like(out) if noise is None else noise)
 

@@ -106,7 +106,7 @@ class Config:
     objects: int = 1  # at most so many in a generated scene
     grid: int = 1  # cells a side of generated scenes: 1 close-up, 2, 3
     min_crop: float = 0.8  # smallest crop, as a share of the area; 1 = no crops
-    crop: str = "resize"  # resize: the crop that twice the resolution will have, made small; direct: half its side
+    crop: str = "resize"  # resize: crops as at twice the resolution, made small; direct: crops of half that side
     flip: float = 0.5  # chance of a mirrored picture
     sizes: str = "12,16,24,32,64"  # pixels at which generated pictures are recorded
     vae: str = ""  # autoencoder; "" = the stand-in of common/weights
@@ -143,8 +143,9 @@ def replicate_padding(tokens, lengths, slots, beta, noise=None):  # twin: replic
     place = torch.arange(slots, device=tokens.device)[None]
     out = tokens.gather(1, (place % n)[..., None].expand(-1, -1, tokens.shape[-1]))
     real = (torch.arange(tokens.shape[1], device=tokens.device)[None] < n)[..., None]
-    mean = (tokens * real).sum(1, keepdim=True) / n[..., None]
-    std = (((tokens - mean) * real).square().sum(1, keepdim=True) / n[..., None]).sqrt()  # one token: 0, no noise
+    text = tokens.detach()  # the root of a zero variance, of one token alone, has no gradient
+    mean = (text * real).sum(1, keepdim=True) / n[..., None]
+    std = (((text - mean) * real).square().sum(1, keepdim=True) / n[..., None]).sqrt()
     copy_number = (place // n)[..., None]  # 0 for the text itself
     return out + beta * std * copy_number.sqrt() * (torch.randn_like(out) if noise is None else noise)
 
@@ -191,7 +192,9 @@ def target_of(kind, z0, eps, alpha, sigma):
 
 def clean_from(kind, out, zt, alpha, sigma):
     """The network's estimate of z0: the inverse of target_of."""
-    return {"flow": zt - sigma * out, "eps": (zt - sigma * out) / alpha, "v": alpha * zt - sigma * out}[kind]
+    if kind == "eps":
+        return (zt - sigma * out) / alpha
+    return zt - sigma * out if kind == "flow" else alpha * zt - sigma * out
 
 
 def diffusion_loss(model, z0, t, eps, kind, k=1.0, **conditions):
@@ -206,6 +209,7 @@ def sample(model, z, semantic, controls, kind, steps, guidance=1.0, control_guid
     """Deterministic sampler from noise z (B, C, h, w): estimate z0 and eps, go to the next level. That is DDIM for eps and v,
     and Euler's method for flow. Evaluates the network once, twice or three times a step, as the guidance needs."""
     B, times = len(z), torch.linspace(1, 0, steps + 1, device=z.device)
+    times = times if kind == "flow" else (times * 999).round() / 999  # the steps that training has seen
     branches = [(False, False)]  # (drop the controls, drop the semantics)
     if guidance != 1 or control_guidance != 1:
         branches = [b for b, used in (((False, False), control_guidance != 0), ((True, False), control_guidance != 1),
@@ -307,8 +311,8 @@ class Model(nn.Module):
         return self.dit(zt, 999 * t, add=c, context=s)  # semantics by attention only
 
 
-# How five published models let conditions into a layer, reduced to that. All take image tokens x (B, N, D), semantic tokens
-# s (B, L, D), time t and controls c (B, D) and return x (mmDiT also s).
+# How five published models let conditions into a layer, reduced to that, to be compared; the runs above do not use them. Image
+# tokens x (B, N, D), semantic tokens s (B, L, D), time t and controls c (B, D) -> x (mmDiT: x and s).
 class UNetLayer(nn.Module):
     """Stable Diffusion, SDXL: time + controls are ADDED to the residual block's activations; cross-attention to text."""
 
@@ -529,15 +533,16 @@ def draw_noise(seed, step, count, shape, device):  # twin: draw_noise
 
 
 @torch.no_grad()
-def pictures(model, vae, items: Items, cfg: Config, device, asked, controls=None, seed=1):
-    """Draws what is asked for, at the full frame unless controls are given -> latents, images in [-1, 1], on the CPU."""
-    side, total, zs, images = cfg.image_size // vae.factor, len(asked), [], []
-    noise = torch.randn(total, vae.z, side, side, generator=torch.Generator().manual_seed(seed))
-    controls = full_frame(total, cfg.image_size) if controls is None else controls
-    for i in range(0, total, 256):
-        rows = slice(i, i + 256)
-        semantic = to_device(items.semantic([items.name(a) for a in asked[rows]]), device)
-        z = sample(model, noise[rows].to(device), semantic, controls[rows].to(device), cfg.objective, cfg.sample_steps,
+def pictures(model, vae, items: Items, cfg: Config, device, asked, size=0, seed=1, rows=slice(None)):
+    """Draws what is asked for at the full frame of `size` pixels (0: the model's own), of it `rows`, from noise that does not
+    depend on rows -> latents, images in [-1, 1], on the CPU."""
+    side, zs, images, part = cfg.image_size // vae.factor, [], [], max(1, 2**18 // cfg.image_size**2)
+    noise = torch.randn(len(asked), vae.z, side, side, generator=torch.Generator().manual_seed(seed))[rows]
+    asked = asked[rows]
+    for i in range(0, len(asked), part):
+        semantic = to_device(items.semantic([items.name(a) for a in asked[i : i + part]]), device)
+        z = noise[i : i + part].to(device)
+        z = sample(model, z, semantic, full_frame(len(z), size or cfg.image_size, device), cfg.objective, cfg.sample_steps,
                    cfg.guidance, cfg.control_guidance, noise_scale(cfg))  # fmt: skip
         zs.append(z.cpu())
         images.append(vae.decode(z).cpu())
@@ -549,6 +554,9 @@ def noise_scale(cfg):
     return cfg.image_size / cfg.base_size
 
 
+EVALUATION = 1_000_003  # the seed of its noise, far from training's
+
+
 @torch.no_grad()
 def evaluate(model, vae, judge, world, items, cfg, env) -> dict[str, float]:
     """Validation loss; for scenes also the Frechet distance to real ones, whether the right thing is drawn, and how far the
@@ -558,7 +566,7 @@ def evaluate(model, vae, judge, world, items, cfg, env) -> dict[str, float]:
     part = slice(env.rank, used, env.world)
     rows = data.in_order(world.val, lambda s: items(s, np.random.default_rng(0)), items.collate, 256, part)
     shape = world.val.read(0, 0)["mean"].shape
-    noise = zip(*(x[part].split(256) for x in draw_noise(1, 0, used, shape, device)))
+    noise = zip(*(x[part].split(256) for x in draw_noise(EVALUATION, 0, used, shape, device)))
     for (mean, logvar, controls, semantic), (u, n1, n2) in zip(rows, noise):
         z0 = vae.to_latent(mean.to(device), logvar.to(device), n1)
         no = torch.zeros(len(z0), dtype=torch.bool, device=device)
@@ -570,25 +578,26 @@ def evaluate(model, vae, judge, world, items, cfg, env) -> dict[str, float]:
     out["val_loss"] = (total[0] / total[1]).item()
     if cfg.data:
         return out
-    count = len(world.asked) // env.world * env.world
-    asked = world.asked[env.rank : count : env.world]
-    _, images = pictures(model, vae, items, cfg, device, asked, seed=1 + env.rank)
+    asked, mine = world.asked[: len(world.asked) // env.world * env.world], slice(env.rank, None, env.world)
+    _, images = pictures(model, vae, items, cfg, device, asked, rows=mine)
     fake = ddp.gather_rows(torch.cat([judge.features(x.to(device), cfg.grid) for x in images.split(256)]))
     real = torch.cat([judge.features(x.to(device), cfg.grid) for x in world.real.split(256)])
     out["fd"] = metrics.frechet_distance(fake, real)
-    right = zoo.verify(judge, images.to(device), asked)
+    seen = ddp.gather_lists([zoo.verify(judge, images.to(device), asked[mine])])  # one dict of every process
+    right = {k: [x for part in seen for x in part.get(k, [])] for k in seen[0]}
     right["right"] = [a and b for a, b in zip(right["shape"], right["colour"])] if cfg.task == "class" else right["all"]
-    out.update(ddp.mean({k: 100 * float(np.mean(v)) for k, v in right.items()}))
+    out.update({k: 100 * float(np.mean(v)) for k, v in right.items()})
     # The control-swap distance: same noise, same semantics, only the requested size differs
-    few, sizes = asked[: max(2, 64 // env.world)], [int(s) for s in cfg.sizes.split(",")]
-    zs = torch.stack([pictures(model, vae, items, cfg, device, few, full_frame(len(few), s), 7 + env.rank)[0]
-                      for s in sizes])  # fmt: skip
+    few, sizes = asked[: 64 // env.world * env.world], [int(s) for s in cfg.sizes.split(",")]
+    zs = torch.stack([pictures(model, vae, items, cfg, device, few, s, 7, mine)[0] for s in sizes])
     out.update(ddp.mean({"swap": spread(zs), "swap_hr": spread(zs[-3:])}))
     return out
 
 
 def spread(zs):
     """Mean over pairs of sizes of the root mean square difference: zs (sizes, B, ...) -> float."""
+    if len(zs) < 2:
+        return 0.0
     pairs = [(zs[i] - zs[j]).square().flatten(1).mean(1).sqrt().mean() for i in range(len(zs)) for j in range(i)]
     return torch.stack(pairs).mean().item()
 
@@ -599,6 +608,16 @@ def time_of(kind, u):  # twin: time_of
 
 
 # 6. TRAIN --------------------------------------------------------------------------------------------------------------
+def read_init(cfg: Config) -> tuple[dict, dict]:
+    """Weights and settings of --init, if they fit this arm."""
+    state, meta = read_tensors(cfg.init)
+    old = meta.get("config", {})
+    for field in ("conditioning", "objective"):
+        if old.get(field) != getattr(cfg, field):
+            raise ValueError(f"--init {cfg.init} has {field} {old.get(field)}, this arm {getattr(cfg, field)}")
+    return state, {**old, "vae": meta["vae"]}
+
+
 def build(cfg: Config, vae, world: World, device) -> Model:
     """The model of one arm, with weights of --init if there is one."""
     side = cfg.image_size // vae.factor
@@ -607,21 +626,20 @@ def build(cfg: Config, vae, world: World, device) -> Model:
     model = Model(cfg, vae.z, side, world.kinds).to(device)
     if not cfg.init:
         return model
-    state, meta = read_tensors(cfg.init)
-    mine, old = model.state_dict(), meta.get("config", {})
-    if old.get("conditioning") != cfg.conditioning:
-        raise ValueError(f"--init {cfg.init} was conditioned by {old.get('conditioning')}, this arm by {cfg.conditioning}")
-    grid, base = model.dit.grid, math.isqrt(state["dit.pos_embed"].shape[1])
+    state, old = read_init(cfg)
+    mine, grid, base = model.state_dict(), model.dit.grid, math.isqrt(state["dit.pos_embed"].shape[1])
+    if old["vae"] != vae.fingerprint():
+        raise ValueError(f"--init {cfg.init} was trained on latents of another autoencoder; pass its --vae")
     if grid != base:
         if cfg.positions == "resample":
-            state["dit.pos_embed"] = resample_pos_embed(cfg.dim, grid, base)
+            state["dit.pos_embed"] = resample_pos_embed(cfg.dim, grid, old["extent"])
         elif cfg.positions == "interpolate":
             square = state["dit.pos_embed"].view(1, base, base, -1).permute(0, 3, 1, 2)
             wide = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)
             state["dit.pos_embed"] = wide.permute(0, 2, 3, 1).flatten(1, 2)
         else:  # extrapolate: the plain table of the larger grid
             state["dit.pos_embed"] = mine["dit.pos_embed"]
-    if old.get("task") != cfg.task:  # another semantic interface: keep all image-side weights
+    if old["task"] != cfg.task:  # another semantic interface: keep all image-side weights
         state = {k: v for k, v in state.items() if not k.startswith("semantic.")}
         state.update({k: v for k, v in mine.items() if k.startswith("semantic.")})
     try:
@@ -638,7 +656,7 @@ def train(cfg: Config) -> dict:
     judge = None if cfg.data else zoo.load_judge().to(env.device)
     world = open_world(cfg, vae, env.device)
     items = Items(cfg, world.tok, getattr(world.kinds, "context", 0))
-    ddp.reseed(cfg.seed, 0, 0)  # the same initial weights on every process, and in every arm as far as they agree
+    ddp.reseed(cfg.seed, 0, 0)  # the same initial weights on every process
     model = build(cfg, vae, world, env.device)
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
     ema, shown = optim.Ema(model, cfg.ema_decay), copy.deepcopy(model).eval()
@@ -684,11 +702,9 @@ def train(cfg: Config) -> dict:
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
         if due or done % cfg.save_every == 0:
-            ddp.check_finite({"loss": loss.item()}, step)
+            ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
         if due:
             log.write(step, **ddp.mean({"loss": loss, "grad_norm": norm}), lr=opt.param_groups[0]["lr"], bad=batches.bad)
-        if last or (cfg.eval_every and done % cfg.eval_every == 0):
-            result = report(step)
         log.tick(step)
         leave = (due or env.world == 1) and ddp.interrupted()
         if env.is_main and (done % cfg.save_every == 0 or last or leave):
@@ -696,13 +712,16 @@ def train(cfg: Config) -> dict:
         if leave:
             log.close()
             raise KeyboardInterrupt
-    if start == cfg.steps:  # killed between the last update and the report
-        result = report(cfg.steps - 1)
+        if cfg.eval_every and done % cfg.eval_every == 0 and not last:
+            report(step)
+    result = report(cfg.steps - 1)
     if env.is_main:
-        ckpt.export(out / "model.safetensors", shown.state_dict(), dit=model.dit.config,
-                    config={k: getattr(cfg, k) for k in ("conditioning", "task", "objective", "control_power", "slots",
-                                                         "padding", "beta_txt", "class_tokens")},
-                    vae=vae.fingerprint())  # fmt: skip
+        kept = ("conditioning", "task", "objective", "control_power", "slots", "padding", "beta_txt", "class_tokens")
+        extent = model.dit.grid  # of the position table's coordinates
+        if cfg.init and cfg.positions != "extrapolate":
+            extent = read_init(cfg)[1]["extent"]
+        ckpt.export(out / "model.safetensors", shown.state_dict(), dit=model.dit.config, vae=vae.fingerprint(),
+                    config={**{k: getattr(cfg, k) for k in kept}, "extent": extent})  # fmt: skip
         plot.save(plot.lines(log.history("loss", "val_loss"), out.name, y="loss"), out / "curves.png")
         draw(shown, vae, world, items, cfg, env.device, out / "samples")
     log.finish(result)
@@ -722,19 +741,21 @@ def draw(model, vae, world, items, cfg, device, folder):
     """A sheet of samples, and one that changes only the requested size."""
     asked = (world.asked * 16)[:16]
     _, images = pictures(model, vae, items, cfg, device, asked)
-    names = world.train.classes if cfg.data and cfg.task == "class" else None
-    labels = [names[a] if names else a if cfg.data else scenes.caption(a) if cfg.task == "text" else
-              f"{a.things[0].colour} {a.things[0].shape}" for a in asked]  # fmt: skip
-    title = f"{cfg.conditioning}, guidance {cfg.guidance:g}"
-    rows = 4 if cfg.task == "text" else 1
-    plot.save(plot.grid(to_uint8(images), 8, labels, title=title, cell=110, rows_of_text=rows), folder / "samples.png")
+
+    def name(a):
+        if cfg.task == "text":
+            return items.name(a)
+        return world.train.classes[a] if cfg.data else f"{a.things[0].colour} {a.things[0].shape}"
+
+    title, lines = f"{cfg.conditioning}, guidance {cfg.guidance:g}", 4 if cfg.task == "text" else 1
+    sheet = plot.grid(to_uint8(images), 8, [name(a) for a in asked], title=title, cell=110, rows_of_text=lines)
+    plot.save(sheet, folder / "samples.png")
     sizes = [int(s) for s in cfg.sizes.split(",")]
-    few = (world.asked * 5)[:5]
-    rows = [pictures(model, vae, items, cfg, device, few, full_frame(5, s), 7)[1] for s in sizes]
-    cells = [to_uint8(row[i : i + 1])[0] for i in range(5) for row in rows]
+    drawn = [to_uint8(pictures(model, vae, items, cfg, device, asked[:5], s, 7)[1]) for s in sizes]
+    cells, labels = [one[i] for i in range(5) for one in drawn], [f"size {s}" for s in sizes] * 5
     title = f"{cfg.conditioning}: same noise, same semantics, another size"
-    plot.save(plot.grid(cells, len(sizes), [f"size {s}" for s in sizes] * 5, title=title, cell=110, rows_of_text=1),
-              folder / "size_swap.png")  # fmt: skip
+    sheet = plot.grid(cells, len(sizes), labels, title=title, cell=110, rows_of_text=1)
+    plot.save(sheet, folder / "size_swap.png")
 
 
 def check(cfg: Config) -> None:
@@ -756,14 +777,18 @@ def check(cfg: Config) -> None:
             raise ValueError(f"--{field} {getattr(cfg, field)} must not be negative")
     if not (1 <= cfg.grid <= 3 and 1 <= cfg.objects <= 3 and 0 < cfg.min_crop <= 1 and cfg.samples >= 16):
         raise ValueError("--grid and --objects must be 1 to 3, --min_crop in (0, 1], --samples at least 16")
-    if not all(s.isdigit() and 4 <= int(s) <= 1024 for s in cfg.sizes.split(",")):
-        raise ValueError(f"--sizes {cfg.sizes} must be a comma list of pixels between 4 and 1024")
+    sizes = [int(s) if s.isdigit() else 0 for s in cfg.sizes.split(",")]
+    if sizes != sorted(sizes) or not all(4 <= s <= 1024 for s in sizes):
+        raise ValueError(f"--sizes {cfg.sizes} must be a rising comma list of pixels between 4 and 1024")
 
 
 def run(cfg: Config) -> dict:
     """All arms side by side, each in its own folder; finished arms are kept. Prints the claim."""
     check(cfg)
     out, scores = Path(cfg.out_dir), {}
+    if cfg.init:  # before the first arm has trained for nothing
+        for how in cfg.conditioning.split(","):
+            read_init(replace(cfg, conditioning=how))
     for how in cfg.conditioning.split(","):
         for init in ["", cfg.init] if cfg.init else [""]:
             name = how + (" transferred" if init else " from scratch" if cfg.init else "")
@@ -792,6 +817,12 @@ def show(cfg, scores):
             change = f"{100 * (values[-1] / values[0] - 1):+.1f} %" if len(values) > 1 and values[0] else ""
             rows.append([text, *[f"{v:.3f}" for v in values], change, paper.get(key, "") if change else ""])
     print("\n" + table(rows, [f"{cfg.objective}, equal updates", *scores, "difference", "paper"]))
+    if cfg.eval_every and "fd" in arms[0]:
+        curves = {}
+        for name in scores:
+            lines = map(json.loads, Path(cfg.out_dir, name.replace(" ", "_"), "log.jsonl").read_text().splitlines())
+            curves[name] = tuple(map(list, zip(*[(line["step"] + 1, line["fd"]) for line in lines if "fd" in line])))
+        plot.save(plot.lines(curves, "Frechet distance by updates"), Path(cfg.out_dir, "fd.png"))
     print(f"\npictures, curves and weights: {cfg.out_dir}")
 
 
@@ -800,19 +831,20 @@ PRESETS = {
     "smoke": dict(steps=6, batch_size=8, warmup=2, images=24, views=1, samples=16, sample_steps=3, dim=32, depth=2, heads=2,
                   log_every=2, save_every=3, out_dir="runs/ldm_conditioning_smoke"),
     "laptop": {},
-    "transfer": dict(image_size=64, steps=150, batch_size=32, conditioning="attn+schedule", samples=512,
+    "transfer": dict(image_size=64, steps=150, eval_every=50, batch_size=32, conditioning="attn+schedule", samples=256,
                      init="runs/ldm_conditioning/attn+schedule/model.safetensors", out_dir="runs/ldm_conditioning_transfer"),
     # the stand-in text-to-image model of common/weights
     "standin": dict(task="text", conditioning="attn", steps=4_500, batch_size=128, lr=4e-3, warmup=300, decay=0.3,
                     images=40_000, views=1, grid=2, objects=3, min_crop=1.0, flip=0.0, sizes="32", guidance=3.0,
                     ema_decay=0.998, slots=4, samples=512, drop_control=1.0, out_dir="runs/standin_t2i"),
-    "gpu": dict(steps=20_000, batch_size=512, images=40_000, image_size=64, grid=2, objects=3, dim=384, depth=12, heads=6,
+    "gpu": dict(steps=20_000, batch_size=512, images=40_000, image_size=64, base_size=64, dim=384, depth=12, heads=6,
                 lr=3e-4, ema_decay=0.999, dtype="bfloat16", samples=5_000, sample_steps=50, workers=14, save_every=1_000,
                 out_dir="runs/ldm_conditioning_gpu"),
     # ImageNet 256, DiT-XL/2 with the paper's optimiser; batch, EMA and length are usual values, the paper's are not known
-    "paper": dict(steps=600_000, batch_size=256, lr=1e-4, warmup=0, grad_clip=0.0, ema_decay=0.9999, dtype="bfloat16",
-                  workers=12, objective="eps", conditioning="attn+schedule", image_size=256, base_size=256, dim=1152,
-                  depth=28, heads=16, sample_steps=250, log_every=100, save_every=5_000, out_dir="runs/ldm_conditioning_in1k"),
+    "paper": dict(data="data/imagenet_latents", steps=600_000, batch_size=256, lr=1e-4, warmup=0, grad_clip=0.0,
+                  ema_decay=0.9999, dtype="bfloat16", workers=12, objective="eps", conditioning="attn+schedule",
+                  image_size=256, base_size=256, sizes="64,128,256,512,1024", dim=1152, depth=28, heads=16, sample_steps=250,
+                  log_every=100, save_every=5_000, out_dir="runs/ldm_conditioning_in1k"),
 }  # fmt: skip
 
 if __name__ == "__main__":

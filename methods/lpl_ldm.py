@@ -20,19 +20,20 @@ Run        python methods/lpl_ldm.py --preset smoke                            (
 Data       generated (common/scenes.py), or latents by data_prep/cache_latents.py
 Expect     not yet recorded
 Differs    from the paper: class-conditional DiT in place of mmDiT, no text; pixels are averaged where Eq. 3 sums them, so
-           that the value does not depend on the resolution; the weight, the gate's tau and the statistics' side are not
+           that the value does not depend on the resolution; the weight, the gate's tau and whose statistics are taken are not
            verified against the paper's text, hence flags; Frechet distances use features of a classifier of scenes.
            from the released code: latents pass post_quant_conv (skipped there); the gate is on sigma / alpha (there
            "timestep < 200", far tighter); statistics are the prediction's, per channel over pixels, as in the text
            (--norm cross is the released one: the target's norm over channels); constant and tiny maps give no NaN; with
            several processes the mean is over all gated samples. Left out: L1 distance, separate statistics.
-Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py vae.py zoo.py
-           and weights/   (copy these with this file)
+Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
+           vae.py vit.py zoo.py and weights/   (copy these with this file)
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import sys
@@ -80,7 +81,7 @@ class Config:
     # the method
     objective: str = "flow"  # flow, eps, v or x0: what the denoiser predicts
     pretrain: int = 600  # updates of phase 1, shared by both arms; the paper: about 600,000
-    init: str = ""  # DiT weights to start phase 2 from instead (common/dit.py reads the published files)
+    init: str = ""  # DiT weights to start phase 2 from instead; the published ones predict eps
     weight: float = 4.0  # of the perceptual term; chosen by the logged share (about 30 %), the paper's is not known
     lpl_start: int = 0  # updates of phase 2 before the term sets in
     tau: float = 3.0  # the term acts where sigma / alpha <= tau
@@ -183,18 +184,18 @@ def latent_perceptual_loss(vae, z0_hat, z0, norm="standardise", detach_stats=Fal
 
 
 def lpl_term(vae, kind, out, zt, z0, t, tau=3.0, **options):
-    """Mean of the loss over the samples with sigma / alpha <= tau, of all processes. Gated BEFORE decoding, which is what
-    saves time. Without such a sample a zero that hangs on the graph, so that every process has the same one."""
+    """Mean of the loss over the samples of this (micro-)batch with sigma / alpha <= tau, of all processes. Gated BEFORE
+    decoding, which is what saves time. Without such a sample a zero that hangs on the graph: every process has the same."""
     alpha, sigma = alpha_sigma(kind, t)
     gate = (sigma <= tau * alpha).flatten()
-    share = ddp.all_sum(gate.sum()) / ddp.world_size()  # gated samples of an average process
+    count = ddp.all_sum(gate.sum()) / ddp.world_size()  # gated samples of an average process
     parts = {"gated": gate.float().mean()}
     if not gate.any():
         depths = range(len(vae.decoder.up_blocks) + 1)
-        return 0.0 * out.float().sum(), parts | {f"{k}_{l}": 0.0 for k in ("lpl", "kept") for l in depths}
+        return 0.0 * out.float().sum(), parts | {f"{k}_{l}": 0.0 for l in depths for k in ("lpl", "kept")}
     z0_hat = x0_from(kind, out[gate].float(), zt[gate], t[gate])
     loss, more = latent_perceptual_loss(vae, z0_hat, z0[gate], **options)
-    return loss.sum() / share, parts | more
+    return loss.sum() / count, parts | more
 
 
 def diffusion_target(kind, z0, eps, t):
@@ -208,6 +209,7 @@ def sample(model, z, y, kind, steps, guidance, null):
     """Deterministic sampler from noise z (B, C, h, w) for classes y (B,): estimate z0 and eps, go to the next level. That is
     DDIM for eps, v and x0, and Euler's method for flow."""
     times = torch.linspace(1, 0, steps + 1, device=z.device)
+    times = times if kind == "flow" else (times * 999).round() / 999  # the steps that training has seen
     both = torch.cat([y, torch.full_like(y, null)])
     for t, t_next in zip(times[:-1], times[1:]):
         cond, uncond = model(torch.cat([z, z]), 999 * t.expand(2 * len(z)), both).float().chunk(2)
@@ -255,13 +257,14 @@ def collate(items):
 
 @dataclass
 class World:
-    """All that a run reads: training and validation latents, class names, real pictures and what they show."""
+    """All that a run reads."""
 
-    train: object
+    train: object  # latents
     val: object
-    classes: list
-    real: torch.Tensor  # (N, 3, S, S) in [-1, 1]
-    shown: list  # their scenes; [] for other data
+    classes: list  # names
+    power: torch.Tensor  # spectrum of real pictures
+    real: torch.Tensor | None = None  # (N, 3, S, S) in [-1, 1], generated scenes only
+    asked: list | None = None  # their scenes, whose classes are drawn for the evaluation
 
 
 def open_world(cfg: Config, vae, device) -> World:
@@ -273,16 +276,17 @@ def open_world(cfg: Config, vae, device) -> World:
             mean, logvar = encode(vae, images, device)
             part[name] = data.Table(mean=mean, logvar=logvar, label=[label(s) for s in world]), images, world
         classes = [f"{c} {s}" for c in scenes.COLOURS for s in scenes.SHAPES]
-        return World(part["train"][0], part["val"][0], classes, to_unit(part["real"][1], "cpu"), part["real"][2])
+        real = to_unit(part["real"][1], "cpu")
+        return World(part["train"][0], part["val"][0], classes, spectrum(real), real, part["real"][2])
     train, val = (data.Latents(cfg.data, split, vae.fingerprint()) for split in ("train", "val"))
     if train.size != cfg.image_size:
         raise ValueError(f"{cfg.data} holds latents of {train.size} px, --image_size is {cfg.image_size}")
     if not train.classes:
         raise ValueError(f"{cfg.data} has no classes; prepare labelled pictures with data_prep/")
-    rows = [val.read(s, r)["mean"] for s, n in enumerate(val.sizes) for r in range(n)][: cfg.samples]
+    rows = itertools.islice(((s, r) for s, n in enumerate(val.sizes) for r in range(n)), min(cfg.samples, 1_000))
     with torch.no_grad():  # the cache holds no pictures: the spectrum is compared with reconstructions
-        real = torch.cat([vae.decode(vae.to_latent(z.to(device))).cpu() for z in torch.stack(rows).split(64)])
-    return World(train, val, train.classes, real, [])
+        powers = [spectrum(vae.decode(vae.to_latent(val.read(*row)["mean"][None].to(device))).cpu()) for row in rows]
+    return World(train, val, train.classes, torch.stack(powers).mean(0))
 
 
 # 5. EVALUATE ------------------------------------------------------------------------------------------------------------
@@ -306,14 +310,17 @@ def spectrum_error(fake, real):
 
 
 @torch.no_grad()
-def generate(model, vae, y, cfg, steps, device, seed):
-    """Pictures of classes y (N,), in [-1, 1], on the CPU."""
-    side, out = cfg.image_size // vae.factor, []
-    noise = torch.randn(len(y), vae.z, side, side, generator=torch.Generator().manual_seed(seed))
-    for z, part in zip(noise.split(256), y.split(256)):
-        z = sample(model, z.to(device), part.to(device), cfg.objective, steps, cfg.guidance, model.classes)
+def generate(model, vae, y, cfg, steps, device, seed, rows=slice(None)):
+    """Pictures of classes y (N,), in [-1, 1], on the CPU; of them `rows`, from noise that does not depend on rows."""
+    side, out, part = cfg.image_size // vae.factor, [], max(1, 2**18 // cfg.image_size**2)
+    noise = torch.randn(len(y), vae.z, side, side, generator=torch.Generator().manual_seed(seed))[rows]
+    for z, kind in zip(noise.split(part), y[rows].split(part)):
+        z = sample(model, z.to(device), kind.to(device), cfg.objective, steps, cfg.guidance, model.classes)
         out.append(vae.decode(z).float().cpu())
     return torch.cat(out)
+
+
+EVALUATION = 1_000_003  # the seed of its noise, far from training's
 
 
 @torch.no_grad()
@@ -323,7 +330,7 @@ def evaluate(model, vae, judge, world, cfg, env):
     part = slice(env.rank, used, env.world)
     rows = data.in_order(world.val, lambda s: item(s, None), collate, 256, part)
     shape = world.val.read(0, 0)["mean"].shape
-    noise = zip(*(x[part].split(256) for x in draw_noise(1, 0, used, shape, env.device)))
+    noise = zip(*(x[part].split(256) for x in draw_noise(EVALUATION, 0, used, shape, env.device)))
     for (mean, logvar, y), (u, n1, n2) in zip(rows, noise):
         z0, t = vae.to_latent(mean.to(env.device), logvar.to(env.device), n1), time_of(cfg.objective, u[:, 0])
         alpha, sigma = alpha_sigma(cfg.objective, t)
@@ -332,18 +339,18 @@ def evaluate(model, vae, judge, world, cfg, env):
         total += torch.tensor([loss.item() * len(y), len(y)])
     total = ddp.all_sum(total.to(env.device))
     out["val_loss"] = (total[0] / total[1]).item()
-    count = cfg.samples // env.world
-    asked = world.shown[env.rank * count : (env.rank + 1) * count]
-    y = torch.tensor([label(s) for s in asked] if asked else [i % len(world.classes) for i in range(count)])
+    count = cfg.samples // env.world * env.world
+    y = torch.tensor([label(s) for s in world.asked[:count]] if world.asked else [i % len(world.classes) for i in range(count)])
+    mine = slice(env.rank, None, env.world)
     for steps in map(int, cfg.sample_steps.split(",")):
-        images = generate(model, vae, y, cfg, steps, env.device, 1 + env.rank)
+        images = generate(model, vae, y, cfg, steps, env.device, 1, mine)
         fake = ddp.all_sum(spectrum(images).to(env.device)).cpu() / env.world
-        out[f"low_{steps}"], out[f"high_{steps}"] = spectrum_error(fake, spectrum(world.real))
+        out[f"low_{steps}"], out[f"high_{steps}"] = spectrum_error(fake, world.power)
         if judge is not None:
             f = ddp.gather_rows(torch.cat([judge.features(x.to(env.device), 1) for x in images.split(256)]))
             real = torch.cat([judge.features(x.to(env.device), 1) for x in world.real.split(256)])
             out[f"fd_{steps}"] = metrics.frechet_distance(f, real)
-            seen = zoo.verify(judge, images.to(env.device), asked)
+            seen = zoo.verify(judge, images.to(env.device), world.asked[:count][mine])
             right = [a and b for a, b in zip(seen["shape"], seen["colour"])]
             out[f"right_{steps}"] = ddp.mean({"right": 100 * float(np.mean(right))})["right"]
     return out, fake
@@ -364,7 +371,7 @@ def time_of(kind, u):  # twin: time_of
 
 # 6. TRAIN --------------------------------------------------------------------------------------------------------------
 def step_loss(model, vae, z0, t, eps, y, cfg, lpl):
-    """L = L_diff + w L_LPL of one batch -> (loss, parts). lpl: whether the perceptual term is on."""
+    """L = L_diff + w L_LPL of one batch -> (loss, parts, output). lpl: whether the perceptual term is on."""
     alpha, sigma = alpha_sigma(cfg.objective, t)
     zt = alpha * z0 + sigma * eps
     with torch.autocast(z0.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
@@ -372,25 +379,27 @@ def step_loss(model, vae, z0, t, eps, y, cfg, lpl):
     out = out.float()
     loss = (out - diffusion_target(cfg.objective, z0, eps, t)).square().mean()
     if not lpl:
-        return loss, {"diffusion": loss}
+        return loss, {"diffusion": loss}, out
     options = {k: getattr(cfg, k) for k in ("norm", "detach_stats", "mask", "depth_weights", "checkpoint")}
     term, parts = lpl_term(vae, cfg.objective, out, zt, z0, t, cfg.tau, **options)
-    return loss + cfg.weight * term, {"diffusion": loss, "lpl": term, "share": cfg.weight * term / (loss + cfg.weight * term),
-                                      **parts, "out": out}  # fmt: skip
+    total = loss + cfg.weight * term
+    return total, {"diffusion": loss, "lpl": term, "share": cfg.weight * term / total, **parts}, out
 
 
-def gradient_ratio(parts, weight):
+def gradient_ratio(parts, out, weight):
     """|gradient of w L_LPL| / |gradient of L_diff| at the network's output."""
-    g = [torch.autograd.grad(parts[k], parts["out"], retain_graph=True)[0].norm() for k in ("lpl", "diffusion")]
+    g = [torch.autograd.grad(parts[k], out, retain_graph=True)[0].norm() for k in ("lpl", "diffusion")]
     return weight * g[0] / g[1]
 
 
-def kept_bytes(closure):
-    """What one forward pass of this process keeps for its backward pass, in MiB: distinct storages, on any device."""
+def kept_mib(model, vae, closure):
+    """What one forward pass of this process keeps for its backward pass beside the weights: distinct storages, any device."""
+    weights = {p.untyped_storage().data_ptr() for m in (model, vae) for p in m.parameters()}
     seen = {}
 
     def pack(x):
-        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        if x.untyped_storage().data_ptr() not in weights:
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -415,16 +424,17 @@ def train(cfg: Config, arm: str) -> dict:
     total = cfg.pretrain if arm == "pretrain" else cfg.pretrain + cfg.steps
     here = phase_one(cfg) if arm == "pretrain" else replace(cfg, out_dir=str(out), steps=total)
     start = first
-    if first:
-        ckpt.resume(out.parent / "pretrain" / "last.pt", phase_one(cfg), **state)
+    extra = {"seconds": 0.0}
     if cfg.resume and (out / "last.pt").exists():
-        start, _ = ckpt.resume(out / "last.pt", here, **state)
-    share = env.share(cfg.batch_size) // cfg.accum
-    if share * cfg.accum != env.share(cfg.batch_size):
+        start, extra = ckpt.resume(out / "last.pt", here, **state)
+    elif first:
+        ckpt.resume(out.parent / "pretrain" / "last.pt", phase_one(cfg), **state)
+    local = env.share(cfg.batch_size) // cfg.accum  # samples of this process in a micro-batch
+    if local * cfg.accum != env.share(cfg.batch_size):
         raise ValueError(f"batch_size {cfg.batch_size} on {env.world} processes cannot be cut into {cfg.accum} micro-batches")
     batches = data.Batches(world.train, item, collate, cfg.batch_size // cfg.accum, env, cfg.seed, start * cfg.accum,
                            cfg.workers, cfg.max_bad)  # fmt: skip
-    judge = zoo.load_judge().to(env.device) if world.shown else None
+    judge = zoo.load_judge().to(env.device) if world.asked else None
 
     def report(step):
         shown.load_state_dict({**model.state_dict(), **ema.shadow})
@@ -434,22 +444,21 @@ def train(cfg: Config, arm: str) -> dict:
 
     def micro_loss(step, micro):
         mean, logvar, y = (x.to(env.device) for x in next(batches))
-        noise = draw_noise(cfg.seed, step * cfg.accum + micro, share * env.world, mean.shape[1:], env.device)
-        u, n1, n2 = (x[env.rank * share : (env.rank + 1) * share] for x in noise)
+        noise = draw_noise(cfg.seed, step * cfg.accum + micro, local * env.world, mean.shape[1:], env.device)
+        u, n1, n2 = (x[env.rank * local : (env.rank + 1) * local] for x in noise)
         y = torch.where(u[:, 1] < cfg.drop, model.classes, y)
         lpl = arm == "lpl" and step >= first + cfg.lpl_start
         return step_loss(wrapped, vae, vae.to_latent(mean, logvar, n1), time_of(cfg.objective, u[:, 0]), n2, y, cfg, lpl)
 
     log = RunLog(here, env, arm, start)
-    began = time.monotonic()
     for step in range(start, total):
+        began = time.monotonic()
         optim.set_lr(opt, cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup)))
         due = (step + 1) % cfg.log_every == 0 or step + 1 == total
         for micro in range(cfg.accum):
-            loss, parts = micro_loss(step, micro)
+            loss, parts, output = micro_loss(step, micro)
             if due and "lpl" in parts:
-                parts["gradient_ratio"] = gradient_ratio(parts, cfg.weight)
-            parts.pop("out", None)
+                parts["gradient_ratio"] = gradient_ratio(parts, output, cfg.weight)
             (loss / cfg.accum).backward()
         norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.grad_clip or math.inf)
         opt.step()
@@ -457,7 +466,8 @@ def train(cfg: Config, arm: str) -> dict:
         ema.update(model)
         done, last = step + 1, step + 1 == total
         if due or done % cfg.save_every == 0:
-            ddp.check_finite({"loss": loss.item()}, step)
+            ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
+        extra["seconds"] += time.monotonic() - began
         if due:
             log.write(step, **ddp.mean({"loss": loss, "grad_norm": norm, **parts}), lr=opt.param_groups[0]["lr"])
         if cfg.eval_every and done % cfg.eval_every == 0 and not last:
@@ -465,20 +475,20 @@ def train(cfg: Config, arm: str) -> dict:
         log.tick(step)
         leave = (due or env.world == 1) and ddp.interrupted()
         if env.is_main and (done % cfg.save_every == 0 or last or leave):
-            ckpt.save(out / "last.pt", done, here, **state)
+            ckpt.save(out / "last.pt", done, here, extra, **state)
         if leave:
             log.close()
             raise KeyboardInterrupt
     result = {}
     if arm != "pretrain":
-        per_step = (time.monotonic() - began) / max(1, total - start)
-        memory = kept_bytes(lambda: micro_loss(total, 0)[0])
+        memory = kept_mib(model, vae, lambda: micro_loss(total, 0)[0])
         result, curve = report(total - 1)
-        result.update(ms_per_step=1000 * per_step, activations_mib=memory, spectrum=curve.tolist())
+        result.update(ms_per_step=1000 * extra["seconds"] / cfg.steps, activations_mib=memory, spectrum=curve.tolist(),
+                      power=world.power.tolist())  # fmt: skip
     if env.is_main and arm != "pretrain":
         ckpt.export(out / "model.safetensors", shown.state_dict(), dit=model.config, vae=vae.fingerprint(),
                     objective=cfg.objective)  # fmt: skip
-        y = torch.arange(24) * len(world.classes) // 24
+        y = torch.arange(24) * 31 % len(world.classes)
         images = generate(shown, vae, y, cfg, int(cfg.sample_steps.split(",")[-1]), env.device, 3)
         labels = [world.classes[i] for i in y.tolist()]
         plot.save(plot.grid(to_uint8(images), 8, labels, title=f"{arm}, {cfg.objective}, guidance {cfg.guidance:g}", cell=110,
@@ -526,7 +536,7 @@ def check(cfg: Config) -> None:
                   "log_every", "save_every"):  # fmt: skip
         if getattr(cfg, field) < 1:
             raise ValueError(f"--{field} {getattr(cfg, field)} must be at least 1")
-    for field in ("guidance", "weight", "tau", "pretrain", "lpl_start"):
+    for field in ("guidance", "weight", "tau", "pretrain", "lpl_start", "eval_every"):
         if not getattr(cfg, field) >= 0:
             raise ValueError(f"--{field} {getattr(cfg, field)} must not be negative")
     if not all(s.isdigit() and int(s) for s in cfg.sample_steps.split(",")):
@@ -548,7 +558,7 @@ def run(cfg: Config) -> dict:
         else:
             scores[arm] = train(cfg, arm)
     scores.pop("pretrain", None)
-    result = {f"{arm}_{k}": v for arm, s in scores.items() for k, v in s.items() if k != "spectrum"}
+    result = {f"{arm}_{k}": v for arm, s in scores.items() for k, v in s.items() if k not in ("spectrum", "power")}
     if ddp.rank() == 0:
         show(cfg, scores)
         write_json(Path(cfg.out_dir, "metrics.json"), result)
@@ -574,16 +584,10 @@ def show(cfg, scores):
                  f"x {b['activations_mib'] / a['activations_mib']:.2f}", ""])  # fmt: skip
     print("\n" + table(rows, [f"{cfg.objective}, equal updates", "control", "LPL", "difference", "paper"]))
     print(f"\npictures, curves and weights: {cfg.out_dir}")
-    real = spectrum(open_real(cfg)).log10() if not cfg.data else None
-    curves = {"real": real, "control": torch.tensor(a["spectrum"]).log10(), "LPL": torch.tensor(b["spectrum"]).log10()}
-    curves = {k: (list(range(1, len(v))), v[1:].tolist()) for k, v in curves.items() if v is not None}
+    curves = {"real": scores["lpl"]["power"], "control": a["spectrum"], "LPL": b["spectrum"]}
+    curves = {k: (list(range(1, len(v))), [math.log10(x) for x in v[1:]]) for k, v in curves.items()}
     chart = plot.lines(curves, "radial power spectrum of the luminance", x="cycles a picture", y="log10")
     plot.save(chart, Path(cfg.out_dir, "spectrum.png"))
-
-
-def open_real(cfg):
-    world = [scenes.scene(j, 3 * cfg.seed + 2, (1, 1), grid=1) for j in range(cfg.samples)]
-    return to_unit(scenes.render(world, cfg.image_size), "cpu")
 
 
 # 7. MAIN ---------------------------------------------------------------------------------------------------------------
@@ -594,10 +598,10 @@ PRESETS = {
     "gpu": dict(pretrain=20_000, steps=5_000, batch_size=512, images=40_000, image_size=64, dim=384, depth=12, heads=6, lr=3e-4,
                 ema_decay=0.999, dtype="bfloat16", samples=5_000, sample_steps="5,50", workers=14, save_every=1_000,
                 out_dir="runs/lpl_ldm_gpu"),
-    # ImageNet 256, DiT-XL/2; phases as reviewers read them; batch size and EMA are usual values, the paper's are not known
-    "paper": dict(pretrain=600_000, steps=200_000, batch_size=256, lr=1e-4, warmup=0, grad_clip=0.0, ema_decay=0.9999,
-                  dtype="bfloat16", workers=12, image_size=256, dim=1152, depth=28, heads=16, sample_steps="5,50",
-                  samples=10_000, log_every=100, save_every=5_000, out_dir="runs/lpl_ldm_in1k"),
+    # ImageNet 256, DiT-XL/2; the phases' lengths by the reviews; batch size and EMA are usual values, the paper's are not known
+    "paper": dict(data="data/imagenet_latents", pretrain=600_000, steps=200_000, batch_size=256, lr=1e-4, warmup=0,
+                  grad_clip=0.0, ema_decay=0.9999, dtype="bfloat16", workers=12, image_size=256, dim=1152, depth=28, heads=16,
+                  sample_steps="5,50", samples=10_000, log_every=100, save_every=5_000, out_dir="runs/lpl_ldm_in1k"),
 }  # fmt: skip
 
 if __name__ == "__main__":

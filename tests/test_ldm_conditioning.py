@@ -193,6 +193,12 @@ def test_padding_noise_grows_with_the_root_of_the_copy():
         torch.testing.assert_close(std[j], 0.1 * sigma * (j // 3) ** 0.5, rtol=0.03, atol=1e-6)
 
 
+def test_padding_has_a_gradient_for_one_token():
+    tokens = torch.randn(1, 1, 4, requires_grad=True)
+    M.replicate_padding(tokens, torch.tensor([1]), 3, 0.5).sum().backward()
+    assert tokens.grad.tolist() == [[[3.0] * 4]]
+
+
 def test_padding_of_one_token_and_of_none():
     one = M.replicate_padding(torch.randn(1, 1, 4), torch.tensor([1]), 5, 0.5)
     assert one.isfinite().all() and all(torch.equal(one[0, j], one[0, 0]) for j in range(5))  # no spread, no noise
@@ -273,7 +279,7 @@ def test_low_resolution_checkpoint_into_a_larger_model_and_class_into_text(tmp_p
     cfg = M.Config(**{**small, "init": path, "task": "text"})
     model = M.build(cfg, vae, M.World(None, None, M.zoo.Reader(600, 32, 1, 2), None, [], None), "cpu")
     assert torch.equal(model.state_dict()["dit.blocks.0.attn.qkv.weight"], low["dit.blocks.0.attn.qkv.weight"])
-    with pytest.raises(ValueError, match="conditioned by attn\\+schedule, this arm by attn"):
+    with pytest.raises(ValueError, match="has conditioning attn\\+schedule, this arm attn"):
         M.build(replace(cfg, conditioning="attn"), vae, M.World(None, None, M.zoo.Reader(600, 32, 1, 2), None, [], None), "cpu")
     with pytest.raises(ValueError, match="does not fit"):
         M.build(replace(cfg, task="class", dim=64), vae, M.World(None, None, 72, None, [], None), "cpu")
