@@ -621,8 +621,6 @@ def read_init(cfg: Config) -> tuple[dict, dict]:
 def build(cfg: Config, vae, world: World, device) -> Model:
     """The model of one arm, with weights of --init if there is one."""
     side = cfg.image_size // vae.factor
-    if cfg.image_size % (vae.factor * cfg.patch):
-        raise ValueError(f"--image_size {cfg.image_size} must be a multiple of {vae.factor * cfg.patch}: autoencoder x patch")
     model = Model(cfg, vae.z, side, world.kinds).to(device)
     if not cfg.init:
         return model
@@ -653,6 +651,8 @@ def train(cfg: Config) -> dict:
     """Trains one arm in cfg.out_dir and returns its metrics."""
     env, out = ddp.start(cfg.seed), Path(cfg.out_dir)
     vae = (load_vae(cfg.vae) if cfg.vae else zoo.load_vae()).to(env.device)
+    if cfg.image_size % (vae.factor * cfg.patch):
+        raise ValueError(f"--image_size {cfg.image_size} must be a multiple of {vae.factor * cfg.patch}: autoencoder x patch")
     judge = None if cfg.data else zoo.load_judge().to(env.device)
     world = open_world(cfg, vae, env.device)
     items = Items(cfg, world.tok, getattr(world.kinds, "context", 0))

@@ -414,6 +414,8 @@ def train(cfg: Config, arm: str) -> dict:
     in the same order with the same noise."""
     env, out = ddp.start(cfg.seed), Path(cfg.out_dir, arm)
     vae = (load_vae(cfg.vae) if cfg.vae else zoo.load_vae()).to(env.device)
+    if cfg.image_size % (vae.factor * cfg.patch):
+        raise ValueError(f"--image_size {cfg.image_size} must be a multiple of {vae.factor * cfg.patch}: autoencoder x patch")
     world = open_world(cfg, vae, env.device)
     ddp.reseed(cfg.seed, 0, 0)  # the same initial weights on every process
     model = build(cfg, vae, len(world.classes)).to(env.device)
@@ -513,8 +515,6 @@ def phase_one(cfg: Config) -> Config:
 
 def build(cfg: Config, vae, classes: int) -> DiT:
     side = cfg.image_size // vae.factor
-    if cfg.image_size % (vae.factor * cfg.patch):
-        raise ValueError(f"--image_size {cfg.image_size} must be a multiple of {vae.factor * cfg.patch}: autoencoder x patch")
     if not cfg.init:
         return DiT(side, cfg.patch, vae.z, cfg.dim, cfg.depth, cfg.heads, classes=classes, learn_sigma=False)
     model = load_dit(cfg.init, "DiT-XL/2" if cfg.dim == 1152 else "", side, learn_sigma=False).train()

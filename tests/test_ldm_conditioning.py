@@ -452,7 +452,7 @@ def test_command_line_in_one_and_two_processes(tmp_path):
     [
         (["--conditioning", "sum"], ["--conditioning sum", "adaln-sum, attn, attn+schedule"]),
         (["--guidance", "-1"], ["--guidance -1.0", "negative"]),
-        (["--image_size", "36"], ["--image_size 36", "multiple of 8"]),
+        (["--image_size", "30"], ["--image_size 30", "multiple of 8"]),
         (["--init", "none.safetensors"], ["none.safetensors", "does not exist"]),
         (["--data", "nowhere"], ["nowhere", "cache_latents.py"]),
         (["--sizes", "8,big"], ["--sizes 8,big"]),
