@@ -226,11 +226,11 @@ class Table:
 
 class Latents:
     """Posteriors of an autoencoder, written by data_prep/cache_latents.py: mean, logvar (z, h, w) float32, controls (7,), a
-    label and captions of each view. Read by memory map. vae: the fingerprint of the autoencoder in use; ValueError if
-    another one made the cache."""
+    label and captions of each view. Read by memory map, the last `keep` files held open. vae: the fingerprint of the
+    autoencoder in use; ValueError if another one made the cache."""
 
-    def __init__(self, folder, split: str, vae: str):
-        self.folder = Path(folder)
+    def __init__(self, folder, split: str, vae: str, keep: int = 16):
+        self.folder, self.keep = Path(folder), keep
         path = self.folder / "manifest.json"
         try:
             manifest = json.loads(path.read_text("utf-8"))
@@ -257,9 +257,12 @@ class Latents:
                 path = self.folder / Path(self.shards[shard]["name"]).name
                 try:
                     f = safe_open(path, "pt")
-                    self.open[shard] = f, json.loads(f.metadata()["meta"])["captions"]
+                    captions = json.loads(f.metadata()["meta"])["captions"]
                 except Exception as error:
                     raise ValueError(f"{path} is not a shard of latents ({type(error).__name__}); encode again") from error
+                if len(self.open) >= self.keep:
+                    self.open.pop(next(iter(self.open)))
+                self.open[shard] = f, captions
             return self.open[shard]
 
     def read(self, shard: int, row: int) -> dict:

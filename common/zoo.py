@@ -1,7 +1,8 @@
 """The small stand-in models of common/weights/, trained by this project's own scripts on the generated world.
 
-    vae = load_vae()                        autoencoder, 32 px <-> 4 x 8 x 8
+    vae = load_vae()                        autoencoder, 32 px <-> 8 x 8 x 8
     judge = load_judge()                    reads every attribute off a picture; its features serve Frechet distances
+    reader, tok = load_reader(), load_tokenizer()      captions -> tokens, frozen: the text encoder
     painter = load_painter()                text -> 32 px scenes on a grid of 2 x 2 cells
     images = painter.draw(["a large striped red star on a dark background"], seed=1)
 
@@ -88,11 +89,9 @@ def verify(judge: Judge, images: torch.Tensor, world: list[scenes.Scene]) -> dic
             for k in ("colour", "size", "texture"):
                 right[k] = all(c is not None and seen[k][c] == getattr(t, k) for t, c in zip(s.things, here))
             found = [replace(t, cell=-1 if c is None else c) for t, c in zip(s.things, here)]
-            placed = found[:1] if len(found) == 1 else found[2:]  # two objects are related, all others have a place
+            placed = [*zip(found, s.things)][0 if len(found) == 1 else 2 :]  # two objects are related, all others have a place
             if s.grid > 1 and placed:
-                right["place"] = all(
-                    a.cell == b.cell for a, b in zip(placed, s.things[:1] if len(found) == 1 else s.things[2:])
-                )
+                right["place"] = all(a.cell == b.cell for a, b in placed)
             if len(found) > 1:
                 a, b = found[:2]
                 same = scenes.relation(a, b, s.grid) == scenes.relation(*s.things[:2], s.grid)
@@ -228,18 +227,15 @@ def load_painter(name: str = "painter") -> Painter:
     if meta["vae"] != autoencoder.fingerprint():
         raise ValueError(f"common/weights/{name}.safetensors was trained with another autoencoder than the one beside it")
     painter = Painter(load_tokenizer(), reader, autoencoder, meta["config"], meta["dit"])
-    mine = {
-        k.removeprefix("semantic."): v.float()
-        for k, v in state.items()
-        if k.startswith(("dit.", "semantic.proj", "semantic.null"))
-    }
-    painter.load_state_dict(mine, strict=False)  # reader and autoencoder have their own files
+    others = {k: v for k, v in painter.state_dict().items() if k.startswith(("reader.", "vae."))}  # from their own files
+    painter.load_state_dict({**others, **{k.removeprefix("semantic."): v.float() for k, v in state.items()}})
     return painter.eval().requires_grad_(False)
 
 
-def adopt(path, name: str) -> None:
-    """Puts a run's model.safetensors into common/weights/ as fp16, with its settings."""
+def adopt(path, name: str, without: tuple = ()) -> None:
+    """Puts a run's model.safetensors into common/weights/ as fp16, with its settings; `without` parts of these prefixes."""
     state, meta = vae.read_tensors(path)
+    state = {k: v for k, v in state.items() if not k.startswith(without)}
     ckpt.export(
         WEIGHTS / f"{name}.safetensors", {k: v.half() if v.is_floating_point() else v for k, v in state.items()}, **meta
     )

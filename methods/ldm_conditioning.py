@@ -21,10 +21,10 @@ Run        python methods/ldm_conditioning.py --preset smoke                   (
 Data       generated (common/scenes.py), or latents by data_prep/cache_latents.py, which records crop, size and flip
 Expect     laptop: control-swap distance 1.89 and 0.09 (-94 %), Frechet distance 20.3 and 23.0 (worse); 3 seeds, commit 5ca2485
 Differs    from the paper: DiT in place of mmDiT, attention to s is a sub-layer of its own, and the baseline's MLPs are wider to
-           have as many parameters; class tokens, the exponent 8, the guidance formula and the padding's constants are
-           recalled, not verified, hence flags; the control-swap distance is L2 in latent space (LPIPS there); Frechet
-           distances use a classifier of scenes and compare with nothing published. Left out: UNet and mDT as trained
-           models, recaptioned CC12M, FID on ImageNet (needs Inception). No code of the paper was published.
+           have as many parameters; class tokens, the formulas of schedule, guidance and noise and the padding's constants are
+           recalled or derived, not verified, hence flags; the control-swap distance is L2 in latent space (LPIPS there);
+           Frechet distances use a classifier of scenes and compare with nothing published. Left out: UNet and mDT as
+           trained models, recaptioned CC12M, FID on ImageNet (needs Inception). No code of the paper was published.
 Uses       common/augment.py ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py
            tokenizer.py vae.py vit.py zoo.py and weights/   (copy these with this file)
 """
@@ -64,10 +64,10 @@ class Config:
     steps: int = 600  # optimiser updates of each arm
     batch_size: int = 64  # GLOBAL, divided by the number of processes
     accum: int = 1  # micro-batches an update
-    lr: float = 5e-3  # AdamW, constant after the warm-up; large for a small model, the paper: 1e-4
-    wd: float = 0.0  # weight decay (the paper)
+    lr: float = 5e-3  # AdamW, constant after the warm-up; large for a small model; usual at scale: 1e-4
+    wd: float = 0.0  # weight decay
     warmup: int = 50  # updates of linear warm-up; the paper: not known
-    decay: float = 0.0  # share of the updates, the last ones, in which lr falls to 0; the paper: constant
+    decay: float = 0.0  # share of the updates, the last ones, in which lr falls to 0
     grad_clip: float = 1.0  # largest gradient norm, 0 = off
     ema_decay: float = 0.99  # of the weights that are evaluated; long runs: 0.9999
     dtype: str = "float32"  # float32, or bfloat16 autocast (loss, norms and noise stay in float32)
@@ -160,7 +160,7 @@ def resample_pos_embed(dim, grid, base_grid):  # Fig. 4
 def rescale_alpha_bar(abar, s, s_new):  # Fig. A1: SNR' = SNR (s / s')^2, since (s' / s)^2 pixels now show the same patch
     """Cumulative noise schedule of side s_new that is as uncertain as `abar` at side s. Composes; identity for s = s_new."""
     r = (s / s_new) ** 2
-    return r * abar / (1 + (r - 1) * abar)  # the paper's s^2 abar / (s'^2 + abar (s^2 - s'^2)), divided by s'^2
+    return r * abar / (1 + (r - 1) * abar)
 
 
 def shift_time(t, k):
@@ -210,23 +210,18 @@ def sample(model, z, semantic, controls, kind, steps, guidance=1.0, control_guid
     and Euler's method for flow. Evaluates the network once, twice or three times a step, as the guidance needs."""
     B, times = len(z), torch.linspace(1, 0, steps + 1, device=z.device)
     times = times if kind == "flow" else (times * 999).round() / 999  # the steps that training has seen
-    branches = [(False, False)]  # (drop the controls, drop the semantics)
-    if guidance != 1 or control_guidance != 1:
-        branches = [b for b, used in (((False, False), control_guidance != 0), ((True, False), control_guidance != 1),
-                                      ((True, True), guidance != 1)) if used]  # fmt: skip
+    # (drop the controls, drop the semantics), as far as their weight is not 0
+    branches = [b for b, used in (((False, False), control_guidance != 0), ((True, False), control_guidance != 1),
+                                  ((True, True), guidance != 1)) if used]  # fmt: skip
     drop_c, drop_s = (torch.tensor([b[i] for b in branches], device=z.device).repeat_interleave(B) for i in (0, 1))
     many = len(branches)
     semantic = {name: v.repeat(many, *[1] * (v.ndim - 1)) for name, v in semantic.items()}
     for t, t_next in zip(times[:-1], times[1:]):
         out = model(z.repeat(many, 1, 1, 1), t.expand(many * B), controls=controls.repeat(many, 1), drop_s=drop_s,
                     drop_c=drop_c, **semantic).float()  # fmt: skip
-        e = dict(zip(branches, out.chunk(many)))
-        if many > 1:
-            zero = torch.zeros_like(z)  # stands for a branch of weight 0
-            e = guide(e.get((False, False), zero), e.get((True, False), zero), e.get((True, True), zero),
-                      guidance, control_guidance)  # fmt: skip
-        else:
-            e = out
+        e, zero = dict(zip(branches, out.chunk(many))), torch.zeros_like(z)
+        e = guide(e.get((False, False), zero), e.get((True, False), zero), e.get((True, True), zero),
+                  guidance, control_guidance)  # fmt: skip
         alpha, sigma = alpha_sigma(kind, t[None], k)
         z0 = clean_from(kind, e, z, alpha, sigma)
         eps = (z - alpha * z0) / sigma
@@ -588,7 +583,7 @@ def evaluate(model, vae, judge, world, items, cfg, env) -> dict[str, float]:
     right["right"] = [a and b for a, b in zip(right["shape"], right["colour"])] if cfg.task == "class" else right["all"]
     out.update({k: 100 * float(np.mean(v)) for k, v in right.items()})
     # The control-swap distance: same noise, same semantics, only the requested size differs
-    few, sizes = asked[: 64 // env.world * env.world], [int(s) for s in cfg.sizes.split(",")]
+    few, sizes = asked[: max(1, 64 // env.world) * env.world], [int(s) for s in cfg.sizes.split(",")]
     zs = torch.stack([pictures(model, vae, items, cfg, device, few, s, 7, mine)[0] for s in sizes])
     out.update(ddp.mean({"swap": spread(zs), "swap_hr": spread(zs[-3:])}))
     return out
@@ -840,7 +835,7 @@ PRESETS = {
     "gpu": dict(steps=20_000, batch_size=512, images=40_000, image_size=64, base_size=64, dim=384, depth=12, heads=6,
                 lr=3e-4, ema_decay=0.999, dtype="bfloat16", samples=5_000, sample_steps=50, workers=14, save_every=1_000,
                 out_dir="runs/ldm_conditioning_gpu"),
-    # ImageNet 256, DiT-XL/2 with the paper's optimiser; batch, EMA and length are usual values, the paper's are not known
+    # ImageNet 256, DiT-XL/2; of the optimiser only the betas are the paper's, batch, EMA and length are usual values
     "paper": dict(data="data/imagenet_latents", steps=600_000, batch_size=256, lr=1e-4, warmup=0, grad_clip=0.0,
                   ema_decay=0.9999, dtype="bfloat16", workers=12, objective="eps", conditioning="attn+schedule",
                   image_size=256, base_size=256, sizes="64,128,256,512,1024", dim=1152, depth=28, heads=16, sample_steps=250,

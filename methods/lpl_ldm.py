@@ -24,7 +24,7 @@ Differs    from the paper: class-conditional DiT in place of mmDiT, no text; pix
            that the value does not depend on the resolution; the weight, the gate's tau and whose statistics are taken are not
            verified against the paper's text, hence flags; Frechet distances use features of a classifier of scenes.
            from the released code: latents pass post_quant_conv (skipped there); the gate is on sigma / alpha (there
-           "timestep < 200", far tighter); statistics are the prediction's, per channel over pixels, as in the text
+           "timestep < 200", far tighter); statistics are the prediction's, per channel over pixels, as others read the text
            (--norm cross is the released one: the target's norm over channels); constant and tiny maps give no NaN; with
            several processes the mean is over all gated samples. Left out: L1 distance, separate statistics.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
@@ -62,10 +62,10 @@ class Config:
     # run: the same names in all ten files
     out_dir: str = "runs/lpl_ldm"  # one folder a run, with sub-folders pretrain, control and lpl
     seed: int = 0  # of weights, scenes, data order and noise
-    steps: int = 200  # optimiser updates of phase 2, each arm; the paper: 120,000 or 200,000
+    steps: int = 200  # optimiser updates of phase 2, each arm; the paper, as others read it: 120,000 or 200,000
     batch_size: int = 64  # GLOBAL, divided by the number of processes
     accum: int = 1  # micro-batches an update
-    lr: float = 5e-3  # AdamW, constant after the warm-up; large for a small model, the sister paper: 1e-4
+    lr: float = 5e-3  # AdamW, constant after the warm-up; large for a small model; usual at scale: 1e-4
     wd: float = 0.0  # weight decay
     warmup: int = 50  # updates of linear warm-up in phase 1
     grad_clip: float = 1.0  # largest gradient norm, 0 = off
@@ -81,19 +81,19 @@ class Config:
     max_bad: float = 0.01  # share of damaged samples at which the run stops
     # the method
     objective: str = "flow"  # flow, eps, v or x0: what the denoiser predicts
-    pretrain: int = 600  # updates of phase 1, shared by both arms; the paper: about 600,000
+    pretrain: int = 600  # updates of phase 1, shared by both arms; the paper, by its reviews: about 600,000
     init: str = ""  # DiT weights to start phase 2 from instead; the published ones predict eps
     weight: float = 4.0  # of the perceptual term; chosen by the logged share (about 30 %), the paper's is not known
     lpl_start: int = 0  # updates of phase 2 before the term sets in
     tau: float = 3.0  # the term acts where sigma / alpha <= tau
-    norm: str = "standardise"  # the prediction's statistics over pixels (paper), or "cross", the target's over channels
-    detach_stats: bool = False  # no gradient through the statistics (the paper's are differentiable)
+    norm: str = "standardise"  # the prediction's statistics over pixels, or "cross": the target's over channels
+    detach_stats: bool = False  # no gradient through the statistics
     mask: bool = True  # leave outlying activations out
     depth_weights: str = "inverse"  # 1 / upscaling of the map, or "uniform"
     checkpoint: bool = True  # keep only block borders of the decoder for backward: less memory, more time
     drop: float = 0.1  # chance that a class becomes the null one
     guidance: float = 2.0  # classifier-free, in sampling (paper)
-    sample_steps: str = "4,16"  # evaluated numbers of steps, the last is the headline; the paper: 50
+    sample_steps: str = "4,16"  # evaluated numbers of steps, the last is the headline
     # data and model
     image_size: int = 32  # pixels
     images: int = 4_096  # generated training pictures

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -153,14 +154,13 @@ def test_latent_cache(tmp_path):
     assert run(*base, "--out", tmp_path / "a").returncode == 0
     vae = zoo.load_vae()
     train, val = (data.Latents(tmp_path / "a", split, vae.fingerprint()) for split in ("train", "val"))
+    few = data.Latents(tmp_path / "a", "train", vae.fingerprint(), keep=2)
+    assert all(torch.equal(few.read(s, 0)["mean"], train.read(s, 0)["mean"]) for s in (0, 1, 2, 3, 0)) and len(few.open) == 2
     assert train.sizes == [16, 16, 16, 12] and val.sizes == [8, 2] and train.classes == list(scenes.SHAPES)
     item = train.read(0, 1)
     assert item["mean"].shape == item["logvar"].shape == (8, 8, 8) and item["controls"].shape == (7,) and item["captions"]
     source = data.Shards(tmp_path / "s", "val")
-    x = (
-        torch.from_numpy(__import__("numpy").asarray(source.read(0, 0)["image"]).copy()).permute(2, 0, 1)[None].float() / 127.5
-        - 1
-    )
+    x = torch.from_numpy(np.asarray(source.read(0, 0)["image"]).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
     torch.testing.assert_close(val.read(0, 0)["mean"], vae.encode(x)[0][0], atol=5e-3, rtol=5e-3)
     assert val.read(0, 0)["controls"].tolist() == [0, 0, 1, 1, 0, 32, 32]
     # interrupted: half the files are there, the manifest says so
