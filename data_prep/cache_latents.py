@@ -46,7 +46,7 @@ class Config:
 def encode_part(vae, source, rows, cfg, split, part, device) -> tuple[dict, list]:
     """(shard, row) pairs -> tensors and the captions of the good ones."""
     views, controls, labels, captions, bad = [], [], [], [], []
-    train = split != "val"
+    train = split == "train"
     for shard, row in rows:
         try:
             sample = source.read(shard, row)
@@ -100,7 +100,8 @@ def run(cfg: Config) -> dict:
         manifest.update(classes=source.classes, licence=getattr(source, "manifest", {}).get("licence", "not stated"))
         rows = [(s, r) for s, n in enumerate(source.sizes) for r in range(n)]
         # A folder has no splits: every tenth picture validates
-        named = {split: rows} if split else {"train": [r for i, r in enumerate(rows) if i % 10], "val": rows[::10]}
+        held = "val" if split == "test" and "val" not in splits else split  # CIFAR has a test split alone: it validates
+        named = {held: rows} if split else {"train": [r for i, r in enumerate(rows) if i % 10], "val": rows[::10]}
         for name, rows in named.items():
             parts = [rows[i : i + cfg.per_shard] for i in range(0, len(rows), cfg.per_shard)]
             files = [out / f"{name}-{i:06d}.safetensors" for i in range(len(parts))]
