@@ -1,9 +1,13 @@
-"""Augmentation of images in two halves, the crop on the loader's PIL image, colour and blur on the device as batched tensors;
-and of captions: stop-words and EDA's word edits.
+"""Augmentation of images as batched tensors on the device; and of captions: stop-words and EDA's word edits.
 
-Every random number is drawn per sample in the loader (`crop_box`, `draw_colour`) from a generator seeded by the sample's
-position, and travels with the batch as a row of floats. So the same sample looks the same with any number of processes
-and workers, after a resume, and on any device. Each operation equals torchvision's per-image one (tests/test_augment.py).
+Two ways to the same operations, each of which equals torchvision's per-image one (tests/test_augment.py):
+
+per sample   `crop_box`, `resize_to` and `draw_colour` in the loader, on the PIL image, from a generator seeded by the sample's
+             position; the colours travel with the batch as a row of floats
+per batch    `view` on the device, from uniform numbers that the method draws for the GLOBAL batch, seeded by the step: many
+             views of small or of already resized pictures, nothing left for the loader to do
+
+Either way a sample looks the same with any number of processes and workers and after a resume.
 """
 
 from __future__ import annotations
@@ -97,6 +101,52 @@ def draw_colour(c: Colour, rng) -> np.ndarray:
     return row
 
 
+def draw_colours(u: torch.Tensor, c: Colour) -> torch.Tensor:
+    """u (N, 14) uniform in [0, 1) -> (N, 12) rows like those of draw_colour, on u's device."""
+    j = u.new_tensor(c.jitter)
+    row = torch.cat([1 - j[:3] + 2 * j[:3] * u[:, :3], j[3:] * (2 * u[:, 3:4] - 1)], 1)
+    row = torch.where(u[:, 4:5] < c.jitter_p, row, u.new_tensor([1.0, 1, 1, 0]))
+    blur = torch.where(u[:, 5] < c.blur_p, c.blur[0] + (c.blur[1] - c.blur[0]) * u[:, 6], 0.0)
+    grey, solarise, flip = ((u[:, i] < p).float() for i, p in ((7, c.grey_p), (8, c.solarise_p), (9, c.flip_p)))
+    return torch.cat([row, u[:, 10:].argsort(1).float(), torch.stack([grey, blur, solarise, flip], 1)], 1)
+
+
+def draw_boxes(u: torch.Tensor, sides: torch.Tensor, scale, ratio=(3 / 4, 4 / 3)) -> torch.Tensor:
+    """crop_box for many pictures at once. u (N, 10, 4) uniform in [0, 1), for ten tries; sides (N, 2): height and width in
+    pixels -> boxes (N, 4): top, left, bottom, right as shares of the sides."""
+    H, W = sides.to(u)[:, None].unbind(-1)  # (N, 1)
+    area = H * W * (scale[0] + (scale[1] - scale[0]) * u[..., 0])
+    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[..., 1])
+    h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    good = (h > 0) & (h <= H) & (w > 0) & (w <= W)
+    h, w, a, b = (x.gather(1, good.float().argmax(1, keepdim=True)) for x in (h, w, u[..., 2], u[..., 3]))  # first good try
+    none = ~good.any(1, keepdim=True)  # then the largest central box within the ratio bounds
+    h, w = h.where(~none, (W / ratio[0]).round().minimum(H)), w.where(~none, (H * ratio[1]).round().minimum(W))
+    a, b = a.masked_fill(none, 0.4999), b.masked_fill(none, 0.4999)  # floor() below then halves as // does
+    top, left = (a * (H - h + 1)).floor(), (b * (W - w + 1)).floor()
+    return torch.cat([top / H, left / W, (top + h) / H, (left + w) / W], 1)
+
+
+def cut(x: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
+    """Crop and resize of a whole batch: x (B, C, H, W), boxes (B, 4) of draw_boxes -> (B, C, size, size) float32 in x's range.
+
+    Bilinear with antialiasing, as torchvision's resized_crop and Pillow do it: every output row is a weighted sum of input
+    rows, every output column of input columns, so a crop is two small matrix products."""
+
+    def weights(start, end, n):  # (B, size, n): triangles as wide as an output pixel, no narrower than an input pixel
+        step = ((end - start) * n / size)[:, None, None]
+        centre = (start * n)[:, None, None] + step * (torch.arange(size, device=x.device) + 0.5)[:, None]
+        pixel = torch.arange(n, device=x.device)
+        w = (1 - (pixel + 0.5 - centre).abs() / step.clamp_min(1)).clamp_min(0)
+        inside = (pixel >= (start * n + 1e-3).floor()[:, None]) & (pixel < (end * n - 1e-3).ceil()[:, None])
+        w = w * inside[:, None]  # pixels beyond the box are not seen
+        return w / w.sum(-1, keepdim=True)
+
+    boxes = boxes.to(x.device)
+    rows, cols = weights(boxes[:, 0], boxes[:, 2], x.shape[2]), weights(boxes[:, 1], boxes[:, 3], x.shape[3])
+    return rows[:, None] @ x.float() @ cols[:, None].transpose(2, 3)
+
+
 def _grey(x):
     """(B, 3, H, W) -> (B, 1, H, W), ITU-R 601 weights."""
     return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
@@ -151,6 +201,16 @@ def _blur(x, sigma):
     x = F.pad(x, [radius] * 4, mode="reflect").reshape(1, B * C, H + 2 * radius, W + 2 * radius)
     x = F.conv2d(x, kernel[:, None, :, None], groups=B * C)
     return F.conv2d(x, kernel[:, None, None, :], groups=B * C).view(B, C, H, W)
+
+
+NUMBERS = 54  # uniform numbers that a view takes
+
+
+def view(x: torch.Tensor, sides: torch.Tensor, u: torch.Tensor, size: int, scale, c: Colour) -> torch.Tensor:
+    """A random view of every picture: x (B, 3, H, W) uint8, squeezed from pictures of `sides` (B, 2), u (B, NUMBERS) uniform
+    -> (B, 3, size, size) in [0, 1]. Crop and resize undo the squeezing; then draw_colours and apply_colour."""
+    boxes = draw_boxes(u[:, :40].unflatten(1, (10, 4)), sides, scale)
+    return apply_colour((cut(x, boxes, size) / 255).clamp(0, 1), draw_colours(u[:, 40:], c))
 
 
 def to_float(x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ cut the same global batch into parts, and augmentation seeded by the position is
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -224,6 +225,36 @@ class Table:
         return {k: v[row] for k, v in self.fields.items()}
 
 
+class Subset:
+    """Some rows of a source, by their number in the source's order, which each sample then carries as "row"."""
+
+    def __init__(self, source, rows):
+        self.source, self.rows, self.sizes = source, np.asarray(rows), [len(rows)]
+        ends = np.cumsum(source.sizes)
+        shard = np.searchsorted(ends, rows, side="right")
+        self.places = list(zip(shard.tolist(), (np.asarray(rows) - (ends - source.sizes)[shard]).tolist()))
+
+    def read(self, shard: int, row: int) -> dict:
+        return {**self.source.read(*self.places[row]), "row": int(self.rows[row])}
+
+
+def records(source) -> list[dict]:
+    """The record of every sample without its picture, by row; {} for a damaged one."""
+    out = []
+    for shard, size in enumerate(source.sizes):
+        for row in range(size):
+            try:
+                out.append(source.record(shard, row))
+            except BadSample:
+                out.append({"key": ""})
+    return out
+
+
+def text_id(name: str) -> int:
+    """63 bits that stand for a key or a class name beside its precomputed embedding."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
+
+
 class Latents:
     """Posteriors of an autoencoder, written by data_prep/cache_latents.py: mean, logvar (z, h, w) float32, controls (7,), a
     label and captions of each view. Read by memory map, the last `keep` files held open. vae: the fingerprint of the
@@ -365,6 +396,52 @@ class Batches:
             raise ValueError(f"{self.bad} of {self.seen} samples are damaged, more than --max_bad {self.max_bad}; "
                              f"the first: {self.first_bad}")  # fmt: skip
         return batch
+
+
+def squeezed(size: int, max_pixels: int = MAX_PIXELS):
+    """make(sample, rng) for Batches and in_order: the whole picture as a size x size square with its real sides, its label and
+    row. Crops are drawn in shares of the sides and cut on the device (augment.view), where the square is stretched back."""
+
+    def make(sample, rng=None):
+        img = sample["image"]
+        square = img if img.size == (size, size) else img.resize((size, size), Image.BICUBIC)
+        return {
+            "image": np.asarray(square),
+            "side": (img.height, img.width),
+            "label": sample.get("label", -1),
+            "row": sample["row"],
+        }
+
+    return make
+
+
+def stack(items: list[dict]) -> dict[str, torch.Tensor]:
+    """collate for squeezed: images (B, 3, S, S) uint8, side (B, 2), label (B,), row (B,)."""
+    out = {k: torch.from_numpy(np.stack([np.asarray(x[k]) for x in items])) for k in items[0]}
+    return {**out, "image": out["image"].permute(0, 3, 1, 2).contiguous()}
+
+
+class InMemory:
+    """Batches for a set that fits into the device's memory: fields of equal length (tensors) -> dict of their rows, endless.
+    rows: those to draw from, all by default. Each epoch is a new permutation, a pure function of (seed, epoch)."""
+
+    def __init__(self, fields: dict[str, torch.Tensor], batch_size, env, seed=0, start=0, rows=None):
+        self.fields, self.batch_size, self.step, self.seed, self.bad = fields, batch_size, start, seed, 0
+        self.offset, self.local = env.rank * env.share(batch_size), env.share(batch_size)
+        self.rows, self.epochs = np.arange(len(next(iter(fields.values())))) if rows is None else np.asarray(rows), {}
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        first = self.step * self.batch_size + self.offset
+        epoch, place = np.divmod(np.arange(first, first + self.local), len(self.rows))
+        for e in set(epoch.tolist()) - self.epochs.keys():
+            self.epochs = {k: v for k, v in self.epochs.items() if k >= epoch[0]}
+            self.epochs[e] = np.random.default_rng((self.seed, e)).permutation(self.rows)
+        rows = torch.from_numpy(np.array([self.epochs[e][p] for e, p in zip(epoch.tolist(), place.tolist())]))
+        self.step += 1
+        return {"row": rows, **{k: v[rows.to(v.device)] for k, v in self.fields.items()}}
 
 
 class _Collate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 
 def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -18,6 +19,38 @@ def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
     rx, ry = (torch.linalg.qr(f, mode="r").R for f in (x, y))
     root = torch.linalg.svdvals(rx @ ry.T).sum()
     return (gap + x.square().sum() + y.square().sum() - 2 * root).clamp_min(0).item()
+
+
+def knn_accuracy(f: torch.Tensor, y: torch.Tensor, f_test: torch.Tensor, y_test: torch.Tensor, k=20, tau=0.07) -> float:
+    """Top-1 in percent of a vote of the k training features (N, D) of largest cosine, weighted by exp(cosine / tau)."""
+    f, f_test, right = F.normalize(f.float(), dim=1), F.normalize(f_test.float(), dim=1), 0
+    votes = F.one_hot(y).float()
+    for part, labels in zip(f_test.split(1024), y_test.split(1024)):
+        cosine, near = (part @ f.T).topk(min(k, len(f)), 1)
+        score = (votes[near] * ((cosine - 1) / tau).exp()[..., None]).sum(1)
+        right += (score.argmax(1) == labels).sum().item()
+    return 100 * right / len(y_test)
+
+
+def linear_probe(f: torch.Tensor, y: torch.Tensor, l2: float = 1e-3, iters: int = 100):
+    """Logistic regression on frozen features (N, D) with labels (N,): L-BFGS on the whole set -> function: features -> logits.
+
+    Features are standardised by the training set's statistics; l2 weighs half the squared weights."""
+    mean, std = f.float().mean(0), f.float().std(0).clamp_min(1e-6)
+    x, C = (f.float() - mean) / std, int(y.max()) + 1
+    W = torch.zeros(C, x.shape[1], device=x.device, requires_grad=True)
+    b = torch.zeros(C, device=x.device, requires_grad=True)
+    opt = torch.optim.LBFGS([W, b], max_iter=iters, line_search_fn="strong_wolfe")
+
+    def closure():
+        opt.zero_grad()
+        loss = F.cross_entropy(x @ W.T + b, y) + l2 / 2 * W.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        opt.step(closure)
+    return lambda g: ((g.float() - mean) / std) @ W.detach().T + b.detach()
 
 
 def retrieval_recall(f_query: torch.Tensor, f_item: torch.Tensor, match: torch.Tensor, ks=(1, 5, 10)) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""Schedules as functions of the step, weight-decay groups, EMA."""
+"""Schedules as functions of the step, weight-decay groups, EMA, LARS."""
 
 from __future__ import annotations
 
@@ -48,3 +48,27 @@ class Ema:
     def load_state_dict(self, state: dict) -> None:
         for k, v in self.shadow.items():
             v.copy_(state[k])
+
+
+class Lars(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled for every matrix: trust * |w| / |g + wd w| (You, Gitman, Ginsburg 2017, arXiv
+    1708.03888). Norms, biases and scalars (ndim < 2) are neither decayed nor scaled, as SimCLR does, unless adapt_all."""
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=1e-3, adapt_all=False):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.trust, self.adapt_all = trust, adapt_all
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = p.grad
+                if p.ndim > 1 or self.adapt_all:
+                    g = g + group["weight_decay"] * p
+                    w, u = p.norm(), g.norm()
+                    g = g * torch.where((w > 0) & (u > 0), self.trust * w / u, 1.0)
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                m.mul_(group["momentum"]).add_(g)
+                p.sub_(group["lr"] * m)

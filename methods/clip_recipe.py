@@ -118,7 +118,7 @@ class Config:
 
 
 # 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
-def clip_loss(f_img, f_txt, scale, smoothing=0.0, gather=ddp.gather_rows):
+def clip_loss(f_img, f_txt, scale, smoothing=0.0, gather=ddp.gather_rows):  # twin: clip_loss
     """CLIP's symmetric cross-entropy. f_img, f_txt: (B, D) unit rows of this process; scale: 1 / temperature -> scalar.
 
     Each process takes its own rows against everybody's columns; with a gather that has a gradient, value and gradient

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -70,3 +71,60 @@ def test_resize_is_pillows_crop_then_resize():
     box = (10, 5, 50, 45)
     want = np.asarray(img.crop(box).resize((32, 32), Image.BICUBIC)).astype(int)
     assert np.abs(A.resize_to(img, box, 32).astype(int) - want)[3:-3, 3:-3].max() <= 1  # edges may look outside the box
+
+
+def test_a_cut_is_torchvisions_resized_crop():
+    import torchvision.transforms.v2.functional as TF
+
+    for (H, W), size in (((32, 32), 24), ((20, 45), 32), ((60, 40), 12)):
+        x = torch.rand(12, 3, H, W)
+        boxes = A.draw_boxes(torch.rand(12, 10, 4), torch.tensor([[H, W]] * 12), (0.05, 1.0))
+        for img, box, got in zip(x, boxes, A.cut(x, boxes, size)):
+            top, left, bottom, right = (round(float(b) * n) for b, n in zip(box, (H, W, H, W)))
+            want = TF.resized_crop(img, top, left, bottom - top, right - left, [size, size], antialias=True)
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_drawn_boxes_are_random_resized_crops():
+    torch.manual_seed(0)
+    sides = torch.tensor([[60, 80]]).repeat(4000, 1)
+    top, left, bottom, right = (A.draw_boxes(torch.rand(4000, 10, 4), sides, (0.2, 0.6)) * torch.tensor([60, 80, 60, 80])).T
+    for edge in (top, left, bottom, right):
+        torch.testing.assert_close(edge, edge.round(), atol=1e-4, rtol=0)
+    area, aspect = (bottom - top) * (right - left) / 4800, (right - left) / (bottom - top)
+    assert 0 <= top.min() and 0 <= left.min() and bottom.max() <= 60.001 and right.max() <= 80.001
+    assert 0.17 < area.min() < 0.22 and 0.57 < area.max() < 0.63 and abs(area.mean() - 0.4) < 0.01
+    assert 0.7 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.42 and abs(aspect.log().mean()) < 0.02
+    strip = A.draw_boxes(torch.rand(3, 10, 4), torch.tensor([[10, 300]] * 3), (0.9, 1.0))[0]  # no try can fit: central
+    assert strip.tolist() == pytest.approx([0, 143 / 300, 1, 156 / 300], abs=2e-3)
+
+
+def test_drawn_colours_have_the_loaders_frequencies():
+    torch.manual_seed(0)
+    c = A.Colour(jitter=(0.4, 0.4, 0.2, 0.1), solarise_p=0.3)
+    r, want = A.draw_colours(torch.rand(4000, 14), c), rows(4000, c)
+    assert r.shape == want.shape and r.dtype == want.dtype
+    torch.testing.assert_close(r.mean(0), want.mean(0), atol=0.06, rtol=0)
+    torch.testing.assert_close(r.amin(0), want.amin(0), atol=0.03, rtol=0)
+    assert (r[:, 4:8].sort(1).values == torch.arange(4.0)).all()
+
+
+def test_a_view_undoes_the_squeezing():
+    """A picture squeezed to a square, then cut, is the cut picture, but for one resampling more."""
+    img = Image.fromarray(np.kron(np.random.default_rng(0).integers(0, 256, (4, 8, 3)), np.ones((16, 16, 1))).astype(np.uint8))
+    square = torch.from_numpy(np.asarray(img.resize((96, 96), Image.BICUBIC))).permute(2, 0, 1)[None]
+    u, plain = torch.rand(1, A.NUMBERS), A.Colour(jitter_p=0, grey_p=0, blur_p=0, flip_p=0)
+    got = A.view(square, torch.tensor([[64, 128]]), u, 32, (0.3, 0.6), plain)
+    whole = torch.from_numpy(np.asarray(img)).permute(2, 0, 1)[None]
+    want = A.view(whole, torch.tensor([[64, 128]]), u, 32, (0.3, 0.6), plain)
+    assert (got - want).abs().mean() < 0.03
+    # and does not depend on the batch it is in
+    both = A.view(
+        square.repeat(3, 1, 1, 1),
+        torch.tensor([[64, 128]] * 3),
+        torch.rand(3, A.NUMBERS).index_copy(0, torch.tensor([1]), u),
+        32,
+        (0.3, 0.6),
+        plain,
+    )
+    torch.testing.assert_close(both[1], got[0], atol=1e-5, rtol=0)

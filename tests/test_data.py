@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from common import data as D
@@ -255,3 +256,30 @@ def test_damaged_manifest(folder, manifest):
     (folder / "manifest.json").write_text('{"shards": [{"name": "gone.tar", "count": 1}]}')
     with pytest.raises(ValueError, match="lists gone.tar, which is not there"):
         D.Shards(folder)
+
+
+def test_in_memory_batches_are_parts_of_one_stream():
+    fields = {"x": torch.arange(10) * 2, "y": torch.arange(10.0)}
+
+    def rows(n, batch=4, rank=0, world=1, start=0, **kw):
+        it = D.InMemory(fields, batch, env(rank, world), seed=3, start=start, **kw)
+        return [next(it) for _ in range(n)]
+
+    whole = torch.cat([b["row"] for b in rows(10)])
+    assert sorted(whole[:10].tolist()) == sorted(whole[10:20].tolist()) == list(range(10))
+    assert whole[:10].tolist() != whole[10:20].tolist() and torch.equal(torch.cat([b["x"] for b in rows(10)]), whole * 2)
+    halves = torch.cat([torch.cat([a["row"], b["row"]]) for a, b in zip(rows(10, rank=0, world=2), rows(10, rank=1, world=2))])
+    assert torch.equal(halves, whole) and torch.equal(torch.cat([b["row"] for b in rows(6, start=4)]), whole[16:])
+    assert set(torch.cat([b["row"] for b in rows(9, rows=[1, 5, 7])]).tolist()) == {1, 5, 7}
+    assert len(rows(1, batch=25)[0]["row"]) == 25  # more than an epoch in one batch
+
+
+def test_subset_knows_its_rows(folder):
+    source = D.Shards(folder, "train")
+    part = D.Subset(source, [24, 0, 8])
+    assert part.sizes == [3] and [part.read(0, i)["label"] for i in range(3)] == [24, 0, 8]
+    assert [part.read(0, i)["row"] for i in range(3)] == [24, 0, 8]
+    batch = D.stack([D.squeezed(16)(part.read(0, i)) for i in range(3)])
+    assert batch["image"].shape == (3, 3, 16, 16) and batch["side"].tolist() == [[6, 8]] * 3
+    assert batch["row"].tolist() == batch["label"].tolist() == [24, 0, 8]
+    assert [r["label"] for r in D.records(source)] == list(range(25))

@@ -57,3 +57,30 @@ def test_frechet_distance_against_the_matrix_root():
     assert 0 < M.frechet_distance(few, y) < float("inf")
     with pytest.raises(ValueError, match="equal columns"):
         M.frechet_distance(x, y[:, :5])
+
+
+def test_knn_equals_loops():
+    torch.manual_seed(0)
+    f, y, g, z = torch.randn(40, 5), torch.randint(0, 3, (40,)), torch.randn(15, 5), torch.randint(0, 3, (15,))
+    right = 0
+    for v, label in zip(g, z):
+        cosine = torch.cosine_similarity(f, v[None], dim=1)
+        votes = torch.zeros(3)
+        for i in cosine.argsort(descending=True)[:7]:
+            votes[y[i]] += torch.exp(cosine[i] / 0.07)
+        right += int(votes.argmax() == label)
+    assert M.knn_accuracy(f, y, g, z, 7) == pytest.approx(100 * right / 15)
+    assert M.knn_accuracy(f, y, f, y, 1) == 100
+
+
+def test_linear_probe_reaches_the_minimum_and_separates():
+    torch.manual_seed(0)
+    y = torch.randint(0, 3, (90,))
+    f = torch.eye(3)[y] * 4 + torch.randn(90, 3) + 100
+    probe = M.linear_probe(f, y, 1e-3)
+    assert M.accuracy(probe(f), y) > 95
+    # the gradient vanishes: softmax minus labels, with the penalty, on standardised features
+    x = (f - f.mean(0)) / f.std(0)
+    W = torch.linalg.lstsq(torch.cat([x, torch.ones(90, 1)], 1), probe(f)).solution
+    grad = x.T @ (probe(f).softmax(1) - torch.eye(3)[y]) / 90 + 1e-3 * W[:3]
+    assert grad.abs().max() < 2e-3

@@ -37,3 +37,40 @@ def test_ema_formula():
     ema.update(model)
     torch.testing.assert_close(ema.shadow["weight"], 0.9 * old.weight.detach() + 0.1 * model.weight.detach())
     assert not ema.shadow["weight"].requires_grad
+
+
+def test_lars_step_by_hand():
+    w, b = torch.nn.Parameter(torch.tensor([[3.0, 4.0]])), torch.nn.Parameter(torch.tensor([2.0]))
+    opt = O.Lars([w, b], lr=0.5, momentum=0.9, weight_decay=0.1, trust=0.01)
+    want_w, m = w.detach().clone(), torch.zeros(1, 2)
+    for _ in range(3):
+        w.grad, b.grad = torch.tensor([[0.0, 2.0]]), torch.tensor([1.0])
+        g = w.grad + 0.1 * want_w
+        m = 0.9 * m + g * 0.01 * want_w.norm() / g.norm()
+        want_w = want_w - 0.5 * m
+        opt.step()
+    torch.testing.assert_close(w.detach(), want_w)
+    torch.testing.assert_close(b.detach(), torch.tensor([2 - 0.5 * (1 + 1.9 + 2.71)]))  # neither decayed nor scaled
+
+
+def test_lars_resumes():
+    def make():
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(3, 3))
+        return p, O.Lars([p], lr=0.1)
+
+    def step(p, opt):
+        p.grad = p.detach() ** 2
+        opt.step()
+
+    (p, opt), (q, new) = make(), make()
+    for _ in range(4):
+        step(p, opt)
+    for _ in range(2):
+        step(q, new)
+    state, (r, last) = new.state_dict(), make()
+    r.data.copy_(q.data)
+    last.load_state_dict(state)
+    for _ in range(2):
+        step(r, last)
+    assert torch.equal(p, r)
