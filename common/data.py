@@ -398,50 +398,106 @@ class Batches:
         return batch
 
 
-def squeezed(size: int, max_pixels: int = MAX_PIXELS):
+# Pictures for augmentation on the device: whole ones, squeezed to a square, with their real sides --------------------------
+
+
+def squeezed(size: int):
     """make(sample, rng) for Batches and in_order: the whole picture as a size x size square with its real sides, its label and
     row. Crops are drawn in shares of the sides and cut on the device (augment.view), where the square is stretched back."""
 
     def make(sample, rng=None):
         img = sample["image"]
-        square = img if img.size == (size, size) else img.resize((size, size), Image.BICUBIC)
-        return {
-            "image": np.asarray(square),
-            "side": (img.height, img.width),
-            "label": sample.get("label", -1),
-            "row": sample["row"],
-        }
+        square = np.asarray(img if img.size == (size, size) else img.resize((size, size), Image.BICUBIC))
+        return {"image": square, "side": (img.height, img.width), "label": sample.get("label", -1), "row": sample["row"]}
 
     return make
 
 
 def stack(items: list[dict]) -> dict[str, torch.Tensor]:
     """collate for squeezed: images (B, 3, S, S) uint8, side (B, 2), label (B,), row (B,)."""
+    if not items:
+        return {}
     out = {k: torch.from_numpy(np.stack([np.asarray(x[k]) for x in items])) for k in items[0]}
     return {**out, "image": out["image"].permute(0, 3, 1, 2).contiguous()}
 
 
+def open_labelled(folder, count: int, seed: int):
+    """-> training source, test source (split val or test), records and classes of the training samples, and the rows of the
+    first `count` samples of every class (0: all). Classes are [] where nothing has a label."""
+    train, splits = Shards(folder, "train"), {n.split("-")[0] for n in Shards(folder).names}
+    held = next((name for name in ("val", "test") if name in splits), None)
+    if held is None:
+        raise ValueError(f"{folder} has no split val or test to evaluate on; prepare one")
+    found = records(train)
+    labels = [r.get("label", -1) for r in found]
+    classes = train.classes if max(labels) >= 0 else []
+    if max(labels) >= len(classes) or classes and any("label" not in r and r["key"] for r in found):
+        raise ValueError(f"{folder}: labels must be 0 to {len(classes) - 1}, one for every sample; prepare the data again")
+    return train, Shards(folder, held), found, classes, pick(labels, count, seed)
+
+
+def pick(labels, count: int, seed: int) -> np.ndarray:
+    """Rows of `count` samples of every class, the same for every process and machine; all rows for count 0."""
+    if not count:
+        return np.arange(len(labels))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    labels = np.asarray(labels)[order]
+    rows = [order[labels == c][:count] for c in np.unique(labels[labels >= 0])]
+    if not rows:
+        raise ValueError(f"{count} samples a class are asked for, and the data have no labels")
+    if min(map(len, rows)) < count:
+        raise ValueError(f"{count} samples a class are asked for, and a class has only {min(map(len, rows))}")
+    return np.sort(np.concatenate(rows))
+
+
+def load(source, rows, size: int, env, gb: float, workers: int = 0, max_bad: float = 0.01):
+    """Rows of a source as tensors on the device, {image, side, label, row}, if they take less than gb; else a Subset."""
+    subset = Subset(source, rows)
+    if len(rows) * 3 * size * size > gb * 2**30:
+        return subset
+    parts = list(parts_of(subset, size, workers=workers))
+    bad = len(rows) - sum(len(p["row"]) for p in parts)
+    if bad > max_bad * max(len(rows), 1000) or not parts:
+        raise ValueError(f"{bad} of {len(rows)} pictures are damaged, more than --max_bad {max_bad}")
+    return {k: torch.cat([p[k] for p in parts]).to(env.device) for k in parts[0]}
+
+
+def parts_of(pictures, size: int, rank: int = 0, world: int = 1, workers: int = 0):
+    """One pass over what load() gave, over one process's share: dicts of tensors, damaged pictures left out."""
+    if isinstance(pictures, dict):
+        for i in torch.arange(rank, len(pictures["label"]), world).split(256):
+            yield {k: v[i.to(v.device)] for k, v in pictures.items()}
+    else:
+        yield from filter(None, in_order(pictures, squeezed(size), stack, 256, slice(rank, None, world), workers))
+
+
+def endless(pictures, size: int, batch_size: int, env, seed=0, start=0, workers=0, max_bad=0.01):
+    """Batches of what load() gave, from step `start` on: dicts of this process's part of the global batches."""
+    if isinstance(pictures, dict):
+        return InMemory(pictures, batch_size, env, seed, start)
+    return Batches(pictures, squeezed(size), stack, batch_size, env, seed, start, workers, max_bad)
+
+
 class InMemory:
     """Batches for a set that fits into the device's memory: fields of equal length (tensors) -> dict of their rows, endless.
-    rows: those to draw from, all by default. Each epoch is a new permutation, a pure function of (seed, epoch)."""
+    Each epoch is a new permutation, a pure function of (seed, epoch)."""
 
-    def __init__(self, fields: dict[str, torch.Tensor], batch_size, env, seed=0, start=0, rows=None):
-        self.fields, self.batch_size, self.step, self.seed, self.bad = fields, batch_size, start, seed, 0
-        self.offset, self.local = env.rank * env.share(batch_size), env.share(batch_size)
-        self.rows, self.epochs = np.arange(len(next(iter(fields.values())))) if rows is None else np.asarray(rows), {}
+    def __init__(self, fields: dict[str, torch.Tensor], batch_size, env, seed=0, start=0):
+        self.fields, self.total, self.seed, self.epochs, self.bad = fields, len(next(iter(fields.values()))), seed, {}, 0
+        self.local = env.share(batch_size)
+        self.first, self.stride = start * batch_size + env.rank * self.local, batch_size
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        first = self.step * self.batch_size + self.offset
-        epoch, place = np.divmod(np.arange(first, first + self.local), len(self.rows))
+        epoch, place = np.divmod(np.arange(self.first, self.first + self.local), self.total)
         for e in set(epoch.tolist()) - self.epochs.keys():
             self.epochs = {k: v for k, v in self.epochs.items() if k >= epoch[0]}
-            self.epochs[e] = np.random.default_rng((self.seed, e)).permutation(self.rows)
+            self.epochs[e] = np.random.default_rng((self.seed, e)).permutation(self.total)
         rows = torch.from_numpy(np.array([self.epochs[e][p] for e, p in zip(epoch.tolist(), place.tolist())]))
-        self.step += 1
-        return {"row": rows, **{k: v[rows.to(v.device)] for k, v in self.fields.items()}}
+        self.first += self.stride
+        return {k: v[rows.to(v.device)] for k, v in self.fields.items()}
 
 
 class _Collate:

@@ -350,52 +350,21 @@ def scene_set(count, seed, size, how=""):
         world.append(replace(s, tone=tone, pattern=pattern))
     images = np.concatenate([scenes.render(world[i : i + 256], size) for i in range(0, count, 256)])
     things = [s.things[0] for s in world]
-    fields = {"image": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), "side": torch.full((count, 2), size),
+    fields = {"row": torch.arange(count), "side": torch.full((count, 2), size),
+              "image": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
               "label": torch.tensor([scenes.SHAPES.index(t.shape) for t in things])}  # fmt: skip
     values = {"colour": tuple(scenes.COLOURS), "texture": scenes.TEXTURES, "size": tuple(scenes.SIZES)}
     attributes = {k: torch.tensor([v.index(getattr(t, k)) for t in things]) for k, v in values.items()}
     return fields, [scenes.caption(s, brief=True) for s in world], attributes
 
 
-def first_of_each_class(labels, count, seed):
-    """Row numbers of `count` samples of every class, the same for every process; all rows for count 0."""
-    if not count:
-        return np.arange(len(labels))
-    order = np.random.default_rng(seed).permutation(len(labels))
-    labels = np.asarray(labels)[order]
-    rows = [order[labels == c][:count] for c in np.unique(labels[labels >= 0])]
-    if not rows:
-        raise ValueError("--images_per_class needs labels, and the data have none; use --images_per_class 0")
-    if min(map(len, rows)) < count:
-        raise ValueError(f"--images_per_class {count}: a class has only {min(map(len, rows))} pictures")
-    return np.sort(np.concatenate(rows))
-
-
-def read_whole(source, cfg, part=slice(None)):
-    """One pass over a source: dicts of tensors, damaged pictures left out."""
-    make, collate = data.squeezed(cfg.canvas or cfg.image_size), lambda items: data.stack(items) if items else {}
-    return filter(None, data.in_order(source, make, collate, 256, part, cfg.workers))
-
-
-def load(source, rows, cfg, env, what):
-    """Some rows of a source, as tensors on the device where they fit, else as a source."""
-    subset, size = data.Subset(source, rows), 3 * (cfg.canvas or cfg.image_size) ** 2
-    if len(rows) * size > cfg.memory_gb * 2**30:
-        return subset
-    parts = list(read_whole(subset, cfg))
-    bad = len(rows) - sum(len(p["row"]) for p in parts)
-    if bad > cfg.max_bad * max(len(rows), 1000) or not parts:
-        raise ValueError(f"{bad} of {len(rows)} {what} pictures are damaged, more than --max_bad {cfg.max_bad}")
-    return {k: torch.cat([p[k] for p in parts]).to(env.device) for k in parts[0]}
-
-
 def open_world(cfg: Config, env) -> World:
     count = int(cfg.images_per_class)
     if not cfg.data:
-        C, S = len(scenes.SHAPES), cfg.canvas or cfg.image_size
+        C, S = len(scenes.SHAPES), canvas(cfg)
         every, texts, _ = scene_set((2 * max(count, 30) + 20) * C, 4 * cfg.seed, S)
-        rows = first_of_each_class(every["label"], count or 300, cfg.seed)
-        train = {**{k: v[rows].to(env.device) for k, v in every.items()}, "row": torch.from_numpy(rows)}
+        rows = data.pick(every["label"], count or 300, cfg.seed)
+        train = {k: v[rows].to(env.device) for k, v in every.items()}
         tests, attributes = {}, {}
         for i, how in enumerate(("", "same", "rand")):  # natural backgrounds, those of the class, those of another class
             fields, _, values = scene_set(2_000, 4 * cfg.seed + i + 1, S, how)
@@ -403,34 +372,23 @@ def open_world(cfg: Config, env) -> World:
             attributes = attributes or values
         paths = [f"{family}/{s}" for family, members in scenes.FAMILIES.items() for s in members]
         return World(train, tests, [str(i) for i in range(len(texts))], texts, list(scenes.SHAPES), paths, attributes)
-    source, splits = data.Shards(cfg.data, "train"), {n.split("-")[0] for n in data.Shards(cfg.data).names}
-    held = next((name for name in ("val", "test") if name in splits), None)
-    if held is None:
-        raise ValueError(f"{cfg.data} has no split val or test to evaluate on; prepare one")
-    records = data.records(source)
-    labels = [r.get("label", -1) for r in records]
-    classes = source.classes if max(labels) >= 0 else []
-    if max(labels) >= len(classes) or classes and any("label" not in r and r["key"] for r in records):
-        raise ValueError(f"{cfg.data}: labels must be 0 to {len(classes) - 1}, one for every sample; prepare the data again")
+    source, other, records, classes, rows = data.open_labelled(cfg.data, count, cfg.seed)
     names, parent = source.manifest.get("coarse_classes", []), {r["label"]: r["coarse"] for r in records if "coarse" in r}
     paths = [f"{names[parent[i]]}/{c}" if i in parent else c for i, c in enumerate(classes)]
-    other = data.Shards(cfg.data, held)
-    tests = {"test": load(other, np.arange(len(other)), cfg, env, held)}
-    train = load(source, first_of_each_class(labels, count, cfg.seed), cfg, env, "training")
+    options = dict(size=canvas(cfg), env=env, gb=cfg.memory_gb, workers=cfg.workers, max_bad=cfg.max_bad)
+    tests = {"test": data.load(other, np.arange(len(other)), **options)}
     texts = [(r.get("captions") or [""])[0] for r in records]
-    return World(train, tests, [r["key"] for r in records], texts, classes, paths, {})
+    return World(data.load(source, rows, **options), tests, [r["key"] for r in records], texts, classes, paths, {})
 
 
-def batches(world, cfg, env, start, seed=None, batch_size=None):
+def canvas(cfg):
+    """Pixels of the squares that views are cut from."""
+    return cfg.canvas or cfg.image_size
+
+
+def batches(world, cfg, env, start, seed, batch_size):
     """Endless dicts image (n, 3, S, S) uint8, side, label, row of this process."""
-    seed, size = cfg.seed if seed is None else seed, batch_size or cfg.batch_size // cfg.accum
-    if isinstance(world.train, dict):
-        fields = dict(world.train)
-        place = fields.pop("row")
-        stream = data.InMemory(fields, size, env, seed, start)
-        return ({**b, "row": place[b["row"]]} for b in stream)
-    make = data.squeezed(cfg.canvas or cfg.image_size)
-    return data.Batches(world.train, make, data.stack, size, env, seed, start, cfg.workers, cfg.max_bad)
+    return data.endless(world.train, canvas(cfg), batch_size, env, seed, start, cfg.workers, cfg.max_bad)
 
 
 def two_views(batch, step, cfg, env):
@@ -456,13 +414,8 @@ def whole(x, size):
 @torch.no_grad()
 def embed(model, pictures, cfg, env):
     """Backbone features (N, D) and labels (N,) of a set, on the CPU, in its order; the work is divided over the processes."""
-    if isinstance(pictures, dict):
-        mine = torch.arange(env.rank, len(pictures["label"]), env.world).split(256)
-        parts = ({"image": pictures["image"][i], "label": pictures["label"][i], "row": i} for i in mine)
-    else:
-        parts = read_whole(pictures, cfg, slice(env.rank, None, env.world))
     out = []
-    for p in parts:
+    for p in data.parts_of(pictures, canvas(cfg), env.rank, env.world, cfg.workers):
         f = model.body(whole(p["image"].to(env.device), cfg.image_size)).float()
         out.append((f.cpu(), p["label"].cpu(), p["row"].cpu()))
     f, y, row = (torch.cat(x) for x in zip(*(ddp.gather_lists(out) if env.world > 1 else out)))
@@ -475,8 +428,7 @@ def sgd_probe(model, world, cfg, env, classes):
     head = nn.Linear(model.body.out_dim, classes).to(env.device)
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
     opt = torch.optim.SGD(head.parameters(), 0.1, momentum=0.9)
-    plain = replace(cfg, crop_scale=0.08, accum=1, batch_size=256 // env.world * env.world)
-    stream = batches(world, plain, env, 0, cfg.seed + 1)
+    stream = batches(world, cfg, env, 0, cfg.seed + 1, 256 // env.world * env.world)
     colour = augment.Colour(jitter_p=0, grey_p=0, blur_p=0)
     for step in range(cfg.probe_steps):
         batch, g = next(stream), torch.Generator(env.device).manual_seed(step * 2 + 1)
@@ -638,7 +590,8 @@ def train(cfg: Config) -> dict:
     local = env.share(cfg.batch_size) // cfg.accum
     if local * cfg.accum != env.share(cfg.batch_size):
         raise ValueError(f"batch_size {cfg.batch_size} on {env.world} processes cannot be cut into {cfg.accum} micro-batches")
-    graph, stream = make_graph(cfg, world, env.device), batches(world, cfg, env, start * cfg.accum)
+    graph = make_graph(cfg, world, env.device)
+    stream = batches(world, cfg, env, start * cfg.accum, cfg.seed, cfg.batch_size // cfg.accum)
     log = RunLog(
         cfg, env, f"{cfg.method}, {cfg.images_per_class} a class" if cfg.images_per_class != "0" else cfg.method, start
     )

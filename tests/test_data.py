@@ -259,10 +259,10 @@ def test_damaged_manifest(folder, manifest):
 
 
 def test_in_memory_batches_are_parts_of_one_stream():
-    fields = {"x": torch.arange(10) * 2, "y": torch.arange(10.0)}
+    fields = {"x": torch.arange(10) * 2, "row": torch.arange(10)}
 
-    def rows(n, batch=4, rank=0, world=1, start=0, **kw):
-        it = D.InMemory(fields, batch, env(rank, world), seed=3, start=start, **kw)
+    def rows(n, batch=4, rank=0, world=1, start=0):
+        it = D.InMemory(fields, batch, env(rank, world), seed=3, start=start)
         return [next(it) for _ in range(n)]
 
     whole = torch.cat([b["row"] for b in rows(10)])
@@ -270,16 +270,47 @@ def test_in_memory_batches_are_parts_of_one_stream():
     assert whole[:10].tolist() != whole[10:20].tolist() and torch.equal(torch.cat([b["x"] for b in rows(10)]), whole * 2)
     halves = torch.cat([torch.cat([a["row"], b["row"]]) for a, b in zip(rows(10, rank=0, world=2), rows(10, rank=1, world=2))])
     assert torch.equal(halves, whole) and torch.equal(torch.cat([b["row"] for b in rows(6, start=4)]), whole[16:])
-    assert set(torch.cat([b["row"] for b in rows(9, rows=[1, 5, 7])]).tolist()) == {1, 5, 7}
     assert len(rows(1, batch=25)[0]["row"]) == 25  # more than an epoch in one batch
 
 
-def test_subset_knows_its_rows(folder):
+def test_pictures_in_memory_and_from_the_loader(folder):
     source = D.Shards(folder, "train")
     part = D.Subset(source, [24, 0, 8])
     assert part.sizes == [3] and [part.read(0, i)["label"] for i in range(3)] == [24, 0, 8]
-    assert [part.read(0, i)["row"] for i in range(3)] == [24, 0, 8]
-    batch = D.stack([D.squeezed(16)(part.read(0, i)) for i in range(3)])
-    assert batch["image"].shape == (3, 3, 16, 16) and batch["side"].tolist() == [[6, 8]] * 3
-    assert batch["row"].tolist() == batch["label"].tolist() == [24, 0, 8]
+    held = D.load(source, [24, 0, 8], 16, env(), gb=1)
+    assert held["image"].shape == (3, 3, 16, 16) and held["side"].tolist() == [[6, 8]] * 3
+    assert held["row"].tolist() == held["label"].tolist() == [24, 0, 8]
+    other = D.load(source, [24, 0, 8], 16, env(), gb=0)
+    assert isinstance(other, D.Subset)
+    for pictures in (held, other):
+        mine = [[p["label"].tolist() for p in D.parts_of(pictures, 16, rank, 2)] for rank in (0, 1)]
+        assert mine == [[[24, 8]], [[0]]]
+        stream = D.endless(pictures, 16, 3, env(), seed=1)
+        for _ in range(2):
+            assert sorted(next(stream)["label"].tolist()) == [0, 8, 24]
     assert [r["label"] for r in D.records(source)] == list(range(25))
+
+
+def test_samples_of_each_class():
+    labels = [0, 1, 2, 1, 0, 2, 0, -1]
+    rows = D.pick(labels, 2, 0)
+    assert sorted(labels[r] for r in rows) == [0, 0, 1, 1, 2, 2] and np.array_equal(rows, D.pick(labels, 2, 0))
+    assert len(D.pick(labels, 0, 0)) == 8
+    for wrong, count, words in ((labels, 3, "only 2"), ([-1, -1], 1, "no labels")):
+        with pytest.raises(ValueError, match=words):
+            D.pick(wrong, count, 0)
+
+
+def test_labels_that_do_not_fit_the_classes(tmp_path):
+    def make(i):
+        return f"k{i}", "png", picture((i, 0, 0)), {"label": i}
+
+    prepare(tmp_path / "a", {"train": range(4), "test": range(4)}, make, classes=["a", "b", "c"])
+    with pytest.raises(ValueError, match="labels must be 0 to 2"):
+        D.open_labelled(tmp_path / "a", 0, 0)
+    prepare(tmp_path / "b", {"train": range(4)}, make, classes=list("abcd"))
+    with pytest.raises(ValueError, match="no split val or test"):
+        D.open_labelled(tmp_path / "b", 0, 0)
+    prepare(tmp_path / "c", {"train": range(4), "val": range(3)}, make, classes=list("abcd"))
+    train, test, found, classes, rows = D.open_labelled(tmp_path / "c", 1, 0)
+    assert len(train) == len(found) == len(rows) == len(classes) == 4 and len(test) == 3

@@ -169,7 +169,7 @@ def test_two_processes_equal_one(tmp_path):
 
 def graphs(env, cfg):
     world = M.open_world(cfg, env)
-    batch = next(iter(M.batches(world, cfg, env, 3)))
+    batch = next(iter(M.batches(world, cfg, env, 3, 0, 8)))
     u = M.two_views(batch, 3, cfg, env)
     return {k: M.make_graph(cfg_of(cfg, k), world, env.device)(batch, 5) for k in KINDS}, u, batch["row"]
 
@@ -199,7 +199,7 @@ def test_graphs_and_views_of_two_processes_are_parts_of_one(tmp_path):
 def test_what_the_graphs_hold():
     env = ddp.Env(0, 1, torch.device("cpu"))
     world = M.open_world(CFG, env)
-    batch = next(iter(M.batches(world, CFG, env, 0)))
+    batch = next(iter(M.batches(world, CFG, env, 0, 0, 8)))
     y = batch["label"]
     G = {k: M.make_graph(cfg_of(CFG, k), world, env.device) for k in KINDS}
     assert torch.equal(G["class"](batch, 0), (y[:, None] == y).float())
@@ -214,16 +214,6 @@ def test_what_the_graphs_hold():
     classes = M.make_graph(M.replace(cfg_of(CFG, "text"), text_of="classes"), world, env.device)(batch, 0)
     assert torch.allclose(classes, torch.where(y[:, None] == y, 1.0, 0.5))  # the template's "photo" is shared: the floor
     assert M.tree_similarity(["a/b/c", "a/b/d", "e"])[0].tolist() == pytest.approx([1, 0.5, 0])
-
-
-def test_images_per_class():
-    labels = [0, 1, 2, 1, 0, 2, 0, -1]
-    rows = M.first_of_each_class(labels, 2, 0)
-    assert sorted(labels[r] for r in rows) == [0, 0, 1, 1, 2, 2] and np.array_equal(rows, M.first_of_each_class(labels, 2, 0))
-    with pytest.raises(ValueError, match="only 2 pictures"):
-        M.first_of_each_class(labels, 3, 0)
-    with pytest.raises(ValueError, match="needs labels"):
-        M.first_of_each_class([-1, -1], 1, 0)
 
 
 # Published tests -------------------------------------------------------------------------------------------------------
@@ -429,7 +419,7 @@ def test_xclr_costs_no_more_than_simclr():
     env = ddp.Env(0, 1, torch.device("cpu"))
     cfg = M.replace(CFG, images_per_class="30", batch_size=64)
     world = M.open_world(cfg, env)
-    batch, model = next(iter(M.batches(world, cfg, env, 0))), M.Encoder(cfg)
+    batch, model = next(iter(M.batches(world, cfg, env, 0, 0, 64))), M.Encoder(cfg)
     x = M.two_views(batch, 0, cfg, env)
     times = {}
     for _ in range(5):
