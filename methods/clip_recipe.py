@@ -174,18 +174,18 @@ def barlow_loss(v_img, v_txt, pairs, lam=5e-3, weight=0.025):
 
 
 @torch.no_grad()
-def sinkhorn(scores, eps=0.05, iters=3):
+def sinkhorn(scores, eps=0.05, iters=3):  # twin: sinkhorn
     """Balanced soft assignment of rows to columns: scores (B, K) of this process's rows -> Q (B, K), rows sum to 1.
 
     Alternates column and row normalisation over the rows of all processes: rows end exact, columns nearly equal."""
-    top = scores.max().float()
-    if ddp.world_size() > 1:
-        torch.distributed.all_reduce(top, op=torch.distributed.ReduceOp.MAX)
-    Q = torch.exp((scores.float() - top) / eps)  # subtracting the maximum changes nothing but the range
+    Q = scores.float() / eps  # in logarithms: nothing overflows, and no row is lost
     for _ in range(iters):
-        Q = Q / ddp.all_sum(Q.sum(0)).clamp_min(1e-30)
-        Q = Q / Q.sum(1, keepdim=True)
-    return Q
+        top = Q.amax(0)
+        if ddp.world_size() > 1:
+            torch.distributed.all_reduce(top, op=torch.distributed.ReduceOp.MAX)
+        Q = Q - top - ddp.all_sum((Q - top).exp().sum(0)).log()
+        Q = Q - Q.logsumexp(1, keepdim=True)
+    return Q.exp()
 
 
 def swap_loss(f_img, f_txt, scale, gather=ddp.gather_rows, eps=0.05, iters=3, weight=0.2):

@@ -739,9 +739,8 @@ PRESETS = {
     "gpu": dict(steps=4_000, batch_size=1_024, warmup=200, images_per_class="30,300,3000", image_size=32, width=64, hidden=1024,
                 embed_dim=128, text_width=256, text_depth=6, text_heads=4, dtype="bfloat16", out_dir="runs/xsample_gpu"),
     # CIFAR-100 by data_prep/cifar100.py, on the CPU: the small ResNet, SimCLR's colours
-    "cifar100": dict(steps=1_500, batch_size=256, warmup=100, images_per_class="0", image_size=32, width=32, crop_scale=0.2,
-                     jitter="full", graph="tree", method="simclr,supcon,xclr", text_of="classes",
-                     out_dir="runs/xsample_cifar100"),
+    "cifar100": dict(steps=800, warmup=80, images_per_class="0", image_size=32, crop_scale=0.2, jitter="full", graph="tree",
+                     method="simclr,supcon,xclr", text_of="classes", out_dir="runs/xsample_cifar100"),
     # ImageNet, ResNet-50, 100 epochs at batch 1,024: recalled, not verified; SimCLR's published recipe fills the gaps, with its
     # learning rate 0.075 sqrt(batch)
     "paper": dict(steps=125_000, batch_size=1_024, lr=2.4, wd=1e-6, warmup=12_500, dtype="bfloat16", workers=12, log_every=50,
