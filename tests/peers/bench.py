@@ -1,6 +1,6 @@
 """Speed against published packages: peer time / our time, both in one run, median of alternating repetitions.
 
-python tests/peers/bench.py [--data ../shared/data] [--only tokenizer,clip,shards,scenes,dit,vae]
+python tests/peers/bench.py [--data ../shared/data] [--only tokenizer,clip,shards,scenes,dit,vae,augment,losses]
 """
 
 import argparse
@@ -197,12 +197,69 @@ def world(root):
     return [(f"scenes: {rate:,.0f} a second on one core (target 2,000)", "", None, n / rate, None, None)]
 
 
+def augmentation(root):
+    """SimCLR's whole augmentation of 256 pictures of 32 px: batched tensors against torchvision's v2 pipeline, per image."""
+    import torchvision.transforms.v2 as T
+
+    x, sides = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8), torch.full((256, 2), 32)
+    colour = augment.Colour((0.8, 0.8, 0.8, 0.2))
+
+    def ours():
+        u = torch.rand(256, augment.NUMBERS)
+        return augment.normalise(augment.view(x, sides, u, 32, (0.2, 1.0), colour))
+
+    pipeline = T.Compose([T.RandomResizedCrop(32, (0.2, 1.0), antialias=True), T.RandomHorizontalFlip(),
+                          T.RandomApply([T.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8), T.RandomGrayscale(0.2),
+                          T.RandomApply([T.GaussianBlur(13, (0.1, 2.0))], 0.5), T.ToDtype(torch.float32, scale=True),
+                          T.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)])  # fmt: skip
+    return [("augmentation, 256 x 32 px", "torchvision v2", 5, *race(ours, lambda: torch.stack([pipeline(i) for i in x])))]
+
+
+def losses(root):
+    """What the ideas cost: X-CLR's step against SimCLR's, and Suave's against the same network, views and rows with plain labels
+    as targets: no Sinkhorn, no queue, no swapped prediction over ten views."""
+    from dataclasses import replace
+
+    from methods import semisup_cluster as S
+    from methods import xsample as X
+
+    env, rows = ddp.Env(0, 1, torch.device("cpu")), []
+    cfg = X.Config(images_per_class="30", batch_size=128)
+    world = X.open_world(cfg, env)
+    batch, model = next(X.batches(world, cfg, env, 0, 0, 128)), X.Encoder(cfg)
+    x = X.two_views(batch, 0, cfg, env)
+
+    def step(method):
+        c = replace(cfg, method=method)
+        graph = X.make_graph(c, world, env.device)
+        return lambda: X.method_loss(model, batch, x, graph, None, 0, c)[0].backward()
+
+    rows.append(("X-CLR step, 128 samples", "SimCLR step", 0.98, *race(step("xclr"), step("simclr"), 9)))
+    big = [torch.rand(2 * 128, 3, 32, 32), torch.rand(8 * 128, 3, 18, 18)]
+    net = S.Net(replace(S.Config(), method="suave", embed_dim=128, hidden=256), 100, 0)
+    queue, y = S.Queue(2, 3840, 128), torch.eye(100)[torch.arange(1280) % 100]
+    queue.z.copy_(torch.nn.functional.normalize(torch.randn(2, 3840, 128), dim=-1))
+
+    def suave():
+        scores, z, _ = net(big)
+        views, parts = scores.split(128), z.split(128)
+        q = [queue.targets(i, parts[i].detach(), net.P().detach(), 0.05, 3) for i in (0, 1)]
+        [queue.push(i, parts[i]) for i in (0, 1)]
+        S.unlabelled_loss(views, q, 0.1).backward()
+
+    rows.append(("SwAV step, 128 x 10 views, queue 3,840", "the same, given targets", 0.95,
+                 *race(suave, lambda: S.cross_entropy(net(big)[0], y, 0.1).backward(), 7)))  # fmt: skip
+    return rows
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default=os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"), type=Path)
-    parser.add_argument("--only", default="tokenizer,clip,shards,scenes,dit,vae")
+    parser.add_argument("--only", default="tokenizer,clip,shards,scenes,dit,vae,augment,losses")
     args = parser.parse_args()
-    jobs, rows = {"tokenizer": tokenizer, "clip": clip, "shards": shards, "scenes": world, "dit": dit, "vae": autoencoder}, []
+    jobs = {"tokenizer": tokenizer, "clip": clip, "shards": shards, "scenes": world, "dit": dit, "vae": autoencoder,
+            "augment": augmentation, "losses": losses}  # fmt: skip
+    rows = []
     for job in args.only.split(","):
         for work, peer, target, a, b, ratio in jobs[job](args.data):
             rows.append(
