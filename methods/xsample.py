@@ -14,18 +14,18 @@ Symbols    N samples, two views each; z (2N, D) unit embeddings in two blocks, r
            G (N, N) graph; tau and tau_s temperatures of student and target; f backbone features, which are what is probed
 Run        python methods/xsample.py --preset smoke                          (CPU, no data, under 30 s)
            python methods/xsample.py                                         (CPU, no data, about 5 min)
-           python methods/xsample.py --method xclr --graph tree              (or identity, class, rand_class, rand_sample)
+           python methods/xsample.py --method xclr --graph tree              (or another of the six)
            torchrun --nproc_per_node=8 methods/xsample.py --preset paper --data data/imagenet --embeddings classes.npy
 Data       generated (common/scenes.py), or shards by data_prep/imagenet.py, cifar100.py, captions.py, cc12m.py; captions or
            class names encoded once by data_prep/cache_text.py, or any .npy / .safetensors with one row a sample or class
-Expect     not measured yet
+Expect     laptop, 300 a class: class 86.5 +- 2.3 SimCLR, 96.5 +- 1.0 CLIP, 96.9 +- 4.5 X-CLR, 100 SupCon; colours 60.7 SupCon,
+           100 the others; X-CLR over CLIP not clear; 3 seeds, commit 073c059. ImageNet, CC3M: not run
 Differs    from the paper: no code was published, and the body of the paper was not at hand; the loss is as its abstract, its
            reviews and I-Con (ICLR 2025) state it, every setting below that is recalled or ours, hence a flag. Crops are cut on
            the device from a square of --canvas pixels. Graph of --graph tree: 1 - path length / longest path, ours.
-           The default text encoder of generated captions is a bag of their content words; captions there name shape,
-           colour and texture only, so strong views keep hue and colour, and backgrounds go with the class.
-           from a public re-implementation: the diagonal is out on BOTH sides (with it inside, half of the target is out of
-           reach and the limit is not SimCLR); one cosine. Left out: SupCon's base temperature (a factor), zero-shot.
+           The text encoder of generated captions is a bag of content words: shape, colour and texture; views keep hue.
+           from a public re-implementation: the diagonal is out on BOTH sides (inside, half of the target is out of reach
+           and the limit is not SimCLR); one cosine. Left out: SupCon's base temperature (a factor), zero-shot.
 Uses       common/augment.py ckpt.py cli.py data.py ddp.py log.py metrics.py optim.py plot.py resnet.py scenes.py
            tokenizer.py vision.py vit.py   (copy these with this file)
 """

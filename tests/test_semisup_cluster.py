@@ -76,7 +76,7 @@ def split_sinkhorn(env, scores):
         queue.push(0, unit(4, 8, seed).chunk(env.world)[env.rank])
     z = unit(4, 8, 3).chunk(env.world)[env.rank]
     center = M.dino_center_update(torch.zeros(1, 3), part, 0.9)
-    return M.sinkhorn(part), queue.targets(0, z, P, 0.05, 3), queue.z[0], center
+    return M.sinkhorn(part), queue.targets(0, z, P, 0.05), queue.z[0], center
 
 
 def test_two_processes_balance_together(tmp_path):
@@ -93,10 +93,10 @@ def test_two_processes_balance_together(tmp_path):
 def test_queue_is_newest_first_and_used_when_full():
     P, queue, batches = unit(3, 8, 9), M.Queue(1, 6, 8), [unit(4, 8, s) for s in range(3)]
     queue.push(0, batches[0])
-    torch.testing.assert_close(queue.targets(0, batches[1], P, 0.05, 3), M.sinkhorn(batches[1] @ P.T))  # not full yet
+    torch.testing.assert_close(queue.targets(0, batches[1], P, 0.05), M.sinkhorn(batches[1] @ P.T))  # not full yet
     queue.push(0, batches[1])
     assert torch.equal(queue.z[0], torch.cat([batches[1], batches[0][:2]]))
-    got = queue.targets(0, batches[2], P, 0.05, 3)
+    got = queue.targets(0, batches[2], P, 0.05)
     want = M.sinkhorn(torch.cat([queue.z[0], batches[2]]) @ P.T)[-4:]
     torch.testing.assert_close(got, want)
     assert got.shape == (4, 3) and not torch.allclose(got, M.sinkhorn(batches[2] @ P.T))
@@ -185,7 +185,7 @@ def test_fixmatch_by_hand():
     weak = torch.tensor([[0.5, 0.0, 0.0], [0.1, 0.09, 0.0]])
     strong = torch.randn(2, 3)
     want = F.cross_entropy(strong[:1] / 0.1, torch.tensor([0])) / 2  # the second row is not confident
-    torch.testing.assert_close(M.fixmatch_loss(weak, strong, 0.1, 0.95), want)
+    torch.testing.assert_close(M.fixmatch_loss(weak, strong, 0.1), want)
 
 
 CFG = replace(M.Config(), images=60, batch_size=8, image_size=16, local_size=8, local_crops=2, width=8, hidden=16, embed_dim=8,

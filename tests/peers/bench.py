@@ -243,7 +243,7 @@ def losses(root):
     def suave():
         scores, z, _ = net(big)
         views, parts = scores.split(128), z.split(128)
-        q = [queue.targets(i, parts[i].detach(), net.P().detach(), 0.05, 3) for i in (0, 1)]
+        q = [queue.targets(i, parts[i].detach(), net.P().detach(), 0.05) for i in (0, 1)]
         [queue.push(i, parts[i]) for i in (0, 1)]
         S.unlabelled_loss(views, q, 0.1).backward()
 
