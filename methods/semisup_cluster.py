@@ -435,85 +435,89 @@ def evaluate(net, world, cfg, env) -> dict[str, float]:
     return {name: metrics.accuracy(v, y) for name, v in zip(HEADS, logits)}
 
 
-def probe_offline(net, world, labels, cfg, env) -> dict[str, float]:
-    """Self-supervised features: logistic regression on those of the labelled pictures."""
+def probe_offline(cfg: Config) -> dict[str, float]:
+    """Of a finished phase A: logistic regression on frozen features of the labelled pictures."""
+    env = ddp.start(cfg.seed)
+    world = open_world(cfg, env)
+    net = Net(cfg, cfg.ssl_prototypes or 4 * len(world.classes), 0).to(env.device)
+    load_init(net, str(Path(cfg.out_dir, "model.safetensors")), replace(cfg, stage="finetune"))
     net.eval()
-    train, test = (embed(net, p, cfg, env) for p in (world.labelled[labels], world.test))
+    train, test = (embed(net, p, cfg, env) for p in (world.labelled[int(cfg.labels)], world.test))
     return {name: metrics.accuracy(metrics.linear_probe(train[i], train[-1], 1e-2)(test[i]), test[-1])
             for i, name in enumerate(HEADS[1:])}  # fmt: skip
 
 
 # 6. TRAIN ----------------------------------------------------------------------------------------------------------------
-def method_loss(net, teacher, queue, center, unlabelled, labelled, cfg, env, step, tau_t):
-    """One update's loss -> (loss, parts, new centre). Labelled rows first, one forward for each resolution."""
+def make_rows(unlabelled, labelled, cfg, env, step):
+    """What the network sees in an update -> {name: (B, 3, S, S)}, rows of the full size first; {name: share of the first
+    partner} where rows were mixed."""
     one, two, local, lab, weak = colours(cfg)
-    S, area, C = cfg.image_size, bounds(cfg.global_scale), len(ddp.raw(net).prototypes)
-    u = torch.rand(2, 4, generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)).tolist()  # of mixing
-    views, sizes, parts, small, mixes = [], [], {}, [], cfg.mix and cfg.method == "suave" and cfg.stage != "ssl"
-
-    def add(x):  # rows of the full size, kept in order
-        views.append(x)
-        sizes.append(len(x))
-
+    S, area, near, fixmatch = cfg.image_size, bounds(cfg.global_scale), (0.8, 1.0), cfg.method == "fixmatch"
+    u = torch.rand(2, 4, generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)).tolist()
+    rows, lam = {}, {}
     if labelled:
-        kind = (S, (0.8, 1.0), weak) if cfg.method == "fixmatch" else (S, area, lab)
-        (x,), y = make_views(labelled, [kind], cfg, env, 2 * step), labelled["label"].to(env.device)
-        target = F.one_hot(y, C).float()
-        add(x)
-        if cfg.mix and cfg.method != "fixmatch":  # mixed rows are added to the clean ones
-            mixed, lam = mix(x, x, u[0])
-            add(mixed)
-            target = torch.cat([target, mix_targets(target, target, lam)])
-    if unlabelled and cfg.method == "fixmatch":
-        for x in make_views(unlabelled, [(S, (0.8, 1.0), weak), (S, area, one)], cfg, env, 2 * step + 1):
-            add(x)
+        kind = (S, near, weak) if fixmatch else (S, area, lab)
+        (x,) = make_views(labelled, [kind], cfg, env, 2 * step)
+        rows["labelled"] = x
+        if cfg.mix and not fixmatch:  # mixed rows are added to the clean ones
+            rows["labelled mixed"], lam["labelled"] = mix(x, x, u[0])
+    if unlabelled and fixmatch:
+        rows["weak"], rows["strong"] = make_views(unlabelled, [(S, near, weak), (S, area, one)], cfg, env, 2 * step + 1)
     elif unlabelled:
         kinds = [(S, area, one), (S, area, two)]
         if cfg.stage != "finetune":
             kinds += [(cfg.local_size, bounds(cfg.local_scale), local)] * cfg.local_crops
         x1, x2, *small = make_views(unlabelled, kinds, cfg, env, 2 * step + 1)
-        add(x1)
-        add(x2)
-        if mixes:  # one more view; it gets no assignment of its own
-            mixed, lam_u = mix(x1, x2, u[1])
-            add(mixed)
-    clean = len(labelled["label"]) if labelled else 0
-    with torch.autocast(env.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-        images = [torch.cat(views), *([torch.cat(small)] if small else [])]
-        scores, z, probes = net([x.contiguous(memory_format=torch.channels_last) for x in images], clean)
-    scores, z = (x.split([*sizes, *[len(s) for s in small]]) for x in (scores, z))
-    count = 2 if clean and cfg.mix and cfg.method != "fixmatch" else 1 if clean else 0  # of labelled groups
-    loss_l = cross_entropy(torch.cat(scores[:count]), smooth(target, cfg.smoothing), cfg.tau) if clean else 0.0
-    if probes:
-        parts["probes"] = sum(F.cross_entropy(p, y) for p in probes)
+        rows |= {"view 1": x1, "view 2": x2}
+        if cfg.mix and cfg.method == "suave" and cfg.stage != "ssl":  # one more view; it gets no assignment of its own
+            rows["mixed"], lam["unlabelled"] = mix(x1, x2, u[1])
+        rows |= {f"view {i}": x for i, x in enumerate(small, 3)}
+    return rows, lam
+
+
+def method_loss(net, teacher, queue, center, unlabelled, labelled, cfg, env, step, tau_t):
+    """One update's loss -> (loss, parts, new centre). One forward of the backbone for each resolution, one of the head."""
+    rows, lam = make_rows(unlabelled, labelled, cfg, env, step)
+    clean, amp = len(rows.get("labelled", ())), torch.autocast(env.device.type, torch.bfloat16, cfg.dtype == "bfloat16")
+    sizes = sorted({x.shape[-1] for x in rows.values()}, reverse=True)
+    groups = [torch.cat([x for x in rows.values() if x.shape[-1] == size]) for size in sizes]
+    with amp:
+        scores, z, probes = net([x.contiguous(memory_format=torch.channels_last) for x in groups], clean)
+    o, z = (dict(zip(rows, v.split([len(x) for x in rows.values()]))) for v in (scores, z))
+    parts, loss_l, labelled_rows = {}, 0.0, 0
+    if clean:
+        y = labelled["label"].to(env.device)
+        target, scores_l = F.one_hot(y, scores.shape[1]).float(), o["labelled"]
+        if "labelled" in lam:
+            target = torch.cat([target, mix_targets(target, target, lam["labelled"])])
+            scores_l = torch.cat([scores_l, o["labelled mixed"]])
+        loss_l, labelled_rows = cross_entropy(scores_l, smooth(target, cfg.smoothing), cfg.tau), len(target)
+        parts = {"labelled": loss_l, "probes": sum(F.cross_entropy(p, y) for p in probes)}
     if cfg.method == "sup":
-        return loss_l + parts["probes"], {"labelled": loss_l, **parts}, center
-    scores, z = scores[count:], z[count:]
+        return loss_l + parts["probes"], parts, center
     if cfg.method == "fixmatch":
-        loss_u = fixmatch_loss(scores[0], scores[1], cfg.tau)
-        q = F.softmax(scores[0].detach() / cfg.tau, 1)
-        parts |= watch(q, unlabelled["label"].to(env.device), cfg)
-        return loss_l + loss_u + parts["probes"], {"labelled": loss_l, "unlabelled": loss_u, **parts}, center
+        loss_u = fixmatch_loss(o["weak"], o["strong"], cfg.tau)
+        parts |= {"unlabelled": loss_u, **watch(F.softmax(o["weak"].detach() / cfg.tau, 1), unlabelled["label"], cfg)}
+        return loss_l + loss_u + parts["probes"], parts, center
 
     if cfg.method == "suave":
-        P = ddp.raw(net).P().detach()
-        q = [queue.targets(i, z[i].detach(), P, cfg.eps) for i in (0, 1)]
-        for i in (0, 1):
-            queue.push(i, z[i])
+        P, first = ddp.raw(net).P().detach(), [z["view 1"].detach(), z["view 2"].detach()]
+        q = [queue.targets(i, f, P, cfg.eps) for i, f in enumerate(first)]
+        for i, f in enumerate(first):
+            queue.push(i, f)
     else:
-        with torch.no_grad(), torch.autocast(env.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            above = teacher([torch.cat([x1, x2])])[0]
+        with torch.no_grad(), amp:
+            above = teacher([torch.cat([rows["view 1"], rows["view 2"]])])[0]
         q = list(dino_targets(above, center, tau_t).chunk(2))  # with the OLD centre
         center = dino_center_update(center, above)
-    B = len(x1)
-    plain = [s for i, s in enumerate(scores) if not (mixes and i == 2)]
-    loss_u = unlabelled_loss(plain, q, cfg.tau)
-    loss_m = cross_entropy(scores[2], mix_targets(q[0], q[1], lam_u), cfg.tau) if mixes else 0.0
-    mixed = (1 if cfg.mix_views else B) if mixes else 0
-    w_u, w_l, w_m, w_p = frequency_weights(len(plain) * B, count * clean, mixed, clean)
-    parts |= {"labelled": loss_l, "unlabelled": loss_u, "mixed": loss_m}
-    parts |= watch(q[0], unlabelled["label"].to(env.device), cfg)
-    return w_u * loss_u + w_l * loss_l + w_m * loss_m + w_p * parts.get("probes", 0.0), parts, center
+    views = [v for name, v in o.items() if name.startswith("view")]
+    loss_u, loss_m, mixed = unlabelled_loss(views, q, cfg.tau), 0.0, 0
+    if "mixed" in rows:
+        loss_m = cross_entropy(o["mixed"], mix_targets(*q, lam["unlabelled"]), cfg.tau)
+        mixed = 1 if cfg.mix_views else len(q[0])
+    w_u, w_l, w_m, w_p = frequency_weights(sum(map(len, views)), labelled_rows, mixed, clean)
+    loss = w_u * loss_u + w_l * loss_l + w_m * loss_m + w_p * parts.get("probes", 0.0)
+    return loss, {**parts, "unlabelled": loss_u, "mixed": loss_m, **watch(q[0], unlabelled["label"], cfg)}, center
 
 
 @torch.no_grad()
@@ -522,12 +526,9 @@ def watch(q, y, cfg):
     assignment over ln K; largest: share of the largest cluster; pseudo: right pseudo-labels in percent, where K = C."""
     mean = ddp.all_sum(q.mean(0)) / ddp.world_size()
     K = math.log(q.shape[1])
-    out = {
-        "spread": torch.special.entr(mean).sum() / K,
-        "doubt": torch.special.entr(q).sum(1).mean() / K,
-        "largest": mean.max(),
-    }
-    return out if cfg.stage == "ssl" else {**out, "pseudo": 100 * (q.argmax(1) == y).float().mean()}
+    doubt = torch.special.entr(q).sum(1).mean() / K
+    out = {"spread": torch.special.entr(mean).sum() / K, "doubt": doubt, "largest": mean.max()}
+    return out if cfg.stage == "ssl" else {**out, "pseudo": 100 * (q.argmax(1) == y.to(q.device)).float().mean()}
 
 
 ADVICE = ("the unlabelled loss sits at ln K = {:.4f}, every assignment is uniform: lower --eps or --tau_t, freeze the "
@@ -707,12 +708,7 @@ def run(cfg: Config) -> dict:
                 same = done.exists() and ckpt.same_config(json.loads(Path(here.out_dir, "config.json").read_text()), here)
                 result = json.loads(done.read_text()) if cfg.resume and same else train(here)
             if plan[-1].stage == "ssl":
-                env = ddp.start(cfg.seed)
-                here = replace(plan[-1], labels=labels)
-                world, (net, _) = open_world(here, env), (Net(here, here.ssl_prototypes or 4, 0), None)
-                net = Net(here, here.ssl_prototypes or 4 * len(world.classes), 0).to(env.device)
-                load_init(net, str(Path(here.out_dir, "model.safetensors")), here)
-                result = probe_offline(net, world, int(labels), here, env)
+                result = probe_offline(replace(plan[-1], labels=labels))
             scores[arm, labels] = result
     flat = {f"{a}_{n}_{k}": v for (a, n), s in scores.items() for k, v in s.items()}
     if ddp.rank() == 0:
