@@ -14,7 +14,7 @@ Read first section 2, then method_loss() and train(); the rest is ordinary
 Symbols    B_u, B_l unlabelled and labelled pictures of a batch; V views, of which 2 are global; C classes; z (B, D) unit
            embeddings, o = z P^T scores of the prototypes P (C, D); q assignments; tau temperature, of all rows
 Run        python methods/semisup_cluster.py --preset smoke                         (CPU, no data, under 30 s)
-           python methods/semisup_cluster.py                                        (CPU, no data, about 5 min)
+           python methods/semisup_cluster.py                                        (CPU, no data; minutes, not timed alone)
            torchrun --nproc_per_node=8 methods/semisup_cluster.py --preset paper --data data/imagenet --init SWAV.pth.tar
 Data       generated (common/scenes.py), or shards by data_prep/cifar100.py, imagenet.py; --labels a class keep their label
 Expect     laptop: 47.1 +- 8.2 supervised only, 52.7 +- 5.6 Suave, +5.6 +- 8.5 (every seed), 3 seeds, commit 8598ec1;

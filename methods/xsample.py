@@ -13,7 +13,7 @@ Read first section 2, then make_graph() in section 3 and train(); the rest is or
 Symbols    N samples, two views each; z (2N, D) unit embeddings in two blocks, row i and row i + N show the same sample;
            G (N, N) graph; tau and tau_s temperatures of student and target; f backbone features, which are what is probed
 Run        python methods/xsample.py --preset smoke                          (CPU, no data, under 30 s)
-           python methods/xsample.py                                         (CPU, no data, about 5 min)
+           python methods/xsample.py                                         (CPU, no data; 6.7 min on one busy thread)
            python methods/xsample.py --method xclr --graph tree              (or another of the six)
            torchrun --nproc_per_node=8 methods/xsample.py --preset paper --data data/imagenet --embeddings classes.npy
 Data       generated (common/scenes.py), or shards by data_prep/imagenet.py, cifar100.py, captions.py, cc12m.py; captions or
