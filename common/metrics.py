@@ -1,9 +1,24 @@
-"""Evaluation numbers, each checked against a slow or published definition in tests/test_metrics.py."""
+"""Evaluation numbers, each checked against a slow or published definition in tests/test_metrics.py.
+
+    sets of pictures      frechet_distance, Moments (streaming), frechet_infinity, kernel_distance, cmmd, prdc, vendi,
+                          inception_score; their features: inception_features(path), dino_input, clip_input
+    pictures and texts    clip_score, ref_clip_score, retrieval_recall, caption_matches
+    classifiers           accuracy, roc_auc, knn_accuracy, linear_probe
+
+Statistics are taken in float64. A number belongs to its extractor, its resizing rule and its sample size: compare within one.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
 
 
 def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -98,3 +113,405 @@ def roc_auc(scores: torch.Tensor, labels: torch.Tensor) -> float:
         raise ValueError("roc_auc needs both classes among the labels")
     u = mean_rank[inverse][positive].sum() - n1 * (n1 + 1) / 2
     return 100 * (u / (n1 * n0)).item()
+
+
+# Sets of pictures: distances between two sets of features ----------------------------------------------------------------
+
+
+class Moments:
+    """Count, mean and scatter of features that arrive in parts (B, D), in float64 and D x D memory: for sets too large to keep.
+
+    Parts are joined by their own means (Chan's update), so nothing cancels. Several processes: each fills its own,
+    then `Moments.join(ddp.gather_lists([m]))`."""
+
+    def __init__(self):
+        self.n, self.mean, self.scatter = 0, 0.0, 0.0
+
+    def update(self, x: torch.Tensor) -> Moments:
+        x = x.double()
+        mean = x.mean(0)
+        return self._add(len(x), mean, (x - mean).T @ (x - mean))
+
+    def _add(self, n, mean, scatter):
+        gap, total = mean - self.mean, self.n + n
+        self.scatter = self.scatter + scatter + torch.outer(gap, gap) * (self.n * n / total)
+        self.mean, self.n = self.mean + gap * (n / total), total
+        return self
+
+    @staticmethod
+    def join(parts: list[Moments]) -> Moments:
+        out = Moments()
+        for m in parts:
+            if m.n:
+                out._add(m.n, m.mean, m.scatter)
+        return out
+
+    def frechet(self, other: Moments) -> float:
+        """Frechet distance to another set: tr (Sx Sy)^(1/2) is the nuclear norm of Sx^(1/2) Sy^(1/2)."""
+        if min(self.n, other.n) < 2 or self.mean.shape != other.mean.shape:
+            raise ValueError(f"moments of {self.n} and {other.n} rows: two rows at least, and equal columns")
+        covs = [m.scatter / (m.n - 1) for m in (self, other)]
+        roots = []
+        for S in covs:
+            values, vectors = torch.linalg.eigh(S)
+            roots.append(values.clamp_min(0).sqrt()[:, None] * vectors.T)  # the orthogonal factor does not change the norm
+        gap = (self.mean - other.mean).square().sum()
+        root = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+        return (gap + sum(S.trace() for S in covs) - 2 * root).clamp_min(0).item()
+
+
+def frechet_infinity(real: torch.Tensor, fake: torch.Tensor, points: int = 15, seed: int = 0) -> float:
+    """FID-infinity (Chong & Forsyth 2020): the distance falls with the sample size like a + b / M; returns a, by least squares
+    over `points` random subsets of the generated features, from min(5000, max(M / 10, 2)) to M rows."""
+    M, g = len(fake), torch.Generator().manual_seed(seed)
+    sizes = torch.linspace(min(5000, max(M // 10, 2)), M, points).long().tolist()
+    x = Moments().update(real)
+    fd = [x.frechet(Moments().update(fake[torch.randperm(M, generator=g)[:m]])) for m in sizes]
+    A = torch.tensor([[1.0, 1 / m] for m in sizes], dtype=torch.float64)
+    return torch.linalg.lstsq(A, torch.tensor(fd, dtype=torch.float64)[:, None]).solution[0].item()
+
+
+def kernel_distances(x, y, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> torch.Tensor:
+    """KID of random subsets, without replacement -> (subsets,): unbiased MMD^2 with the kernel (a . b / d + 1)^3. May be
+    negative. subset_size is lowered to the smaller set."""
+    g, m = torch.Generator().manual_seed(seed), min(subset_size, len(x), len(y))
+    if m < 2:
+        raise ValueError(f"features {tuple(x.shape)} and {tuple(y.shape)}: the kernel distance needs two rows at least")
+    x, y, out = x.double(), y.double(), []
+    for _ in range(subsets):
+        a, b = x[torch.randperm(len(x), generator=g)[:m]], y[torch.randperm(len(y), generator=g)[:m]]
+        aa, bb, ab = ((u @ v.T / x.shape[1] + 1) ** 3 for u, v in ((a, a), (b, b), (a, b)))
+        out.append((aa.sum() - aa.trace() + bb.sum() - bb.trace()) / (m * (m - 1)) - 2 * ab.mean())
+    return torch.stack(out)
+
+
+def kernel_distance(x, y, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> float:
+    """KID of features (N, D), (M, D): the mean over random subsets; their spread: kernel_distances(...).std()."""
+    return kernel_distances(x, y, subsets, subset_size, seed).mean().item()
+
+
+def cmmd(x: torch.Tensor, y: torch.Tensor, sigma: float = 10.0, scale: float = 1000.0, block: int = 2048) -> float:
+    """CMMD (Jayasumana et al. 2024) of CLIP embeddings, normalised here: biased MMD^2, Gaussian kernel, times 1,000."""
+    x, y = F.normalize(x.double(), dim=1), F.normalize(y.double(), dim=1)
+
+    def mean(a, b):  # |a - b|^2 = 2 - 2 a . b
+        return sum(torch.exp((part @ b.T - 1) / sigma**2).sum() for part in a.split(block)) / (len(a) * len(b))
+
+    return (scale * (mean(x, x) + mean(y, y) - 2 * mean(x, y))).item()
+
+
+def _check_features(k: int, **sets):
+    for name, f in sets.items():
+        if f.ndim != 2 or len(f) < k + 1:
+            raise ValueError(f"{name} features {tuple(f.shape)}: {k} neighbours need {k + 1} rows (N, D) at least")
+        if not torch.isfinite(f).all():
+            raise ValueError(f"{name} features hold NaN or infinity")
+
+
+def _pairs(a, b, block):
+    """Row blocks of a (N, D) against all of b (M, D): (first row, squared distances (B, M) in float32). Their error is below
+    `_slack(a, b)`."""
+    a, b = a.float(), b.float()
+    na, nb = a.square().sum(1, keepdim=True), b.square().sum(1)
+    for i in range(0, len(a), block):
+        yield i, (-2 * a[i : i + block] @ b.T).add_(na[i : i + block]).add_(nb)
+
+
+def _slack(a, b):
+    return 4e-6 * (a.square().sum(1).max() + b.square().sum(1).max()).item()
+
+
+def knn_radius(x: torch.Tensor, k: int, block: int = 1024) -> torch.Tensor:
+    """(N, D) float64 -> (N,) squared distance to the k-th neighbour in the own set, without the point itself. Candidates are
+    found in float32, a few more than k, and measured in float64."""
+    out = []
+    for i, d in _pairs(x, x, block):
+        own = torch.arange(len(d))
+        d[own, own + i] = torch.inf
+        near = d.topk(min(k + 4, len(x) - 1), largest=False).indices  # (B, k + 4)
+        exact = torch.stack([(x[i : i + block] - x[near[:, j]]).square().sum(1) for j in range(near.shape[1])], 1)
+        out.append(exact.kthvalue(k, 1).values)
+    return torch.cat(out)
+
+
+def prdc(real: torch.Tensor, fake: torch.Tensor, k: int = 5, closed: bool = False, block: int = 1024) -> dict[str, float]:
+    """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) of features (N, D), (M, D).
+
+    A point belongs to a set if it lies in the ball of one of its points, whose radius reaches the k-th neighbour. closed:
+    "<=" in place of "<"; they differ for duplicates only, and then completely. Pairs are screened in float32 by row blocks,
+    memory O(block x (N + M)); those too near to the border for float32 are measured in float64, so the answer is float64's."""
+    _check_features(k, real=real, fake=fake)
+    shift = real.double().mean(0)  # differences stay, rounding of large means goes
+    real, fake = real.double() - shift, fake.double() - shift
+    r_real, r_fake, slack = knn_radius(real, k, block), knn_radius(fake, k, block), _slack(real, fake)
+    recalled, covered, held = [], [], torch.zeros(len(fake), dtype=torch.float64)
+    for i, d in _pairs(real, fake, block):
+        balls = []
+        for r in (r_real[i : i + block, None], r_fake[None]):  # of the real points, then of the generated ones
+            ball, near = d < (r - slack).float(), d <= (r + slack).float()
+            rows, cols = torch.nonzero(ball ^ near, as_tuple=True)
+            for a, b in zip(rows.split(1 << 16), cols.split(1 << 16)):
+                exact, bound = (real[i + a] - fake[b]).square().sum(1), r.expand(d.shape)[a, b]
+                ball[a, b] = exact <= bound if closed else exact < bound
+            balls.append(ball)
+        held += balls[0].float().sum(0)
+        covered.append(balls[0].any(1))
+        recalled.append(balls[1].any(1))
+    return {"precision": (held > 0).double().mean().item(), "recall": torch.cat(recalled).double().mean().item(),
+            "density": held.mean().item() / k, "coverage": torch.cat(covered).double().mean().item()}  # fmt: skip
+
+
+def expected_coverage(n: int, m: int, k: int) -> float:
+    """Coverage of M samples of the real distribution itself: 1 - C(N - 1, k) / C(N + M - 1, k). The paper takes the smallest
+    k for which it is above 0.95."""
+    return 1 - math.comb(n - 1, k) / math.comb(n + m - 1, k)
+
+
+def vendi(x: torch.Tensor, kernel: str = "cosine", q: float = 1.0) -> float:
+    """Vendi score (Friedman & Dieng 2022): the effective number of distinct rows, in [1, n]; grows with n, so compare equal n.
+
+    x (n, D) with kernel "cosine", or the matrix K (n, n) itself, symmetric with ones on the diagonal, with "given".
+    exp of the Renyi entropy of order q of K / n's eigenvalues: those of the smaller of F F^T and F^T F."""
+    if kernel not in ("cosine", "given") or x.ndim != 2 or not len(x):
+        raise ValueError(f"vendi: kernel {kernel!r} must be 'cosine' or 'given', x {tuple(x.shape)} two-dimensional")
+    if not torch.isfinite(x).all():
+        raise ValueError("vendi: the features hold NaN or infinity")
+    x, n = x.double(), len(x)
+    if kernel == "cosine":
+        x = F.normalize(x, dim=1)
+        x = x @ x.T if n <= x.shape[1] else x.T @ x
+    p = torch.linalg.eigvalsh(x / n)
+    p = p[p > 1e-12]
+    p = p / p.sum()
+    if math.isinf(q):
+        return (1 / p.max()).item()
+    return (torch.special.entr(p).sum() if q == 1 else p.pow(q).sum().log() / (1 - q)).exp().item()
+
+
+def inception_score(logits: torch.Tensor, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+    """exp(mean KL(p(y | x) || p(y))) of logits (N, C), shuffled -> mean and standard deviation over the splits."""
+    N, out = len(logits), []
+    if N < splits:
+        raise ValueError(f"{N} pictures cannot be cut into {splits} splits")
+    logp = logits.double().log_softmax(1)[torch.randperm(N, generator=torch.Generator().manual_seed(seed))]
+    for i in range(splits):
+        part = logp[i * N // splits : (i + 1) * N // splits]
+        out.append((part.exp() * (part - part.exp().mean(0).log())).nansum(1).mean().exp())  # 0 log 0 = 0
+    out = torch.stack(out)
+    return out.mean().item(), out.std(unbiased=False).item()
+
+
+# Pictures and their captions ----------------------------------------------------------------------------------------------
+
+
+def clip_score(f_img: torch.Tensor, f_txt: torch.Tensor) -> torch.Tensor:
+    """CLIPScore (Hessel et al. 2021) 2.5 max(cos, 0) of each pair of (N, D) features -> (N,). The authors' captions begin with
+    "A photo depicts "; others report 100 cos, without it."""
+    return 2.5 * F.cosine_similarity(f_img.double(), f_txt.double()).clamp_min(0)
+
+
+def ref_clip_score(f_img: torch.Tensor, f_txt: torch.Tensor, f_refs: torch.Tensor) -> torch.Tensor:
+    """RefCLIPScore: harmonic mean of CLIPScore and the largest cosine of the caption to its references (N, R, D) -> (N,)."""
+    a = clip_score(f_img, f_txt)
+    b = F.cosine_similarity(f_txt.double()[:, None], f_refs.double(), dim=2).amax(1).clamp_min(0)
+    return 2 * a * b / (a + b).clamp_min(1e-12)
+
+
+# Features of pictures -----------------------------------------------------------------------------------------------------
+
+
+def resize_299(images: torch.Tensor, rule: str = "pytorch-fid") -> torch.Tensor:
+    """uint8 (B, 3, H, W) -> the FID network's input (B, 3, 299, 299), about [-1, 1]. Three tools, three rules:
+
+    "pytorch-fid": bilinear without antialiasing, then 2 v / 255 - 1. "tf1": bilinear, source = i * in / out without the half
+    pixel, then (v - 128) / 128 (torch-fidelity, the original). "clean": Pillow's bicubic with antialiasing on float channels,
+    clipped, not rounded, then (v - 128) / 128 (clean-fid). The aspect ratio is lost in all of them."""
+    x, size = images.float(), 299
+    if rule == "pytorch-fid":
+        return 2 * F.interpolate(x / 255, (size, size), mode="bilinear") - 1
+    if rule == "tf1":
+        for dim in (2, 3):
+            n = x.shape[dim]
+            at = torch.arange(size, device=x.device, dtype=torch.float32) * (n / size)
+            low = at.floor().long()
+            shape = [1, 1, 1, 1]
+            shape[dim] = size
+            a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp_max(n - 1))
+            x = a + (b - a) * (at - low).view(shape)
+        return (x - 128) / 128
+    if rule != "clean":
+        raise ValueError(f"resizing rule {rule!r} is unknown; choose from pytorch-fid, tf1, clean")
+    channels = [Image.fromarray(c).resize((size, size), Image.BICUBIC) for c in x.flatten(0, 1).cpu().numpy()]
+    x = torch.from_numpy(np.stack([np.asarray(c) for c in channels])).view(len(x), 3, size, size).to(images.device)
+    return (x.clamp(0, 255) - 128) / 128
+
+
+class _Conv(nn.Module):
+    """Convolution without bias, batch norm with eps 1e-3, ReLU."""
+
+    def __init__(self, cin, cout, kernel, stride=1, padding=0):
+        super().__init__()
+        self.conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(cout, eps=1e-3)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+_WIDE, _TALL = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0))
+
+
+class _Block(nn.Module):
+    """branches: name -> (in, out, kernel, stride, padding); paths: the names in order, a tuple runs side by side; pool: of the
+    last path, which ends with branch_pool unless the block halves its size."""
+
+    def __init__(self, branches: dict, paths: list, pool: str):
+        super().__init__()
+        for name, arguments in branches.items():
+            setattr(self, name, _Conv(*arguments))
+        self.paths, self.pool = paths, pool
+
+    def forward(self, x):
+        out = []
+        for path in self.paths:
+            y = x
+            for step in path:
+                y = torch.cat([getattr(self, s)(y) for s in step], 1) if isinstance(step, tuple) else getattr(self, step)(y)
+            out.append(y)
+        if self.pool == "halve":
+            return torch.cat([*out, F.max_pool2d(x, 3, 2)], 1)
+        # zeros at the border do not count; the last block takes the maximum: a slip of 2015 that is part of the metric
+        y = F.max_pool2d(x, 3, 1, 1) if self.pool == "max" else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        return torch.cat([*out, self.branch_pool(y)], 1)
+
+
+def _a(cin, pool):
+    return _Block({"branch1x1": (cin, 64, 1), "branch5x5_1": (cin, 48, 1), "branch5x5_2": (48, 64, 5, 1, 2),
+                   "branch3x3dbl_1": (cin, 64, 1), "branch3x3dbl_2": (64, 96, 3, 1, 1), "branch3x3dbl_3": (96, 96, 3, 1, 1),
+                   "branch_pool": (cin, pool, 1)},
+                  [["branch1x1"], ["branch5x5_1", "branch5x5_2"], ["branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"]],
+                  "mean")  # fmt: skip
+
+
+def _b(cin):
+    return _Block({"branch3x3": (cin, 384, 3, 2), "branch3x3dbl_1": (cin, 64, 1), "branch3x3dbl_2": (64, 96, 3, 1, 1),
+                   "branch3x3dbl_3": (96, 96, 3, 2)},
+                  [["branch3x3"], ["branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"]], "halve")  # fmt: skip
+
+
+def _c(c):
+    d = [f"branch7x7dbl_{i}" for i in range(1, 6)]
+    return _Block({"branch1x1": (768, 192, 1), "branch7x7_1": (768, c, 1), "branch7x7_2": (c, c, *_WIDE),
+                   "branch7x7_3": (c, 192, *_TALL), d[0]: (768, c, 1), d[1]: (c, c, *_TALL), d[2]: (c, c, *_WIDE),
+                   d[3]: (c, c, *_TALL), d[4]: (c, 192, *_WIDE), "branch_pool": (768, 192, 1)},
+                  [["branch1x1"], ["branch7x7_1", "branch7x7_2", "branch7x7_3"], d], "mean")  # fmt: skip
+
+
+def _d(cin):
+    s = [f"branch7x7x3_{i}" for i in range(1, 5)]
+    return _Block({"branch3x3_1": (cin, 192, 1), "branch3x3_2": (192, 320, 3, 2), s[0]: (cin, 192, 1), s[1]: (192, 192, *_WIDE),
+                   s[2]: (192, 192, *_TALL), s[3]: (192, 192, 3, 2)}, [["branch3x3_1", "branch3x3_2"], s], "halve")  # fmt: skip
+
+
+def _e(cin, pool):
+    wide, tall = ((1, 3), 1, (0, 1)), ((3, 1), 1, (1, 0))
+    return _Block({"branch1x1": (cin, 320, 1), "branch3x3_1": (cin, 384, 1), "branch3x3_2a": (384, 384, *wide),
+                   "branch3x3_2b": (384, 384, *tall), "branch3x3dbl_1": (cin, 448, 1), "branch3x3dbl_2": (448, 384, 3, 1, 1),
+                   "branch3x3dbl_3a": (384, 384, *wide), "branch3x3dbl_3b": (384, 384, *tall), "branch_pool": (cin, 192, 1)},
+                  [["branch1x1"], ["branch3x3_1", ("branch3x3_2a", "branch3x3_2b")],
+                   ["branch3x3dbl_1", "branch3x3dbl_2", ("branch3x3dbl_3a", "branch3x3dbl_3b")]], pool)  # fmt: skip
+
+
+class FidInception(nn.Module):
+    """The network of FID, TensorFlow's inception-2015-12-05: uint8 (B, 3, H, W) -> features (B, 2048); logits(f) for the
+    Inception score, without the bias. Keys are those of torchvision's inception_v3, which has other pooling branches, another
+    classifier and an auxiliary head; 472 tensors, 23,850,960 parameters."""
+
+    def __init__(self, resize: str = "pytorch-fid"):
+        super().__init__()
+        self.resize = resize
+        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = _Conv(3, 32, 3, 2), _Conv(32, 32, 3)
+        self.Conv2d_2b_3x3, self.Conv2d_3b_1x1 = _Conv(32, 64, 3, 1, 1), _Conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = _Conv(80, 192, 3)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _a(192, 32), _a(256, 64), _a(288, 64)
+        self.Mixed_6a = _b(288)
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = _c(128), _c(160), _c(160), _c(192)
+        self.Mixed_7a, self.Mixed_7b, self.Mixed_7c = _d(768), _e(1280, "mean"), _e(2048, "max")
+        self.fc = nn.Linear(2048, 1008)
+
+    def forward(self, images):
+        if images.dtype != torch.uint8:
+            raise ValueError(f"the FID network takes uint8 pictures (B, 3, H, W), got {images.dtype}")
+        return self.pooled(resize_299(images, self.resize))
+
+    def pooled(self, x):
+        """Resized input (B, 3, 299, 299) -> (B, 2048)."""
+        for name, part in self.named_children():
+            if name != "fc":
+                x = part(x)
+                if name in ("Conv2d_2b_3x3", "Conv2d_4a_3x3"):
+                    x = F.max_pool2d(x, 3, 2)
+        return x.mean((2, 3))
+
+    def logits(self, f):
+        return f @ self.fc.weight.T
+
+
+def inception_features(path, resize: str = "pytorch-fid") -> FidInception:
+    """pt_inception-2015-12-05-6726825d.pth (or the same tensors as .safetensors) -> network in eval mode.
+
+    The eight digits in the published name are the start of its SHA-256: checked where a name carries them."""
+    name = str(path)
+    try:
+        if name.endswith(".safetensors"):
+            state = load_file(name)
+        else:
+            state = torch.load(name, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; expected pytorch-fid's pt_inception-2015-12-05-6726825d.pth") from None
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as weights ({type(error).__name__})") from error
+    digits = name.rsplit("-", 1)[-1].removesuffix(".pth")
+    if name.endswith(".pth") and len(digits) == 8 and "-" in name:
+        with open(path, "rb") as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest()[:8]
+        if found != digits:
+            raise ValueError(f"{path} is damaged: its SHA-256 begins with {found}, its name says {digits}")
+    net = FidInception(resize)
+    want = {k: v.shape for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    wrong = sorted(want.keys() ^ state.keys()) or [k for k in want if want[k] != state[k].shape]
+    if wrong:
+        raise ValueError(f"{path} is not the FID network (472 tensors): {wrong[0]} is missing, unknown or has another shape; "
+                         "torchvision's inception_v3 is a different network")  # fmt: skip
+    net.load_state_dict(state, strict=False)
+    return net.eval().requires_grad_(False)
+
+
+MEAN_STD = {"dino": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}  # fmt: skip
+
+
+def _normalised(images, kind):
+    x = torch.from_numpy(np.stack([np.asarray(i.convert("RGB"), np.float32) for i in images])).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in MEAN_STD[kind])
+    return (x - mean) / std
+
+
+def _short_side(img, size, crop):
+    scale = size / min(img.size)
+    img = img.resize([max(size, round(s * scale)) for s in img.size], Image.BICUBIC)
+    left, top = (img.width - crop) // 2, (img.height - crop) // 2
+    return img.crop((left, top, left + crop, top + crop))
+
+
+def dino_input(images, crop: bool = False, size: int = 224) -> torch.Tensor:
+    """PIL images -> (B, 3, size, size) for DINOv2. FD-DINOv2's code squashes to a square; crop: DINOv2's own transform,
+    short side to 256 of 224, then the centre. Bicubic with antialiasing. Numbers of the two differ."""
+    how = (lambda i: _short_side(i, size * 8 // 7, size)) if crop else lambda i: i.resize((size, size), Image.BICUBIC)
+    return _normalised([how(i.convert("RGB")) for i in images], "dino")
+
+
+def clip_input(images, size: int = 224) -> torch.Tensor:
+    """PIL images -> (B, 3, size, size) for CLIP: short side to `size`, bicubic, then the centre."""
+    return _normalised([_short_side(i.convert("RGB"), size, size) for i in images], "clip")
