@@ -1,5 +1,7 @@
 """Running scripts as a user does, and functions in several processes."""
 
+import contextlib
+import io
 import os
 import socket
 import subprocess
@@ -9,6 +11,8 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
+mp.set_forkserver_preload(["torch", "tests.helpers"])  # processes of `in_processes` start from one that has read torch
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -16,6 +20,19 @@ def run(*args, cwd=ROOT, timeout=300, **env):
     """python ARGS -> CompletedProcess with text output."""
     command = [sys.executable, *map(str, args)]
     return subprocess.run(command, cwd=cwd, timeout=timeout, capture_output=True, text=True, env={**os.environ, **env})
+
+
+def inside(module, *args):
+    """What run() gives for a method, without starting a process: for the many ways in which a command can be wrong."""
+    from common import cli
+
+    out, code = io.StringIO(), 0
+    with contextlib.redirect_stderr(out):
+        try:
+            cli.main(module.run, module.Config, module.PRESETS, [str(a) for a in args])
+        except SystemExit as leave:
+            code = leave.code
+    return subprocess.CompletedProcess(args, code, "", out.getvalue())
 
 
 def torchrun(n, *args, cwd=ROOT, timeout=300):
@@ -52,5 +69,5 @@ def _worker(rank, world, port, function, args, path):
 
 def in_processes(world, function, *args, path):
     """function(env, *args) in `world` gloo processes -> list of results by rank."""
-    mp.spawn(_worker, (world, free_port(), function, args, str(path)), nprocs=world)
+    mp.start_processes(_worker, (world, free_port(), function, args, str(path)), nprocs=world, start_method="forkserver")
     return [torch.load(f"{path}/{rank}.pt", weights_only=True) for rank in range(world)]

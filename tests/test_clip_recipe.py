@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from common import augment as A
 from common import ddp, optim
 from methods import clip_recipe as M
-from tests.helpers import ROOT, in_processes, run, torchrun, user_error
+from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
 
 ENV = ddp.Env(0, 1, torch.device("cpu"))
 SMOKE = M.Config(**M.PRESETS["smoke"])
@@ -509,7 +509,7 @@ def test_help_shows_every_field():
 ])  # fmt: skip
 def test_wrong_input_is_one_sentence(args, words, tmp_path):
     base = [] if "--out_dir" in args else ["--out_dir", tmp_path]
-    user_error(run("methods/clip_recipe.py", "--preset", "smoke", *base, *args), *words)
+    user_error(inside(M, "--preset", "smoke", *base, *args), *words)
     assert not list(tmp_path.rglob("*.pt"))
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from common import augment, ddp, scenes
 from common.dit import sincos_2d
 from methods import ldm_conditioning as M
-from tests.helpers import ROOT, in_processes, run, torchrun, user_error
+from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
 
 HOWS = ("adaln-sum", "attn", "attn+schedule")
 
@@ -460,4 +460,4 @@ def test_command_line_in_one_and_two_processes(tmp_path):
     ],
 )
 def test_user_errors(flags, words, tmp_path):
-    user_error(run("methods/ldm_conditioning.py", "--preset", "smoke", "--out_dir", tmp_path, *flags), *words)
+    user_error(inside(M, "--preset", "smoke", "--out_dir", tmp_path, *flags), *words)

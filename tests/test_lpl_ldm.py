@@ -14,7 +14,7 @@ import torch
 from common import ddp, vae
 from common.dit import DiT
 from methods import lpl_ldm as M
-from tests.helpers import ROOT, in_processes, run, torchrun, user_error
+from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
 
 NORMS = ("standardise", "cross")
 
@@ -416,4 +416,4 @@ def test_command_line_in_one_and_two_processes(tmp_path):
     ],
 )
 def test_user_errors(flags, words, tmp_path):
-    user_error(run("methods/lpl_ldm.py", "--preset", "smoke", "--out_dir", tmp_path, *flags), *words)
+    user_error(inside(M, "--preset", "smoke", "--out_dir", tmp_path, *flags), *words)

@@ -16,7 +16,7 @@ from PIL import Image
 from common import data, ddp
 from data_prep._write import png, prepare
 from methods import semisup_cluster as M
-from tests.helpers import ROOT, in_processes, run, torchrun, user_error
+from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
 
 ENV = ddp.Env(0, 1, torch.device("cpu"))
 
@@ -424,4 +424,4 @@ def test_cifar100_splits_have_the_papers_counts():
     ],
 )
 def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
-    user_error(run("methods/semisup_cluster.py", *SMALL, "--out_dir", tmp_path / "r", *flags), *words)
+    user_error(inside(M, *SMALL, "--out_dir", tmp_path / "r", *flags), *words)

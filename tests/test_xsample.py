@@ -18,7 +18,7 @@ from common.vision import torchvision  # noqa: F401
 from common.vit import CLIP, TextTransformer, ViT
 from data_prep._write import png, prepare
 from methods import xsample as M
-from tests.helpers import ROOT, in_processes, run, torchrun, user_error
+from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
 
 N, D = 6, 8
 
@@ -411,7 +411,7 @@ def test_embeddings_that_do_not_fit(tmp_path):
     ],
 )
 def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
-    user_error(run("methods/xsample.py", *SMALL, "--out_dir", tmp_path / "r", *flags), *words)
+    user_error(inside(M, *SMALL, "--out_dir", tmp_path / "r", *flags), *words)
 
 
 def test_xclr_costs_no_more_than_simclr():
