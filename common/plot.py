@@ -71,40 +71,97 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+class _Axes:
+    """A chart drawn at twice its size, then reduced: smooth lines without a plotting package. at(x, y): data -> pixels."""
+
+    def __init__(self, xs, ys, title, x, y, size, legend: list[str], margin: float = 0.05):
+        k, self.size = 2, size
+        self.image = Image.new("RGB", (size[0] * k, size[1] * k), PAPER)
+        self.draw, self.face = ImageDraw.Draw(self.image), font(13 * k)
+        wide = max((self.face.getlength(n) for n in legend), default=-40 * k) + 40 * k
+        self.box = box = (62 * k, 40 * k, size[0] * k - wide - 10 * k, size[1] * k - 46 * k)
+        (x0, x1), (y0, y1) = ((v.min(), v.max()) if len(v) else (0.0, 1.0) for v in (xs, ys))
+        across, up = max(x1 - x0, 1e-9), max(y1 - y0, 1e-9)
+        self.x0, self.x1 = x0 - margin * across * (margin > 0.05), x0 + across * (1 + margin * (margin > 0.05))
+        self.y0, self.y1 = y0 - margin * up, y1 + margin * up
+        draw, face = self.draw, self.face
+        for v in _ticks(self.y0, self.y1):
+            draw.line([self.at(self.x0, v), self.at(self.x1, v)], FAINT, k)
+            draw.text((box[0] - 8 * k, self.at(self.x0, v)[1]), f"{v:.4g}", INK, face, anchor="rm")
+        for v in _ticks(self.x0, self.x1):
+            foot = self.at(v, self.y0)[0]
+            draw.line([(foot, box[3]), (foot, box[3] + 5 * k)], INK, k)
+            draw.text((foot, box[3] + 8 * k), f"{v:.6g}", INK, face, anchor="mt")
+        draw.line([self.at(self.x0, self.y1), self.at(self.x0, self.y0), self.at(self.x1, self.y0)], INK, k)
+        draw.text(((box[0] + box[2]) / 2, size[1] * k - 8 * k), x, INK, face, anchor="mb")
+        draw.text((10 * k, 10 * k), title + (f"   ({y})" if y else ""), INK, font(16 * k))
+        for i, name in enumerate(legend):
+            row, colour = box[1] + i * 20 * k, PALETTE[i % len(PALETTE)]
+            draw.line([(box[2] + 12 * k, row), (box[2] + 30 * k, row)], colour, 4 * k)
+            draw.text((box[2] + 36 * k, row), name, INK, face, anchor="lm")
+
+    def at(self, a, b):
+        box = self.box
+        return (box[0] + (a - self.x0) / (self.x1 - self.x0) * (box[2] - box[0]),
+                box[3] - (b - self.y0) / (self.y1 - self.y0) * (box[3] - box[1]))  # fmt: skip
+
+    def dot(self, a, b, radius, colour):
+        x, y = self.at(a, b)
+        self.draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
+
+    def done(self) -> Image.Image:
+        return self.image.resize(self.size, Image.LANCZOS)
+
+
 def lines(series: dict[str, tuple[list, list]], title: str = "", x: str = "step", y: str = "", size=(760, 460)) -> Image.Image:
     """series: name -> (xs, ys). One colour a name in the order given, legend on the right."""
-    k = 2  # drawn at twice the size, then reduced: smooth lines without a plotting package
     series = {n: (np.asarray(a, float), np.asarray(b, float)) for n, (a, b) in series.items() if len(a)}
-    out = Image.new("RGB", (size[0] * k, size[1] * k), PAPER)
-    draw, face = ImageDraw.Draw(out), font(13 * k)
-    legend = max((face.getlength(n) for n in series), default=0) + 40 * k
-    box = (62 * k, 40 * k, size[0] * k - legend - 10 * k, size[1] * k - 46 * k)
-    xs = np.concatenate([a for a, _ in series.values()]) if series else np.array([0.0, 1.0])
-    ys = np.concatenate([b[np.isfinite(b)] for _, b in series.values()]) if series else np.array([0.0, 1.0])
-    x0, x1, y0, y1 = xs.min(), max(xs.max(), xs.min() + 1e-9), ys.min(), ys.max()
-    room = 0.05 * max(y1 - y0, 1e-9)
-    y0, y1 = y0 - room, y1 + room
-
-    def at(a, b):
-        return (box[0] + (a - x0) / (x1 - x0) * (box[2] - box[0]), box[3] - (b - y0) / (y1 - y0) * (box[3] - box[1]))
-
-    for v in _ticks(y0, y1):
-        draw.line([at(x0, v), at(x1, v)], FAINT, k)
-        draw.text((box[0] - 8 * k, at(x0, v)[1]), f"{v:.4g}", INK, face, anchor="rm")
-    for v in _ticks(x0, x1):
-        draw.line([at(v, y0), (at(v, y0)[0], box[3] + 5 * k)], INK, k)
-        draw.text((at(v, y0)[0], box[3] + 8 * k), f"{v:.6g}", INK, face, anchor="mt")
-    draw.line([at(x0, y1), at(x0, y0), at(x1, y0)], INK, k)
-    draw.text(((box[0] + box[2]) / 2, size[1] * k - 8 * k), x, INK, face, anchor="mb")
-    draw.text((10 * k, 10 * k), title + (f"   ({y})" if y else ""), INK, font(16 * k))
-    for i, (name, (a, b)) in enumerate(series.items()):
+    xs = np.concatenate([a for a, _ in series.values()]) if series else np.array([])
+    ys = np.concatenate([b[np.isfinite(b)] for _, b in series.values()]) if series else np.array([])
+    axes = _Axes(xs, ys, title, x, y, size, list(series))
+    for i, (a, b) in enumerate(series.values()):
         colour = PALETTE[i % len(PALETTE)]
-        points = [at(p, q) for p, q in zip(a, b) if np.isfinite(q)]
-        draw.line(points, colour, 2 * k, joint="curve")
+        points = [(p, q) for p, q in zip(a, b) if np.isfinite(q)]
+        axes.draw.line([axes.at(*p) for p in points], colour, 4, joint="curve")
         if len(points) < 30:
-            for p, q in points:
-                draw.ellipse((p - 3 * k, q - 3 * k, p + 3 * k, q + 3 * k), colour)
-        ly = box[1] + i * 20 * k
-        draw.line([(box[2] + 12 * k, ly), (box[2] + 30 * k, ly)], colour, 4 * k)
-        draw.text((box[2] + 36 * k, ly), name, INK, face, anchor="lm")
-    return out.resize(size, Image.LANCZOS)
+            for p in points:
+                axes.dot(*p, 6, colour)
+    return axes.done()
+
+
+def scatter(series: dict[str, list[tuple]], front: list[tuple], title: str = "", x: str = "", y: str = "", size=(520, 420),
+            legend: bool = True) -> Image.Image:  # fmt: skip
+    """series: name -> points (x, y, label, strong, (dx, dy)): one colour a name; points that are not strong are faint; dx, dy:
+    half intervals, drawn as a cross. front: (x, y) in order of x, joined by steps: what is below and left of them is dominated."""
+    every = [p for points in series.values() for p in points if np.isfinite(p[0]) and np.isfinite(p[1])]
+    xs, ys = (np.array([p[i] for p in every], float) for i in (0, 1))
+    axes = _Axes(xs, ys, title, x, y, size, list(series) if legend else [], margin=0.12)
+    steps = []
+    for (a, b), after in zip(front, [*front[1:], None]):
+        steps += [(a, b)] if after is None else [(a, b), (a, after[1])]
+    if steps:
+        ends = [(axes.x0, front[0][1]), *steps, (front[-1][0], axes.y0)]
+        axes.draw.line([axes.at(*p) for p in ends], (160, 164, 172), 3)
+    for i, points in enumerate(series.values()):
+        full = PALETTE[i % len(PALETTE)]
+        for a, b, label, strong, (dx, dy) in sorted(points, key=lambda p: p[3]):
+            if not (np.isfinite(a) and np.isfinite(b)):
+                continue
+            colour = full if strong else tuple(round(0.3 * c + 0.7 * 255) for c in full)
+            axes.draw.line([axes.at(a - dx, b), axes.at(a + dx, b)], colour, 2)
+            axes.draw.line([axes.at(a, b - dy), axes.at(a, b + dy)], colour, 2)
+            axes.dot(a, b, 10 if strong else 7, colour)
+            if strong:
+                px, py = axes.at(a, b)
+                axes.draw.text((px + 14, py - 16), label, INK, font(22), anchor="lm")
+    return axes.done()
+
+
+def row(images: list[Image.Image]) -> Image.Image:
+    """Side by side."""
+    out = Image.new("RGB", (sum(i.width for i in images), max(i.height for i in images)), PAPER)
+    left = 0
+    for i in images:
+        out.paste(i, (left, 0))
+        left += i.width
+    return out

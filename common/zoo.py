@@ -2,6 +2,7 @@
 
     vae = load_vae()                        autoencoder, 32 px <-> 8 x 8 x 8
     judge = load_judge()                    reads every attribute off a picture; its features serve Frechet distances
+    clip = load_clip()                      32 px scenes and short captions, in the place of CLIP
     reader, tok = load_reader(), load_tokenizer()      captions -> tokens, frozen: the text encoder
     painter = load_painter()                text -> 32 px scenes on a grid of 2 x 2 cells
     images = painter.draw(["a large striped red star on a dark background"], seed=1)
@@ -22,7 +23,7 @@ from common import ckpt, scenes, vae
 from common.dit import Attention, DiT, Mlp
 from common.resnet import ResNet
 from common.tokenizer import Tokenizer
-from common.vit import TextTransformer, trim
+from common.vit import CLIP, TextTransformer, ViT, trim
 
 WEIGHTS = Path(__file__).parent / "weights"
 ANSWERS = {  # what the judge tells of one cell of the grid
@@ -219,6 +220,14 @@ def load_judge() -> Judge:
     judge = Judge()
     judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in _read("judge").items()})
     return judge.eval().requires_grad_(False)
+
+
+def load_clip() -> CLIP:
+    """Pictures (B, 3, 32, 32) normalised as CLIP's; texts by load_tokenizer(), at most 77 tokens. Trained by methods/dci.py."""
+    state, meta = vae.read_tensors(WEIGHTS / "clip.safetensors")
+    clip = CLIP(ViT(**meta["visual"]), TextTransformer(**meta["text"]))
+    clip.load_state_dict({k: v.float() for k, v in state.items()})
+    return clip.eval().requires_grad_(False)
 
 
 def load_painter(name: str = "painter") -> Painter:

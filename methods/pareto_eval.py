@@ -1,0 +1,858 @@
+"""Consistency, diversity, realism: sweep a generator's knobs, measure each setting three ways, compare by Pareto fronts.
+
+Paper      Astolfi, Careil, Hall, Manas, Muckley, Verbeek, Romero-Soriano, Drozdzal: Consistency-diversity-realism Pareto fronts
+           of conditional image generative models. 2024, arXiv 2406.10429
+Idea       A generator that is to stand in for the world must do what the prompt says (consistency), look like the world
+           (realism) and show all of it (diversity). One number hides that these pull against each other, and a model is not
+           one point: guidance, filtering, sampling steps or bit rate move it at inference time. So sweep each model's knobs,
+           plot every setting, and keep what no other setting beats in all three: the front over all models. The same per
+           region of the world shows for whom a model works.
+Equations  front -> pareto_front()     volume under it -> hypervolume()     diversity, realism of a prompt -> diversity(),
+           realism()     consistency -> dsg_score()     filtering -> top_m()
+Read first section 2, then measure() in section 5 and run(); the generators of section 4 can be replaced by folders
+Symbols    P prompts, n pictures of each, r real pictures of the same prompt, f feature; a point is (model, knob, value)
+Run        python methods/pareto_eval.py --preset smoke                      (CPU, no files, under 30 s)
+           python methods/pareto_eval.py                                     (CPU, no files, about 5 min; a second run: seconds)
+           python methods/pareto_eval.py --points points.csv --prompts prompts.csv --real real --extractor inception --weights W
+           python methods/pareto_eval.py --people DIR                        (the DSG score against human ratings)
+Data       generated (common/scenes.py) with the stand-in text-to-image models of common/weights; or any generator's pictures:
+           points.csv (model, knob, value, folder), prompts.csv (id, prompt[, group]), folders with files named ID_anything.png
+Expect     laptop: see methods/RESULTS.md
+Differs    from the paper: no code was published and only its abstract is known to us. Grids, sample counts and the conditional
+           realism are ours; its DreamSim and Inception features are here those of a classifier of scenes (or --extractor).
+           Retrieval-augmented models enter as folders. Intervals: spread over random halves of the prompts, which is the
+           standard error of the whole, and needs no repeated samples, which break nearest-neighbour metrics.
+           from EvalGIM: the front is taken after rows without a value are dropped, not before; conditional diversity is there;
+           features are not half-precision; filtered sets are compared at equal sizes; DSG also per group; no copies are lost.
+Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py plot.py resnet.py scenes.py tokenizer.py vae.py vit.py
+           zoo.py and weights/   (copy these with this file)
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, torchrun and python -m all find common/
+
+from common import ckpt, cli, data, ddp, metrics, plot, scenes, zoo
+from common.log import table, versions, write_json
+from common.tokenizer import Tokenizer
+from common.vit import load_clip, load_dino, trim
+
+
+# 1. CONFIG (presets stand in section 7) ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Config:
+    # run: the same names in all ten files; nothing is trained here, so those that say so have no effect
+    out_dir: str = "runs/pareto_eval"  # one folder a run, features are kept in cache/
+    seed: int = 0  # of prompts, noise and resampling; the noise is the same for every model and knob
+    steps: int = 16  # of the sampler, unless the knob is steps
+    batch_size: int = 128  # pictures at once
+    accum: int = 1  # nothing is trained here
+    lr: float = 0.0  # nothing is trained here
+    wd: float = 0.0  # nothing is trained here
+    warmup: int = 0  # nothing is trained here
+    grad_clip: float = 0.0  # nothing is trained here
+    ema_decay: float = 0.0  # nothing is trained here
+    dtype: str = "float32"  # of the models; features and statistics are never half precision
+    compile: bool = False  # nothing is trained here
+    data: str = ""  # not used: pictures come by --points and --real
+    workers: int = 0  # not used: pictures are read in the main process
+    log_every: int = 1  # not used: there is one bar over the points
+    eval_every: int = 0  # not used
+    save_every: int = 1  # not used: each point is saved as soon as it is measured
+    resume: bool = True  # use the features in cache/; --no-resume draws and reads all again
+    max_bad: float = 0.01  # share of unreadable pictures of a point at which the run stops
+    # knobs of the stand-in models
+    models: str = "early,middle,late,codec"  # comma list; three stages of a text-to-image model, and a codec of real pictures
+    guidance: str = "1,1.5,2,3,5,8"  # knob: guidance scales
+    sampler_steps: str = "2,4"  # knob: further numbers of sampling steps, at --at
+    top_m: str = "4,2"  # knob: keep the m best pictures of a prompt by CLIPScore, at --at
+    levels: str = "2,3,5,9"  # knob of the codec: values a latent number may take
+    at: float = 3.0  # guidance while another knob is turned
+    prompts: str = "96"  # number of generated prompts, or a csv or tsv with the columns id, prompt[, group]
+    regions: int = 8  # generated prompts of each region of the world, 0 = no regions
+    per_prompt: int = 6  # pictures of each prompt
+    real_per_prompt: int = 6  # real pictures of each generated prompt
+    # pictures of another generator
+    points: str = ""  # csv: model, knob, value, folder
+    real: str = ""  # folder of real pictures; named like the others they also serve the conditional realism
+    answers: str = ""  # csv of a VQA model: file, question_id, answer[, dependency_id]: consistency by DSG
+    extractor: str = "judge"  # features: judge (of scenes), inception, dinov2, clip
+    weights: str = ""  # file with the extractor's weights
+    clip: str = ""  # CLIP weights for the CLIPScore of other generators' pictures
+    tokenizer: str = ""  # CLIP's merges file
+    resize: str = "pytorch-fid"  # rule of the inception extractor: pytorch-fid, tf1 or clean
+    # metrics
+    k: int = 3  # neighbours of precision, recall, density and coverage
+    halves: int = 40  # random halves of the prompts, for intervals and for the stability of the front
+    people: str = ""  # folder of the DSG files: prints rank correlations with human ratings, nothing else
+
+
+# 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
+def pareto_front(points):
+    """points (n, d), all axes "larger is better" -> (n,) bool: what no other point beats.
+
+    a beats b if it is at least as good everywhere and better somewhere; so equal points do not beat each other and all stay.
+    A point with a NaN is out and beats nobody. Any strictly increasing change of an axis leaves the front as it is."""
+    P = torch.as_tensor(points, dtype=torch.float64)
+    known = ~P.isnan().any(1)
+    Q = P[known]
+    beats = (Q[:, None] >= Q[None]).all(2) & (Q[:, None] > Q[None]).any(2)
+    known[known.clone()] = ~beats.any(0)
+    return known
+
+
+def hypervolume(points, ref):
+    """Volume between the reference point and the front of points (n, d): what at least one point is better than.
+
+    Cuts along the last axis: between two neighbouring values, the volume of the rest of the axes of the points above. Points
+    that are not better than ref in every axis have none. Axes need fixed, comparable scales; publish ref with the number."""
+    ref = torch.as_tensor(ref, dtype=torch.float64)
+    P = torch.as_tensor(points, dtype=torch.float64).reshape(-1, len(ref))
+    P = P[(P > ref).all(1)]  # drops NaN too
+    P = P[pareto_front(P)] - ref
+
+    def volume(Q):
+        if Q.shape[1] == 1:
+            return Q.max().item()
+        Q, total = Q[Q[:, -1].argsort(descending=True)], 0.0
+        for i, (high, low) in enumerate(zip(Q[:, -1].tolist(), [*Q[1:, -1].tolist(), 0.0])):
+            if high > low:
+                total += (high - low) * volume(Q[: i + 1, :-1])
+        return total
+
+    return volume(P)
+
+
+def diversity(f):
+    """Features (n, D) of one prompt -> 1 - mean cosine of its n (n - 1) / 2 pairs; NaN for one picture: undefined, not 0."""
+    f, n = F.normalize(f.double(), dim=1), len(f)
+    return 1 - ((f.sum(0).square().sum() - n) / (n * (n - 1))).item() if n > 1 else math.nan
+
+
+def realism(f, real):
+    """Features (n, D) and real ones (m, D) of the same prompt -> mean over pictures of the cosine to the nearest real one."""
+    if not len(real):
+        return math.nan
+    return (F.normalize(f.double(), dim=1) @ F.normalize(real.double(), dim=1).T).amax(1).mean().item()
+
+
+def dsg_score(answers, parents, transitive=True):  # twin: dsg_score
+    """Share of questions with "yes", where a question counts as failed if one that it depends on failed.
+
+    answers {id: bool}; parents {id: ids}, unknown ids and an id itself are ignored. transitive: a failure reaches all
+    descendants, in any order of the file, cycles included; False: the official scorer, which looks at the parents' own
+    answers only, so that a grandchild of a failed question may count."""
+    if not answers:
+        return float("nan")
+    failed = {q for q, yes in answers.items() if not yes}
+    while True:
+        hit = {q for q in answers if q not in failed and any(p in failed and p != q for p in parents.get(q, ()))}
+        failed |= hit
+        if not (hit and transitive):
+            return 1 - len(failed) / len(answers)
+
+
+def top_m(score, prompt, m):
+    """Post-hoc filtering: rows of the m best-scored pictures (N,) of each prompt (N,), in their old order."""
+    rank = torch.argsort(score, descending=True, stable=True)
+    keep = [rank[prompt[rank] == p][:m] for p in prompt.unique()]
+    return torch.cat(keep).sort().values
+
+
+# 3. MODULES: extractors, pictures -> features ----------------------------------------------------------------------------
+class Extractor:
+    """images (N, 3, S, S) in [-1, 1] or PIL -> features (N, D). name goes into every file that holds a number."""
+
+    def __init__(self, cfg, device):
+        self.name, self.device, self.cfg, needs = cfg.extractor, device, cfg, cfg.extractor != "judge"
+        if needs and not cfg.weights:
+            raise ValueError(f"--extractor {cfg.extractor} needs --weights, the file with its published weights")
+        if cfg.extractor == "judge":
+            net = zoo.load_judge()
+        elif cfg.extractor == "inception":
+            net = metrics.inception_features(cfg.weights, cfg.resize)
+            self.name = f"inception, {cfg.resize}"
+        else:
+            net = load_dino(cfg.weights) if cfg.extractor == "dinov2" else load_clip(cfg.weights)
+        self.net = net.to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, images):
+        if self.cfg.extractor == "judge":
+            if not isinstance(images, torch.Tensor):
+                small = [np.asarray(i.resize((32, 32), Image.BICUBIC), np.float32) for i in images]
+                images = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2) / 127.5 - 1
+            return self.net.features(images.to(self.device), 2).cpu()
+        if isinstance(images, torch.Tensor):
+            images = [Image.fromarray(i) for i in to_uint8(images)]
+        if self.cfg.extractor == "dinov2":
+            return self.net(metrics.dino_input(images).to(self.device)).float().cpu()
+        if self.cfg.extractor == "clip":
+            return self.net.encode_image(clip_pictures(images, self.net).to(self.device)).float().cpu()
+        rows = [torch.from_numpy(np.array(i)).permute(2, 0, 1)[None] for i in images]  # sizes may differ
+        return torch.cat([self.net(r.to(self.device)).cpu() for r in rows])
+
+
+def to_uint8(x):
+    """(N, 3, S, S) in [-1, 1] -> (N, S, S, 3) array."""
+    return ((x.clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def clip_pictures(images, net):
+    side = round((net.visual.pos_embed.shape[1] - 1) ** 0.5) * net.visual.patch
+    return metrics.clip_input(images, side)
+
+
+class ClipScorer:
+    """100 cos of pictures and prompts, without a prefix, by the stand-in CLIP of scenes or by published weights."""
+
+    def __init__(self, cfg, device):
+        own = not cfg.clip
+        self.net = (zoo.load_clip() if own else load_clip(cfg.clip)).to(device).eval()
+        self.tok = zoo.load_tokenizer() if own else Tokenizer.from_clip(cfg.tokenizer)
+        self.device, self.seen = device, {}
+
+    @torch.no_grad()
+    def __call__(self, images, texts):
+        new = sorted(set(texts) - self.seen.keys())
+        if new:
+            ids = trim(self.tok(new, self.net.text.context)).to(self.device)
+            self.seen.update(zip(new, F.normalize(self.net.encode_text(ids), dim=1).cpu()))
+        if isinstance(images, torch.Tensor):
+            images = [Image.fromarray(i) for i in to_uint8(images)]
+        f = F.normalize(self.net.encode_image(clip_pictures(images, self.net).to(self.device)), dim=1).cpu()
+        return 100 * (f * torch.stack([self.seen[t] for t in texts])).sum(1)
+
+
+# 4. DATA: prompts, generators, and folders of other generators -------------------------------------------------------------
+@dataclass(frozen=True)
+class Point:
+    """One setting of one model. knob "top_m" is taken from the pictures of knob "guidance" at --at."""
+
+    model: str
+    knob: str
+    value: float
+    folder: str = ""
+
+    @property
+    def label(self):
+        return f"{self.knob} {self.value:g}"
+
+
+@dataclass
+class Prompt:
+    id: str
+    text: str
+    group: str = ""
+    scene: scenes.Scene | None = None  # of generated prompts: what they ask for
+
+
+def make_prompts(cfg) -> list[Prompt]:
+    """One or two objects with shape, colour and relation; size, texture, place and ground stay open: room for diversity. Then
+    the same in four regions, whose real pictures have their own light, grounds and favourite shapes."""
+    count = int(cfg.prompts)
+    what = [("", i) for i in range(count)] + [(r, i) for r in scenes.REGIONS for i in range(cfg.regions)]
+    out = []
+    for region, i in what:
+        s = scenes.scene(i, cfg.seed * 1000 + 500, (1, 2), region=region, grid=2)
+        names = [scenes.name(t, size=False, texture=False) for t in s.things]
+        text = names[0] if len(names) == 1 else f"{names[0]} {scenes.relation(*s.things, 2)} {names[1]}"
+        out.append(Prompt(f"{region or 'home'}{i:04d}", text, region, s))
+    return out
+
+
+def real_scenes(p: Prompt, count: int, seed: int) -> list[scenes.Scene]:
+    """Scenes that the prompt is true of, all else drawn anew."""
+    rng = np.random.default_rng((seed, int.from_bytes(hashlib.blake2b(p.id.encode(), digest_size=4).digest())))
+    out, want = [], p.scene
+
+    def one(options):
+        return str(rng.choice(list(options)))
+
+    while len(out) < count:
+        things = [replace(t, cell=int(c), size=one(scenes.SIZES), texture=one(scenes.TEXTURES))
+                  for t, c in zip(want.things, rng.permutation(4))]  # fmt: skip
+        if len(things) == 2 and scenes.relation(*things, 2) != scenes.relation(*want.things, 2):
+            continue
+        ground = {} if want.region else dict(tone=one(scenes.TONES), pattern=one(scenes.PATTERNS))
+        out.append(replace(want, things=tuple(things), **ground))
+    return out
+
+
+def pictures_of(world) -> torch.Tensor:
+    x = np.concatenate([scenes.render(world[i : i + 256], 32) for i in range(0, len(world), 256)])
+    return torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def seen_scenes(judge, images) -> list[scenes.Scene]:
+    """What the judge reads off each picture, as scenes, so that questions can be asked about them."""
+    read, out = judge.read(images, 2), []
+    for i in range(len(images)):
+        cell = [{k: zoo.ANSWERS[k][int(v[i, c])] for k, v in read.items()} for c in range(4)]
+        things = tuple(scenes.Thing(c["shape"], c["colour"], c["size"], c["texture"], j) for j, c in enumerate(cell)
+                       if c["shape"] != "nothing")  # fmt: skip
+        tone, pattern = (max(zoo.ANSWERS[k], key=[c[k] for c in cell].count) for k in ("tone", "pattern"))
+        out.append(scenes.Scene(things, tone, pattern, "", 2))
+    return out
+
+
+class StandIns:
+    """The generated world's models and its VQA model, in one place."""
+
+    def __init__(self, cfg, env, prompts):
+        self.cfg, self.prompts, self.env = cfg, prompts, env
+        self.judge, self.vae = zoo.load_judge().to(env.device), zoo.load_vae().to(env.device)
+        self.extract, self.clip = Extractor(cfg, env.device), ClipScorer(cfg, env.device)
+        self.painters = {}
+
+    def draw(self, point: Point):
+        """sample(prompts, knob, n per prompt, seed): the noise of picture j of prompt i is the same for all points."""
+        cfg, n = self.cfg, self.cfg.per_prompt
+        texts = [p.text for p in self.prompts for _ in range(n)]
+        if point.model == "codec":  # a real picture through a latent of few values: more bits, nearer to the source
+            world = [s for p in self.prompts for s in real_scenes(p, n, cfg.seed * 2 + 1)]
+            z = torch.cat([self.vae.encode(x.to(self.env.device))[0] for x in pictures_of(world).split(256)])
+            return torch.cat([self.vae.decode(part).cpu() for part in quantise(z, int(point.value)).split(256)])
+        name = {"early": "painter_early", "middle": "painter_middle", "late": "painter"}[point.model]
+        if name not in self.painters:
+            self.painters[name] = zoo.load_painter(name).to(self.env.device)
+        guidance, steps = (point.value, cfg.steps) if point.knob == "guidance" else (cfg.at, int(point.value))
+        return self.painters[name].draw(texts, guidance, steps, cfg.seed, part=cfg.batch_size)
+
+    @torch.no_grad()
+    def measure(self, point: Point | None) -> dict[str, torch.Tensor]:
+        """Features, prompt index, consistency and CLIPScore of every picture; point None: the real ones."""
+        cfg = self.cfg
+        if point is None:
+            n = cfg.real_per_prompt
+            images = pictures_of([s for p in self.prompts for s in real_scenes(p, n, cfg.seed * 2)])
+        else:
+            n, images = cfg.per_prompt, self.draw(point)
+        prompt = torch.arange(len(self.prompts)).repeat_interleave(n)
+        seen, scores, clip, features = [], [], [], []
+        for rows in torch.arange(len(images)).split(cfg.batch_size):
+            seen += seen_scenes(self.judge, images[rows].to(self.env.device))
+            features.append(self.extract(images[rows]))
+            clip.append(self.clip(images[rows], [self.prompts[p].text for p in prompt[rows]]))
+        for s, p in zip(seen, prompt.tolist()):
+            asked = [q for q in scenes.questions(self.prompts[p].scene) if q["kind"] in ("object", "colour", "relation")]
+            answers = {q["id"]: scenes.answer(s, q) for q in asked}
+            scores.append(dsg_score(answers, {q["id"]: q["parents"] for q in asked}))
+        return {"feature": torch.cat(features), "prompt": prompt, "consistency": torch.tensor(scores, dtype=torch.float64),
+                "clip": torch.cat(clip).double(), "image": torch.from_numpy(to_uint8(images))}  # fmt: skip
+
+
+def quantise(z, levels):
+    """Latents to `levels` values a number, equally spaced over +- 2 standard deviations of their channel."""
+    std = z.std((0, 2, 3), keepdim=True)
+    u = ((z / std).clamp(-2, 2) + 2) / 4 * (levels - 1)
+    return (u.round() / (levels - 1) * 4 - 2) * std
+
+
+class Folders:
+    """Pictures of any generator: FOLDER/ID_anything.png, with ID from the prompts file. Marginal metrics use all of them."""
+
+    def __init__(self, cfg, env, prompts):
+        self.cfg, self.prompts, self.extract = cfg, prompts, Extractor(cfg, env.device)
+        self.clip = ClipScorer(cfg, env.device) if cfg.clip else None
+        self.answers = read_answers(cfg.answers) if cfg.answers else {}
+        self.index = {p.id: i for i, p in enumerate(prompts)}
+
+    def files(self, folder):
+        """-> paths and prompt indices; -1 for a real picture that belongs to no prompt."""
+        source, real = data.Folder(folder), str(folder) == self.cfg.real
+        prompt = [self.index.get(p.stem, self.index.get(p.stem.rpartition("_")[0], -1)) for p in source.files]
+        strays = [p.name for p, i in zip(source.files, prompt) if i < 0]
+        if strays and not real:
+            raise ValueError(f"{folder}/{strays[0]} and {len(strays) - 1} more belong to no prompt of {self.cfg.prompts}; "
+                             "expected names ID_anything.png with an id of that file")  # fmt: skip
+        missing = set(range(len(self.prompts))) - set(prompt)
+        if missing and not real:
+            raise ValueError(
+                f"{folder} has no picture for prompt {self.prompts[min(missing)].id!r} and {len(missing) - 1} more"
+            )
+        if len(source.files) < 2:
+            raise ValueError(f"{folder} holds one picture only; a set needs two at least")
+        return source.files, torch.tensor(prompt)
+
+    def measure(self, point):
+        paths, prompt = self.files(self.cfg.real if point is None else point.folder)
+        out, bad, keep = {"feature": [], "clip": [], "consistency": []}, [], []
+        for rows in torch.arange(len(paths)).split(self.cfg.batch_size):
+            images, rows_ok = [], []
+            for i in rows.tolist():
+                try:
+                    images.append(data.decode_image(paths[i].read_bytes(), str(paths[i])))
+                    rows_ok.append(i)
+                except data.BadSample as error:
+                    bad.append(str(error))
+            if len(bad) > self.cfg.max_bad * len(paths):
+                raise ValueError(
+                    f"{bad[0]}, and {len(bad) - 1} more: above --max_bad {self.cfg.max_bad:g} of {len(paths)} pictures"
+                )
+            keep += rows_ok
+            if not images:
+                continue
+            out["feature"].append(self.extract(images).float())
+            texts = [self.prompts[p].text if p >= 0 else "" for p in prompt[rows_ok].tolist()]
+            out["clip"].append(
+                self.clip(images, texts).double() if self.clip else torch.full((len(images),), math.nan).double()
+            )
+            out["consistency"].append(torch.tensor([dsg_score(*self.answers.get(paths[i].name, ({}, {}))) for i in rows_ok],
+                                                   dtype=torch.float64))  # fmt: skip
+        for text in bad[:5]:
+            print(f"left out: {text}", file=sys.stderr)
+        found = {k: torch.cat(v) for k, v in out.items()}
+        return {**found, "clip": found["clip"].double(), "prompt": prompt[keep]}
+
+
+def read_rows(path, needed) -> list[dict]:
+    """A csv or tsv (or .gz) with these columns; one sentence for anything else."""
+    try:
+        raw = Path(path).read_bytes()
+        text = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a text table ({type(error).__name__})") from error
+    form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if str(path).removesuffix(".gz").endswith(".tsv") else {}
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), **form))
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a table ({error})") from error
+    missing = [c for c in needed if not rows or any(r.get(c) is None for r in rows)]
+    if missing:
+        raise ValueError(f"{path} needs the columns {', '.join(needed)}; {missing[0]} is missing, or there are no rows")
+    return rows
+
+
+def read_prompts(path) -> list[Prompt]:
+    out = [Prompt(r["id"], r["prompt"], r.get("group") or "") for r in read_rows(path, ("id", "prompt"))]
+    if len({p.id for p in out}) < len(out):
+        raise ValueError(f"{path} holds an id twice; ids must differ")
+    return out
+
+
+def read_points(path) -> list[Point]:
+    out = []
+    for r in read_rows(path, ("model", "knob", "value", "folder")):
+        try:
+            out.append(Point(r["model"], r["knob"], float(r["value"]), str(Path(path).parent / r["folder"])))
+        except ValueError:
+            raise ValueError(f"{path}: the value {r['value']!r} of {r['model']} is not a number") from None
+    return out
+
+
+def read_answers(path) -> dict[str, tuple[dict, dict]]:
+    """file -> (answers, parents). A question's parents: comma-separated ids, 0 for none."""
+    out: dict[str, tuple[dict, dict]] = {}
+    for r in read_rows(path, ("file", "question_id", "answer")):
+        answers, parents = out.setdefault(r["file"], ({}, {}))
+        answers[r["question_id"]] = r["answer"].strip().lower() == "yes"
+        parents[r["question_id"]] = parse_parents(r.get("dependency_id"))
+    return out
+
+
+def parse_parents(cell) -> list[str]:
+    """'1,2' -> ['1', '2']; '0', blanks and malformed parts name no question."""
+    return [p.strip() for p in (cell or "").split(",") if p.strip().isdigit() and p.strip() != "0"]
+
+
+# 5. EVALUATE ---------------------------------------------------------------------------------------------------------------
+AXES = ("consistency", "diversity", "realism")  # conditional: per prompt, then averaged
+SETS = ("precision", "recall", "density", "coverage", "fd", "vendi")  # marginal: of the whole set
+
+
+def measure(fake, real, prompts, count, cfg) -> dict[str, float]:
+    """All metrics of one point on these prompts (index list). count: pictures of each prompt in the marginal ones, so that
+    all points compare sets of one size: Frechet distance and recall depend on it."""
+    per = {k: [] for k in (*AXES, "clip")}
+    rows, real_rows = [], []
+    for p in prompts:
+        mine, its = torch.nonzero(fake["prompt"] == p)[:, 0], torch.nonzero(real["prompt"] == p)[:, 0]
+        f = fake["feature"][mine]
+        per["diversity"].append(diversity(f))
+        per["realism"].append(realism(f, real["feature"][its]))
+        for k in ("consistency", "clip"):
+            per[k].append(fake[k][mine].mean().item())
+        rows.append(mine[:count])
+        real_rows.append(its)
+    out = {k: float(np.nanmean(v)) if not np.isnan(v).all() else math.nan for k, v in per.items()}
+    every = (real["prompt"] < 0).nonzero()[:, 0]  # real pictures that belong to no prompt serve all
+    x, y = real["feature"][torch.cat([*real_rows, every])], fake["feature"][torch.cat(rows)]
+    sets = metrics.prdc(x, y, cfg.k) | {"fd": metrics.frechet_distance(x, y), "vendi": metrics.vendi(y)}
+    return out | sets | {"n_real": len(x), "n_gen": len(y)}
+
+
+def halves(prompts, cfg):
+    """Random halves of the prompts. The deviation of a mean over halves equals the standard error of the mean over all:
+    sigma^2 (1 / (P / 2) - 1 / P) = sigma^2 / P."""
+    g = torch.Generator().manual_seed(cfg.seed)
+    return [
+        [prompts[i] for i in torch.randperm(len(prompts), generator=g)[: max(2, len(prompts) // 2)]] for _ in range(cfg.halves)
+    ]
+
+
+def knee(points):
+    """Index of the front's point that is nearest to the best value of each axis, axes scaled to the front's extent."""
+    P = torch.as_tensor(points, dtype=torch.float64)
+    front = torch.nonzero(pareto_front(P))[:, 0]
+    if not len(front):
+        return None
+    Q = P[front]
+    span = (Q.amax(0) - Q.amin(0)).clamp_min(1e-12)
+    return front[((Q.amax(0) - Q) / span).square().sum(1).argmin()].item()
+
+
+def spearman(a, b):
+    """Rank correlation, ties at their mean rank."""
+    ranks = []
+    for v in (a, b):
+        _, inverse, counts = np.unique(v, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def kendall(a, b):
+    """Kendall's tau-b by all pairs."""
+    x, y = (np.sign(np.subtract.outer(v, v)) for v in (np.asarray(a, float), np.asarray(b, float)))
+    return float((x * y).sum() / math.sqrt((x * x).sum() * (y * y).sum()))
+
+
+def against_people(folder, transitive=True) -> dict[str, float]:
+    """DSG scores of three VQA models' answers against the mean human rating of the same picture (TIFA160)."""
+    ratings: dict[tuple, list] = {}
+    for r in read_rows(Path(folder, "tifa160_likert.csv.gz"), ("t2i_model", "item_id", "answer")):
+        ratings.setdefault((r["t2i_model"], r["item_id"]), []).append(float(r["answer"]))
+    out = {}
+    for vqa in ("mplug", "instructblip", "pali17b"):
+        pictures: dict[tuple, tuple] = {}
+        for r in read_rows(Path(folder, f"vqa_{vqa}_dsg.csv.gz"), ("t2i_model", "item_id", "question_id", "answer")):
+            answers, parents = pictures.setdefault((r["t2i_model"], r["item_id"]), ({}, {}))
+            answers[r["question_id"]] = r["answer"].strip().lower() == "yes"
+            parents[r["question_id"]] = parse_parents(r["dependency_id"])
+        both = sorted(ratings.keys() & pictures.keys())
+        x, y = [dsg_score(*pictures[k], transitive) for k in both], [np.mean(ratings[k]) for k in both]
+        out |= {f"{vqa}_spearman": spearman(x, y), f"{vqa}_kendall": kendall(x, y), "pictures": len(both)}
+    return out
+
+
+# 6. TRAIN: nothing is trained; run() goes over the points, then draws the fronts -------------------------------------------
+def plan(cfg) -> list[Point]:
+    """The points whose pictures have to be made or read; top-m points are cut from them afterwards."""
+    if cfg.points:
+        return read_points(cfg.points)
+    out = []
+    for model in cfg.models.split(","):
+        if model == "codec":
+            out += [Point(model, "levels", v) for v in numbers(cfg, "levels")]
+            continue
+        out += [Point(model, "guidance", v) for v in numbers(cfg, "guidance")]
+        out += [Point(model, "steps", v) for v in numbers(cfg, "sampler_steps")]
+    return out
+
+
+def numbers(cfg, field) -> list[float]:
+    try:
+        return [float(v) for v in getattr(cfg, field).split(",") if v]
+    except ValueError:
+        raise ValueError(f"--{field} {getattr(cfg, field)} must be a comma list of numbers") from None
+
+
+def cached(source, point, cfg, prompts, folder) -> dict[str, torch.Tensor]:
+    """measure() of the point, or what an earlier run kept of it."""
+    said = [asdict(point) if point else "real", cfg.extractor, cfg.weights, cfg.resize, cfg.clip, cfg.answers, cfg.seed,
+            [(p.id, p.text, p.group) for p in prompts]]  # fmt: skip
+    where = point.folder if point else cfg.real
+    if where:  # pictures that were changed are read again
+        said.append([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in data.Folder(where).files])
+    else:
+        said.append([cfg.steps, cfg.at, cfg.per_prompt, cfg.real_per_prompt, zoo_fingerprint()])
+    path = folder / f"{hashlib.blake2b(json.dumps(said).encode(), digest_size=10).hexdigest()}.safetensors"
+    if cfg.resume and path.exists():
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError):
+            print(f"{path} is damaged and will be made again", file=sys.stderr)
+    out = source.measure(point)
+    if not torch.isfinite(out["feature"]).all():
+        raise ValueError(f"the features of {where or point or 'the real pictures'} hold NaN or infinity")
+    ckpt.export(path, out)
+    return out
+
+
+def zoo_fingerprint() -> list:
+    return [(p.name, p.stat().st_size) for p in sorted(zoo.WEIGHTS.glob("*.safetensors"))]
+
+
+def check(cfg: Config) -> None:
+    """One sentence for what a user can get wrong."""
+    for field, known in {"extractor": ("judge", "inception", "dinov2", "clip"), "resize": ("pytorch-fid", "tf1", "clean"),
+                         "dtype": ("float32",)}.items():  # fmt: skip
+        if getattr(cfg, field) not in known:
+            raise ValueError(f"--{field} {getattr(cfg, field)} is unknown; choose from {', '.join(known)}")
+    for model in cfg.models.split(","):
+        if model not in ("early", "middle", "late", "codec"):
+            raise ValueError(f"--models {cfg.models}: {model!r} is unknown; choose from early, middle, late, codec")
+    for field in ("per_prompt", "real_per_prompt", "k", "steps", "batch_size"):
+        if getattr(cfg, field) < 1:
+            raise ValueError(f"--{field} {getattr(cfg, field)} must be at least 1")
+    for field, low in (("guidance", 0), ("sampler_steps", 1), ("levels", 2), ("top_m", 1)):
+        if any(v < low for v in numbers(cfg, field)):
+            raise ValueError(f"--{field} {getattr(cfg, field)}: each value must be at least {low}")
+    if cfg.points and (cfg.prompts.isdigit() or not cfg.real):
+        raise ValueError(
+            "--points needs --prompts, a csv with the columns id and prompt, and --real, a folder of real pictures"
+        )
+    if not cfg.points and not cfg.prompts.isdigit():
+        raise ValueError(
+            f"--prompts {cfg.prompts} names a file; with the stand-in models it must be a number, or pass --points"
+        )
+    if cfg.clip and not cfg.tokenizer:
+        raise ValueError("--clip needs --tokenizer, CLIP's merges file")
+
+
+def run(cfg: Config) -> dict:
+    """Measures every point, writes front.csv, fronts.png and regions.png, prints the summary. Processes share the points."""
+    if cfg.people:
+        return show_people(cfg)
+    check(cfg)
+    env, out = ddp.start(cfg.seed, timeout_s=7200), Path(cfg.out_dir)
+    prompts = read_prompts(cfg.prompts) if cfg.points else make_prompts(cfg)
+    points = plan(cfg)
+    source = (Folders if cfg.points else StandIns)(cfg, env, prompts)
+    cache = out / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    if env.is_main:
+        (out / "metrics.json").unlink(missing_ok=True)
+        write_json(out / "config.json", {**asdict(cfg), "processes": env.world, "versions": versions()})
+    jobs = [None, *points]
+    mine = jobs[env.rank :: env.world]
+    for job in tqdm(mine, desc="points", unit="point", disable=not env.is_main, dynamic_ncols=True):
+        cached(source, job, cfg, prompts, cache)
+        if env.world == 1 and ddp.interrupted():
+            raise KeyboardInterrupt
+    if env.world > 1:
+        dist.barrier()
+    if not env.is_main:
+        return {}
+    real, sets = cached(source, None, cfg, prompts, cache), {}
+    for p in points:
+        sets[p] = cached(source, p, cfg, prompts, cache)
+        if p.knob == "guidance" and p.value == cfg.at and not cfg.points:
+            for m in numbers(cfg, "top_m"):
+                keep = top_m(sets[p]["clip"], sets[p]["prompt"], int(m))
+                if m < cfg.per_prompt:
+                    sets[Point(p.model, "top_m", m)] = {k: v[keep] for k, v in sets[p].items()}
+    result = report(cfg, prompts, real, sets, out)
+    write_json(out / "metrics.json", result)
+    return result
+
+
+def report(cfg, prompts, real, sets, out) -> dict:
+    """Tables, pictures and files from the measured sets {point: tensors}."""
+    home = [i for i, p in enumerate(prompts) if cfg.points or not p.group]
+    count = min(int((s["prompt"] == p).sum()) for s in sets.values() for p in home)
+    points, samples = list(sets), halves(home, cfg)
+    names = list(dict.fromkeys(p.model for p in points))
+    rows = {p: measure(sets[p], real, home, count, cfg) for p in points}
+    for p in points:  # without DSG answers, consistency is CLIP's
+        if math.isnan(rows[p]["consistency"]):
+            rows[p]["consistency"] = rows[p]["clip"] / 100
+    spread = {p: [] for p in points}
+    stable = {p: 0.0 for p in points}
+    for half in tqdm(samples, desc="resampling", unit="half", dynamic_ncols=True):
+        again = {p: measure(sets[p], real, half, count, cfg) for p in points}
+        for p in points:
+            if math.isnan(again[p]["consistency"]):
+                again[p]["consistency"] = again[p]["clip"] / 100
+            spread[p].append(again[p])
+        for p, on in zip(points, pareto_front([[again[p][a] for a in AXES] for p in points]).tolist()):
+            stable[p] += on / len(samples)
+    error = {p: {k: float(np.std([s[k] for s in spread[p]])) if spread[p] else math.nan for k in rows[p]} for p in points}
+    P = [[rows[p][a] for a in AXES] for p in points]
+    front = pareto_front(P).tolist()
+    write_front(out / "front.csv", cfg, points, rows, error, front, stable)
+    pairs = (("diversity", "consistency"), ("diversity", "realism"), ("realism", "consistency"))
+    draw_fronts(out / "fronts.png", points, rows, error, pairs, names)
+    draw_fronts(out / "fronts_sets.png", points, rows, error, (("recall", "precision"), ("coverage", "precision"),
+                                                               ("recall", "consistency")), names)  # fmt: skip
+    result = {f"{p.model}_{p.knob}_{p.value:g}_{k}": v for p in points for k, v in rows[p].items()}
+
+    ref = [0.0, 0.0, 0.0]
+    whole, summary = hypervolume(P, ref), []
+    for name in names:
+        own, rest = ([x for x, p in zip(P, points) if (p.model == name) == same] for same in (True, False))
+        share = sum(f for f, p in zip(front, points) if p.model == name)
+        held = sum(f and stable[p] >= 0.9 for f, p in zip(front, points) if p.model == name)
+        best = {a: max(rows[p][a] for p in points if p.model == name) for a in AXES}
+        summary.append([name, *(f"{best[a]:.3f}" for a in AXES), f"{share} of {len(own)}", held, f"{hypervolume(own, ref):.4f}",
+                        f"{whole - hypervolume(rest, ref) if rest else whole:.4f}"])  # fmt: skip
+        result |= {f"{name}_volume": hypervolume(own, ref), f"{name}_on_front": float(share)}
+    truth = measure(real, real, home, count, cfg)
+    print(f"\n{len(home)} prompts, {count} pictures of each in set metrics, features: {cfg.extractor}, k = {cfg.k}")
+    head = ["model", *(f"best {a}" for a in AXES), "on the front", "in 90 % of halves", "volume", "exclusive"]
+    print(
+        table(summary, head) + f"\nreference point of the volumes: 0, 0, 0; real pictures: diversity {truth['diversity']:.3f}"
+    )
+    if (i := knee(P)) is not None:
+        print(f"knee of the front: {points[i].model}, {points[i].label}")
+    print("\n" + table(claims(cfg, points, rows, error, names), ["claim", "from", "to", "difference", "paper"]))
+    result |= by_group(cfg, prompts, real, sets, count, out)
+    if any("image" in s for s in sets.values()):
+        draw_samples(out / "samples.png", prompts, real, sets)
+    print(f"\npictures and front.csv: {cfg.out_dir}")
+    return result
+
+
+def claims(cfg, points, rows, error, names) -> list[list]:
+    """The paper's abstract beside what was measured; +-: one standard error of each side, together."""
+    out = []
+
+    def add(text, a, b, key, paper):
+        d, e = rows[b][key] - rows[a][key], math.hypot(error[a][key], error[b][key])
+        out.append([text, f"{rows[a][key]:.3f}", f"{rows[b][key]:.3f}", f"{d:+.3f} +- {e:.3f}", paper])
+
+    for name in names:
+        swept = sorted((p for p in points if p.model == name and p.knob == "guidance"), key=lambda p: p.value)
+        if len(swept) > 1:
+            for key, paper in (("consistency", "up"), ("realism", "up"), ("diversity", "down"), ("recall", "down")):
+                add(f"{name}: {key}, guidance {swept[0].value:g} to {swept[-1].value:g}", swept[0], swept[-1], key, paper)
+    at = {p.model: p for p in points if p.knob == "guidance" and p.value == cfg.at}
+    if len(at) > 1:
+        first, last = list(at.values())[0], list(at.values())[-1]
+        for key, paper in (
+            ("consistency", "later models gain"),
+            ("realism", "later models gain"),
+            ("diversity", "later models lose"),
+        ):
+            add(f"{first.model} to {last.model} model: {key}, guidance {cfg.at:g}", first, last, key, paper)
+    return out
+
+
+def write_front(path, cfg, points, rows, error, front, stable) -> None:
+    with open(f"{path}.tmp", "w", newline="") as f:
+        w = csv.writer(f)
+        keys = list(next(iter(rows.values())))
+        w.writerow(["model", "knob", "value", "seed", *keys, *(f"{k}_se" for k in (*AXES, "clip", *SETS)), "on_front", "stable",
+                    "extractor", "k"])  # fmt: skip
+        for p, on in zip(points, front):
+            w.writerow([p.model, p.knob, p.value, cfg.seed, *rows[p].values(), *(error[p][k] for k in (*AXES, "clip", *SETS)),
+                        int(on), round(stable[p], 3), cfg.extractor, cfg.k])  # fmt: skip
+    Path(f"{path}.tmp").replace(path)
+
+
+def draw_fronts(path, points, rows, error, pairs, names) -> None:
+    panels = []
+    for i, (x, y) in enumerate(pairs):
+        flat = [[rows[p][x], rows[p][y]] for p in points]
+        on = pareto_front(flat).tolist()
+        series = {n: [(*flat[j], p.label, on[j], (2 * error[p][x], 2 * error[p][y]) if on[j] else (0, 0))
+                      for j, p in enumerate(points) if p.model == n] for n in names}  # fmt: skip
+        edge = sorted(q for q, o in zip(flat, on) if o)
+        last = i == len(pairs) - 1
+        panels.append(plot.scatter(series, edge, f"{y} against {x}", x, y, (620 if last else 520, 440), legend=last))
+    plot.save(plot.row(panels), path)
+
+
+def by_group(cfg, prompts, real, sets, count, out) -> dict:
+    """The same for each group's prompts and real pictures alone, at equal sizes. Prints worst group and gap of each model."""
+    groups = sorted({p.group for p in prompts if p.group})
+    if not groups:
+        return {}
+    ids = {g: [i for i, p in enumerate(prompts) if p.group == g] for g in groups}
+    size = min(map(len, ids.values()))
+    kept = [p for p in sets if p.knob != "top_m"]
+    rows = {(p, g): measure(sets[p], real, ids[g][:size], count, cfg) for p in kept for g in groups}
+    for r in rows.values():
+        r["consistency"] = r["clip"] / 100 if math.isnan(r["consistency"]) else r["consistency"]
+    at = {p.model: p for p in kept} | {p.model: p for p in kept if p.knob == "guidance" and p.value == cfg.at}
+    lines, result = [], {}
+    for model, p in at.items():
+        for key in ("consistency", "realism", "precision", "coverage"):
+            values = {g: rows[p, g][key] for g in groups}
+            worst, gap = min(values, key=values.get), max(values.values()) - min(values.values())
+            lines.append([f"{model}, {p.label}", key, *(f"{values[g]:.3f}" for g in groups), worst, f"{gap:.3f}"])
+            result |= {f"{model}_{key}_gap": gap, f"{model}_{key}_worst": min(values.values())}
+    print(f"\nper region, {size} prompts each\n" + table(lines, ["point", "metric", *groups, "worst", "gap"]))
+    panels = []
+    for i, (x, y) in enumerate((("diversity", "realism"), ("recall", "precision"))):
+        series, last = {}, i == 1
+        for g in groups:
+            flat = [[rows[p, g][x], rows[p, g][y]] for p in kept]
+            on = pareto_front(flat).tolist()
+            series[g] = [(*q, p.model if o else "", o, (0, 0)) for q, p, o in zip(flat, kept, on)]
+        panels.append(plot.scatter(series, [], f"{y} against {x}, by region", x, y, (640 if last else 540, 440), legend=last))
+    plot.save(plot.row(panels), out / "regions.png")
+    return result
+
+
+def draw_samples(path, prompts, real, sets) -> None:
+    """Four pictures of two prompts for each model's first and last guidance, and real ones."""
+    chosen = {("real", ""): real}
+    for p, s in sets.items():
+        if p.knob in ("guidance", "levels"):
+            chosen.setdefault((p.model, "first"), s)
+            chosen[p.model, "last"] = s
+    labels = {("real", ""): "real"}
+    for p in sets:
+        if p.knob in ("guidance", "levels"):
+            labels.setdefault((p.model, "first"), f"{p.model}, {p.label}")
+            labels[p.model, "last"] = f"{p.model}, {p.label}"
+    pair = [i for i, p in enumerate(prompts) if p.scene and len(p.scene.things) == 2][:2]
+    cells, texts = [], []
+    for key, s in chosen.items():
+        for p in pair:
+            rows = torch.nonzero(s["prompt"] == p)[:4, 0]
+            cells += list(s["image"][rows].numpy())
+            texts += [labels[key], *[""] * (len(rows) - 1)]
+    title = "   |   ".join(prompts[p].text for p in pair)
+    plot.save(plot.grid(cells, 4 * len(pair), texts, None, title, 84, 2), path)
+
+
+def show_people(cfg) -> dict:
+    """--people: the table of DSG against human ratings."""
+    try:
+        result = against_people(cfg.people)
+        official = against_people(cfg.people, transitive=False)
+    except KeyError as error:
+        raise ValueError(f"the files in {cfg.people} lack the column {error}") from error
+    rows = [[v, f"{result[f'{v}_spearman']:.3f}", f"{result[f'{v}_kendall']:.3f}", f"{official[f'{v}_spearman']:.3f}"]
+            for v in ("mplug", "instructblip", "pali17b")]  # fmt: skip
+    print(f"DSG score against the mean human rating, {result['pictures']} pictures\n"
+          + table(rows, ["VQA model", "Spearman", "Kendall", "Spearman, parents' own answers only"]))  # fmt: skip
+    return result
+
+
+# 7. MAIN -----------------------------------------------------------------------------------------------------------------
+PRESETS = {
+    "smoke": dict(prompts="8", regions=4, per_prompt=2, real_per_prompt=2, models="early,late", guidance="1,3", top_m="1",
+                  sampler_steps="", steps=2, halves=4, out_dir="runs/pareto_eval_smoke"),
+    "laptop": {},
+    "gpu": dict(prompts="2000", regions=500, per_prompt=10, real_per_prompt=10, guidance="1,1.5,2,3,5,7.5,10", top_m="5,3,1",
+                sampler_steps="2,4,8,32", steps=32, batch_size=2048, halves=200, out_dir="runs/pareto_eval_gpu"),
+    # MSCOCO val 2014 as EvalGIM has it: 40,504 first captions; the pictures come by --points, from generators of your own
+    "paper": dict(prompts="data/coco_val2014/prompts.csv", points="data/coco_val2014/points.csv",
+                  real="data/coco_val2014/images", extractor="inception",
+                  weights="data/pt_inception-2015-12-05-6726825d.pth", halves=100, out_dir="runs/pareto_eval_coco"),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    cli.main(run, Config, PRESETS)

@@ -1,0 +1,478 @@
+"""methods/dci.py: the published constants, DCI's files in both forms, LoRA, the four tests, two processes, resume, wrong input."""
+
+import gzip
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from data_prep import coco
+from methods import dci as M
+from tests.helpers import in_processes, inside, run, torchrun, user_error
+
+SMALL = ["--preset", "smoke"]
+TOY = torch.tensor([[4.0, 1, 0, 2], [3, 0, 5, 5]])
+
+
+def test_pooling_and_losses_on_the_published_matrix():
+    assert M.caption_pool(TOY, "max").tolist() == [[4, 2], [3, 5]]
+    assert M.caption_pool(TOY, "hardest").tolist() == [[1, 2], [3, 5]]  # the own group: [4, 1] and [5, 5]
+    assert M.caption_pool(TOY.view(2, 2, 2), "avg").tolist() == [[2.5, 1], [1.5, 5]]
+    for how, want in (("avg", 0.1406), ("max", 0.1539), ("hardest", 0.9039)):
+        assert M.clip_pool_loss(TOY, how).item() == pytest.approx(want, abs=5e-5)
+    with pytest.raises(ValueError, match="median"):
+        M.caption_pool(TOY, "median")
+    assert M.negatives_loss(torch.full((4,), 3.0), torch.ones(4)).item() == pytest.approx(0.6809, abs=5e-5)
+    assert M.negatives_loss(torch.zeros(4), torch.zeros(4)).item() == pytest.approx(math.log(2))
+    assert M.clip_pool_loss(torch.zeros(4, 4, 3)).item() == pytest.approx(math.log(4))
+
+
+def test_one_caption_is_plain_clip():
+    s = torch.randn(5, 5)
+    plain = (F.cross_entropy(s, torch.arange(5)) + F.cross_entropy(s.T, torch.arange(5))) / 2
+    for how in ("avg", "max", "min", "hardest"):
+        torch.testing.assert_close(M.clip_pool_loss(s[..., None], how), plain)
+
+
+def test_hardest_equals_loops():
+    s = torch.randn(4, 4, 3)
+    want = [[s[i, j].min() if i == j else s[i, j].max() for j in range(4)] for i in range(4)]
+    torch.testing.assert_close(M.caption_pool(s, "hardest"), torch.tensor(want))
+
+
+def test_matching_and_negatives_by_hand():
+    eye = torch.eye(8)
+    assert M.subcrop_matching(eye) == 1 and M.subcrop_matching(eye.roll(1, 1)) == 0
+    assert M.subcrop_matching(torch.ones(8, 8)) == pytest.approx(1 / 8)  # ties go to the lowest index
+    assert M.beats_negatives(torch.ones(3, 2), torch.ones(3, 1)) == 0  # a tie is wrong
+    assert M.beats_negatives(torch.tensor([[2.0, 3], [2, 0]]), torch.ones(2, 1)) == 0.5
+
+
+def test_chance_levels():
+    assert M.chance(8, 1) == (1 / 8, 1 / 2) and M.chance(8, 5) == (pytest.approx(1.5e-6, rel=0.02), pytest.approx(1 / 6))
+    g = torch.Generator().manual_seed(0)
+    scm, neg, neg5 = (np.mean(x) for x in zip(*[
+        (M.subcrop_matching(torch.rand(8, 8, generator=g)), M.beats_negatives(torch.rand(8, 1, generator=g), torch.rand(8, 1, generator=g)),
+         M.beats_negatives(torch.rand(8, 5, generator=g), torch.rand(8, 1, generator=g))) for _ in range(800)]))  # fmt: skip
+    assert (
+        scm == pytest.approx(1 / 8, abs=0.015)
+        and neg == pytest.approx(0.5, abs=0.02)
+        and neg5 == pytest.approx(1 / 6, abs=0.015)
+    )
+
+
+def test_negclip_without_negatives_is_clip_and_its_gradient():
+    f, t, n = (F.normalize(torch.randn(4, 6), dim=1).requires_grad_() for _ in range(3))
+    plain = M.clip_pool_loss((10 * f @ t.T)[..., None])
+    far = -1e4 * torch.ones(4, 6)
+    torch.testing.assert_close(M.negclip_loss(f, t, far * f.detach().sign().mean(), 10.0) * 0 + plain, plain)
+    s = torch.cat([10 * f @ t.T, torch.full((4, 4), -torch.inf)], 1)
+    label = torch.arange(4)
+    torch.testing.assert_close((F.cross_entropy(s, label) + F.cross_entropy(10 * t @ f.T, label)) / 2, plain)
+    # the gradient of a negative comes from the pictures' rows only
+    M.negclip_loss(f, t, n, 10.0).backward()
+    p = torch.cat([10 * f @ t.T, 10 * f @ n.T], 1).softmax(1)[:, 4:]
+    torch.testing.assert_close(n.grad, 10 * p.T @ f.detach() / 8)
+
+
+def test_stretched_positions():
+    pos = torch.randn(77, 5)
+    new = M.stretch_positions(pos)
+    assert new.shape == (248, 5) and torch.equal(new[:20], pos[:20]) and torch.equal(new[20::4], pos[20:])
+    for k, share in ((1, 0.25), (2, 0.5), (3, 0.75)):
+        torch.testing.assert_close(new[20 + 8 + k], (1 - share) * pos[22] + share * pos[23])
+    torch.testing.assert_close(new[-1], pos[-1] + 0.75 * (pos[-1] - pos[-2]))
+
+
+def test_principal_part():
+    f = torch.randn(40, 6)
+    torch.testing.assert_close(M.principal_part(f), f, atol=1e-5, rtol=1e-4)  # dim >= rank
+    low = M.principal_part(f, 2)
+    assert torch.linalg.matrix_rank(low - low.mean(0)) == 2
+    rest = [(M.principal_part(f, d) - f).square().sum().item() for d in range(1, 7)]
+    assert rest == sorted(rest, reverse=True)
+    assert M.principal_part(torch.randn(3, 96)).shape == (3, 96)  # a batch smaller than 32
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return M.build(M.Config(), M.ddp.Env(0, 1, torch.device("cpu")))
+
+
+def fresh():
+    return M.build(M.Config(), M.ddp.Env(0, 1, torch.device("cpu")))[0]
+
+
+def test_lora(clip):
+    x, ids = torch.randn(3, 3, 32, 32), clip[1](["a red star", "a blue ring", "a heart"])
+    before = fresh()(x, ids)
+    model = M.add_lora(fresh(), 3, 6.0, 0.0)
+    for a, b in zip(model(x, ids), before):
+        torch.testing.assert_close(a, b)  # B is zero: no effect yet
+    layers = [m for m in model.modules() if isinstance(m, M.LoRA)]
+    assert len(layers) == 4 * 6 + 2
+    for m in layers:
+        r, width = m.A.shape[1], m.linear.out_features // len(m.A)
+        assert m.A.numel() + m.B.numel() == len(m.A) * r * (m.linear.in_features + width)
+        torch.nn.init.normal_(m.B, std=0.1)
+    f, t, _ = model(x, ids)
+    (f * t).sum().backward()
+    trained = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert trained and all(n.endswith((".A", ".B", "linear.bias")) for n in trained)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} >= trained
+    with torch.no_grad():
+        want = model(x, ids)
+        for a, b in zip(M.merge_lora(model)(x, ids), want):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert model.state_dict().keys() == fresh().state_dict().keys()
+
+
+def test_lora_equals_the_product(clip):
+    layer = M.LoRA(torch.nn.Linear(6, 9), 2, 5.0, 0.0, parts=3)
+    torch.nn.init.normal_(layer.B)
+    x = torch.randn(4, 7, 6)
+    update = torch.cat([layer.B[p] @ layer.A[p] for p in range(3)])  # q, k, v
+    torch.testing.assert_close(layer(x), layer.linear(x) + 5 / 2 * x @ update.T)
+
+
+def test_longer_context(clip):
+    model, ids = M.lengthen(fresh(), 248), clip[1](["a star " * 100], 248)
+    assert (ids[0] != 0).sum() > 190
+    model.encode_text(ids).sum().backward()
+    grad = model.text.pos_embed.grad
+    assert grad[:20].abs().sum() == 0 and grad[20:180].abs().sum(1).min() > 0
+    short = clip[1](["a red star"])
+    torch.testing.assert_close(model.encode_text(short[:, :12]), fresh().encode_text(short[:, :12]))
+    with pytest.raises(ValueError, match="77 -> 248"):
+        M.lengthen(fresh(), 100)
+
+
+# DCI's files
+
+
+def entry(**more):
+    def mask(idx, box, parent, children, quality=0, **fields):
+        (x0, y0, x1, y1) = box
+        bounds = {"topLeft": {"x": x0, "y": y0}, "bottomRight": {"x": x1, "y": y1}}
+        return dict(idx=idx, bounds=bounds, parent=parent, requirements=children, mask_quality=quality, **fields)
+
+    masks = {
+        "4": mask(4, (100, 100, 324, 400), -1, [7, 9, 99], label="dog", caption="A brown dog."),
+        "7": mask(7, (120, 120, 343, 380), 4, [8, 4], label="collar", caption="Red."),  # 223 wide; a cycle back to 4
+        "8": mask(8, (0, 0, 300, 300), 7, [], 1, label="tag"),
+        "9": mask(9, (0, 0, 500, 400), 4, [10], 2),
+        "10": mask(10, (0, 0, 400, 400), 9, [], label="hidden", caption="Below a bad mask."),
+    }
+    summaries = {"base": ["a dog", "one dog", "dog", "the dog", "a pet"], "m-4-sc": "a brown dog", "m-10-sc": ["hidden"]}
+    return {"image": "x/sa_1.jpg", "height": 420, "width": 640, "short_caption": "A dog.", "extra_caption": "On grass.",
+            "mask_keys": list(masks), "mask_data": masks, "summaries": summaries,
+            "negatives": {"base": {"swaps": ["dog a"], "basic": ["a cat"]}, "m-4-sc": {"swaps": ["a dog brown"]}},
+            "clip_scores": {"base": {"sum": 20.0, "swaps_0": 21.0, "basic_0": 25.0}}, **more}  # fmt: skip
+
+
+def test_captions_of_the_tree():
+    e = entry()
+    assert M.whole_caption(e) == (
+        "A dog.\nOn grass.\nThe following can also be seen in the image:\n"
+        "dog: A brown dog.\ncollar: Red.\ntag\nhidden: Below a bad mask."
+    )
+    assert M.sub_caption(e, 4) == (
+        "This is an image of dog. A brown dog.\nThe following can also be seen in the image:\ncollar: Red.\ntag"
+    )  # depth first; the bad mask goes with what is below it; a missing child and a cycle do no harm
+    assert [m["idx"] for m in M.descendants(e["mask_data"], 4)] == [7, 8]
+    assert (
+        M.sub_caption(e, 9)
+        == "This is an image of something.\nThe following can also be seen in the image:\nhidden: Below a bad mask."
+    )
+
+
+def test_items_size_filter_and_both_forms():
+    items, bare = M.items_of(entry(), "p.jpg", (640, 420), 224)
+    assert [i.key for i in items] == ["base", "m-4-sc", "m-10-sc"] and bare == 2  # 8 and 9 are large and have no summary
+    assert items[0].captions[:2] == ["a dog", "one dog"] and items[1].captions == ["a brown dog"]  # a list or one text
+    assert items[1].box == (66, 55, 357, 420)
+    e = entry()
+    e["mask_data"]["4"]["bounds"]["bottomRight"]["x"] = 323  # 223 wide: below the filter, which is inclusive
+    assert "m-4-sc" not in [i.key for i in M.items_of(e, "p.jpg", (640, 420), 224)[0]]
+    e["mask_data"] = {"4": e["mask_data"]["4"] | {"bounds": [[100, 100], [324, 400]]}}
+    assert M.items_of(e, "p", (640, 420), 224)[0][1].box == (66, 55, 357, 420)
+    assert M.bounds({"bounds": [[10, 500], [300, 600]]}, 640, 420) == (500, 10, 600, 300)  # (y, x): 600 is no height
+
+
+def test_padded_crops():
+    assert M.padded((100, 100, 300, 400), 1000, 1000) == (70, 55, 330, 445)
+    assert M.padded((0, 5, 20, 30), 25, 32) == (0, 1, 23, 32)
+    assert M.padded((50, 50, 50, 50), 40, 40) == (39, 39, 40, 40)  # never empty
+
+
+def test_hardest_negative_by_stored_scores():
+    base, sub, _ = M.items_of(entry(), "p", (640, 420), 224)[0]
+    assert M.hardest(base) == ["a cat"] and M.hardest(sub) == ["a dog brown"]  # no scores: all of them
+
+
+def write(root, splits, photos=3):
+    for folder in ("complete", "photos"):
+        (root / folder).mkdir(parents=True)
+    for i in range(photos):
+        e = entry(image=f"sa_{i}.jpg")
+        (root / f"complete/{i}-data.json").write_text(json.dumps(e))
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (420, 640, 3), dtype=np.uint8)).save(
+            root / f"photos/sa_{i}.jpg"
+        )
+    (root / "splits.json").write_text(json.dumps(splits))
+
+
+def test_reading_counts_and_refuses_missing_photos(tmp_path, capsys):
+    root = tmp_path / "densely_captioned_images"
+    write(root, {"train": ["0-data.json", "1-data.json"], "test": ["2-data.json", "1-data.json"]})
+    items = M.read_dci(tmp_path, "test", 224, say=True)
+    assert [(i.key, i.image) for i in items] == [(k, n) for n in (0, 1) for k in ("base", "m-4-sc", "m-10-sc")]
+    assert "test: 2 pictures, 4 masks" in capsys.readouterr().err and items[0].photo.endswith("sa_2.jpg")
+    (root / "photos/sa_1.jpg").unlink()
+    assert len(M.read_dci(root, "train", 224)) == 3  # counted, and training goes on
+    with pytest.raises(ValueError, match="1 of 2 photos of the test split are missing, sa_1.jpg"):
+        M.read_dci(root, "test", 224)
+    assert len(M.read_dci(root, "test", 224, allow_missing=True)) == 3
+    (root / "complete/2-data.json").write_text('{"image": "sa_2.jpg", "width": 5, "height": 5}')
+    with pytest.raises(ValueError, match="not in DCI's form"):
+        M.read_dci(root, "test", 224, allow_missing=True)
+    (root / "complete/2-data.json").unlink()
+    with pytest.raises(ValueError, match="2-data.json"):
+        M.read_dci(root, "test", 224)
+    with pytest.raises(ValueError, match="splits.json"):
+        M.read_dci(tmp_path / "photos", "test", 224)
+
+
+def test_generated_files_have_the_schema(tmp_path):
+    M.write_toy(tmp_path, 6, 3, 0)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "complete").iterdir()}
+    M.write_toy(tmp_path, 6, 3, 0)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "complete").iterdir()} == before and len(before) == 9
+    for text in before.values():
+        e = json.loads(text)
+        assert set(e) == set(entry()) - {"clip_scores"}
+        for m in e["mask_data"].values():
+            png = Image.open(M.io.BytesIO(M.base64.b64decode(m["outer_mask"])))
+            assert png.mode == "1" and png.size == (64, 64) and np.asarray(png).sum() == m["area"]
+            x0, y0, x1, y1 = M.bounds(m, 64, 64)
+            assert np.asarray(png)[y0:y1, x0:x1].sum() == m["area"]  # the box is tight around the mask
+            assert all(e["mask_data"][str(c)]["parent"] == m["idx"] for c in m["requirements"])
+        for key, texts in e["summaries"].items():
+            assert len(set(texts)) == len(texts) >= 5
+            assert all(len(e["negatives"][key][k]) == (3 if key == "base" else 1) for k in ("basic", "layout", "swaps")), key
+            assert not {t for v in e["negatives"][key].values() for t in v} & set(texts)
+    items = M.read_dci(tmp_path, "test", 16)
+    assert all(len(i.captions) >= 5 and "This is an image" in i.long for i in items if i.key != "base")
+
+
+def test_negatives_by_rule():
+    rng = np.random.default_rng(0)
+    got = {M.rule_negative("a red star above a blue ring", rng) for _ in range(40)}
+    assert "a blue star above a red ring" in got and "a red ring above a blue star" in got
+    assert all(sorted(g.split()) == sorted("a red star above a blue ring".split()) for g in got)
+    assert M.rule_negative("a dog", rng) == "" and M.rule_negative("the red and the red", rng) == ""
+    text = "Two ducks are swimming in the green colored pond."
+    assert M.rule_negative(text, rng) != text and M.shuffled(text, rng).startswith("Two")
+
+
+def test_texts_without_replacement():
+    items = [M.Item("", None, list("abcde"), {"swaps": ["x", "y"]}), M.Item("", None, ["f"])]
+    u = np.random.default_rng(0).random((3, 64))
+    got = M.draw_texts(items, [0, 0], "captions", 5, u)
+    assert sorted(got[:5]) == list("abcde") and got[:5] != got[5:]
+    assert M.draw_texts(items, [0, 1, 0], "first", 1, u) == ["a", "f", "a"]
+    assert set(M.draw_texts(items, [0] * 3, "swaps", 1, u)) <= {"x", "y"} and M.draw_texts(items, [1], "swaps", 1, u) == ["f"]
+
+
+# Evaluation and training
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy")
+    M.write_toy(root, 40, 9, 0)
+    return root
+
+
+def _tests(env, root, batch):
+    model, tok = M.build(M.Config(), env)
+    items = M.read_dci(root, "test", 16)
+    return M.official_tests(model.eval(), tok, items, M.Config(), env, batch)
+
+
+def test_the_tests_do_not_depend_on_processes_but_on_the_batch(toy, tmp_path):
+    one = _tests(M.ddp.Env(0, 1, torch.device("cpu")), toy, 8)
+    for got in in_processes(2, _tests, toy, 8, path=tmp_path):
+        assert got == pytest.approx(one)
+    assert set(one) == {"SCM", "Neg", "P5-SCM", "P5-Neg", "Base Neg", "Hard Negs"}
+    other = _tests(M.ddp.Env(0, 1, torch.device("cpu")), toy, 4)
+    assert other["SCM"] > one["SCM"] and other["Neg"] == pytest.approx(one["Neg"])
+
+
+def test_sub_crop_matching_equals_loops(toy, clip):
+    """SCM and Neg of 'all_swaps' written out item by item."""
+    model, tok = clip
+    items, right, neg = M.read_dci(toy, "test", 16), 0, 0
+    env = M.ddp.Env(0, 1, torch.device("cpu"))
+    got = M.official_tests(model.eval(), tok, items, M.Config(), env)
+
+    def vectors(texts):
+        return torch.stack([F.normalize(model.encode_text(tok([t])), dim=1)[0] for t in texts])
+
+    with torch.no_grad():
+        for start in range(0, len(items), 8):
+            part = items[start : start + 8]
+            t = vectors([i.captions[0] for i in part])
+            for n, item in enumerate(part):
+                img = Image.open(item.photo).convert("RGB")
+                f = model.encode_image(M.metrics.clip_input([img.crop(item.box) if item.box else img], 32))[0]
+                scores = (t @ f).tolist()
+                right += scores.index(max(scores)) == n
+                neg += scores[n] > (vectors(item.negatives["swaps"][:1]) @ f).item()
+    assert got["SCM"] == pytest.approx(100 * right / len(items)) and got["Neg"] == pytest.approx(100 * neg / len(items))
+
+
+def _gradients(env, arm, pool):
+    torch.manual_seed(0)
+    model, tok = M.build(M.Config(), env)
+    texts = [f"a {c} {s}" for c in ("red", "blue") for s in ("star", "ring", "heart", "moon")]
+    x, many = torch.randn(4, 3, 32, 32), 2 if arm in ("dense", "dense+neg") else 1
+    part = slice(env.rank * 4 // env.world, (env.rank + 1) * 4 // env.world)
+    rows = list(range(4))[part]
+    ids = tok([texts[2 * r + m] for r in rows for m in range(many)])
+    other = tok([texts[(2 * r + 3) % 8] for r in rows])
+    cfg = M.Config(arms=arm, pool=pool, beta=0.7)
+    wrapped = M.ddp.wrap(model, env)
+    extra = (other, None) if arm in ("dense+neg", "negclip") else (None, other if arm == "dense+long" else None)
+    loss, _ = M.method_loss(wrapped, x[part], ids, *extra, cfg)
+    loss.backward()
+    names = ("visual.patch_embed.weight", "text.token_embed.weight", "logit_scale")
+    params = dict(model.named_parameters())
+    return {"loss": torch.tensor(M.ddp.mean({"l": loss})["l"]), **{n: params[n].grad for n in names}}
+
+
+@pytest.mark.parametrize("arm, pool", [("dense", "avg"), ("dense+neg", "hardest"), ("negclip", "avg"), ("dense+long", "avg")])
+def test_two_processes_equal_one(arm, pool, tmp_path):
+    want = _gradients(M.ddp.Env(0, 1, torch.device("cpu")), arm, pool)
+    for got in in_processes(2, _gradients, arm, pool, path=tmp_path):
+        for k, v in want.items():
+            torch.testing.assert_close(got[k], v, atol=1e-5, rtol=1e-3, msg=f"{k}: {arm}")
+
+
+def test_smoke_in_one_and_two_processes(tmp_path):
+    one = run("methods/dci.py", *SMALL, "--out_dir", tmp_path / "a")
+    assert one.returncode == 0, one.stderr
+    for words in ("SCM", "chance", "12.5", "81.17 -> 88.37", "the negatives loss lifts"):
+        assert words in one.stdout
+    assert Image.open(tmp_path / "a/samples.png").width > 600
+    two = torchrun(2, "methods/dci.py", *SMALL, "--lora_dropout", 0, "--out_dir", tmp_path / "b")
+    assert two.returncode == 0, two.stderr
+    a, b = (json.loads((tmp_path / d / "metrics.json").read_text()) for d in "ab")
+    assert {k: v for k, v in a.items() if k.startswith("clip ")} == pytest.approx(
+        {k: v for k, v in b.items() if k.startswith("clip ")}
+    )
+    again = inside(M, *SMALL, "--out_dir", tmp_path / "a")  # finished arms are kept
+    assert again.returncode == 0 and "step" not in again.stderr
+
+
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, toy):
+    cfg = M.Config(arms="dense+neg", data=str(toy), min_side=16, steps=6, batch_size=8, save_every=3, log_every=1, captions="pick5",
+                   lr=1e-3, out_dir=str(tmp_path / "a"))  # fmt: skip
+    M.train(cfg)
+    calls, real = [], M.ddp.interrupted
+    try:
+        M.ddp.interrupted = lambda: calls.append(1) or len(calls) == 4
+        with pytest.raises(KeyboardInterrupt):
+            M.train(M.replace(cfg, out_dir=str(tmp_path / "b")))
+    finally:
+        M.ddp.interrupted = real
+    M.train(M.replace(cfg, out_dir=str(tmp_path / "b"), memory_gb=8.0))
+    for name in ("model.safetensors", "metrics.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_crops_from_the_loader_equal_those_in_memory(toy):
+    items = M.read_dci(toy, "train", 16)[:20]
+    held = M.hold(items, 32, M.Config())
+    lazy = M.hold(items, 32, M.Config(memory_gb=0))
+    assert isinstance(held, dict) and isinstance(lazy, M.Crops)
+    assert all(
+        (lazy.read(0, int(r))["image"] == held["image"][i].permute(1, 2, 0).numpy()).all() for i, r in enumerate(held["row"])
+    )
+
+
+def test_dense_captions_teach_matching_and_the_loss_teaches_negatives(toy, tmp_path):
+    """Statistical: a short run from the stand-in."""
+    base = M.Config(data=str(toy), min_side=16, steps=40, batch_size=32, rank=0, lr=1e-3, log_every=40, save_every=40)
+    got = {arm: M.train(M.replace(base, arms=arm, out_dir=str(tmp_path / arm))) for arm in ("dense", "dense+neg")}
+    assert got["dense"]["SCM"] > 40 and got["dense+neg"]["Neg"] > got["dense"]["Neg"], got
+
+
+# Real data
+
+
+def test_boxes_of_coco(shared, tmp_path):
+    done = inside_coco(shared, tmp_path)
+    assert done["counts"]["val"] > 100
+    items = M.read_boxes(tmp_path / "coco", "val", 32, 0)
+    base = [i for i in items if i.key == "base"]
+    assert all(len(i.captions) == 5 for i in base) and any(i.captions[0].startswith("a photo of a ") for i in items)
+    assert all(n != i.captions[0] for i in items for n in i.negatives["rule"])
+    model, tok = M.build(M.Config(), M.ddp.Env(0, 1, torch.device("cpu")))
+    got = M.official_tests(model.eval(), tok, items[:40], M.Config(), M.ddp.Env(0, 1, torch.device("cpu")))
+    assert {"SCM", "Neg", "P5-SCM"} <= set(got)
+
+
+def inside_coco(shared, tmp_path):
+    folder = shared / "coco_mini"
+    cfg = coco.Config(str(folder / "annotations.json.gz"), str(folder / "images.zip"), str(tmp_path / "coco"))
+    manifest = coco.run(cfg)
+    counts = {}
+    for s in manifest["shards"]:
+        counts[s["split"]] = counts.get(s["split"], 0) + s["count"]
+    return {"counts": counts}
+
+
+def test_sugarcrepe_text_only_and_with_pictures(shared, tmp_path, clip):
+    env = M.ddp.Env(0, 1, torch.device("cpu"))
+    with gzip.open(shared / "sugarcrepe/sugarcrepe.csv.gz", "rt") as f:
+        rows = f.read().splitlines()
+    (tmp_path / "some.csv").write_text("\n".join(rows[:1] + rows[1::50]) + "\n")
+    cfg = M.Config(sugarcrepe=str(tmp_path / "some.csv"), references=str(shared / "coco_captions_val2017/captions.csv.gz"))
+    got = M.sugarcrepe(clip[0].eval(), clip[1], cfg, env)
+    assert got["crepe rows"] == len(rows[1::50]) and 0 <= got["crepe"] <= 100 and len(got) == 9
+    (tmp_path / "photos").mkdir()
+    name = M.csv.DictReader(rows).__next__()["file"]
+    Image.new("RGB", (50, 40)).save(tmp_path / "photos" / name)
+    got = M.sugarcrepe(clip[0].eval(), clip[1], M.replace(cfg, sugarcrepe=str(shared / "sugarcrepe/sugarcrepe.csv.gz"),
+                                                          photos=str(tmp_path / "photos")), env)  # fmt: skip
+    assert got["crepe rows"] >= 1
+    shutil.rmtree(tmp_path / "photos")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError, match="no row has its picture"):
+        M.sugarcrepe(clip[0], clip[1], M.replace(cfg, photos=str(tmp_path / "photos")), env)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--arms", "dense,dance"], ["'dance'", "dense+neg"]),
+        (["--pool", "median"], ["--pool median", "hardest"]),
+        (["--captions", "pick2"], ["--captions pick2"]),
+        (["--steps", "0"], ["--steps 0"]),
+        (["--accum", "3"], ["--accum 3"]),
+        (["--data", "nowhere"], ["nowhere", "splits.json"]),
+        (["--init", "nowhere"], ["--tokenizer"]),
+        (["--init", "nowhere", "--tokenizer", "nowhere"], ["nowhere"]),
+        (["--context", "100"], ["--context 100"]),
+        (["--batch_size", "400"], ["fewer than --batch_size 400"]),
+        (["--sugarcrepe", "x.csv"], ["--photos", "--references"]),
+    ],
+)
+def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
+    user_error(inside(M, *SMALL, "--arms", "dense+neg", "--out_dir", tmp_path / "r", *flags), *words)

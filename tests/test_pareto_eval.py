@@ -1,0 +1,303 @@
+"""methods/pareto_eval.py: fronts and volumes against brute force, knobs, groups, folders of other generators, wrong input."""
+
+import csv
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from methods import pareto_eval as M
+from tests.helpers import inside, run, torchrun, user_error
+
+SMALL = ["--preset", "smoke"]
+
+
+def test_front_and_volume_constants():
+    P = [(1, 3), (2, 2), (3, 1), (1, 1)]
+    assert M.pareto_front(P).tolist() == [True, True, True, False]
+    assert M.hypervolume(P, (0, 0)) == 6
+    assert M.hypervolume([(2, 1, 1), (1, 2, 1), (1, 1, 2)], (0, 0, 0)) == 4
+    assert M.pareto_front([(1, 1), (1, 1), (0, 1)]).tolist() == [True, True, False]  # equal points stay
+    assert M.pareto_front([(1, math.nan), (0, 0)]).tolist() == [False, True]
+    assert M.hypervolume([(1, 0), (0, 5), (math.nan, 2)], (0, 0)) == 0 and M.hypervolume([], (0, 0)) == 0
+
+
+def test_front_equals_brute_force_and_ignores_the_scale():
+    P = torch.randint(0, 8, (200, 3), generator=torch.Generator().manual_seed(0)).double()
+    P[::17, 1] = math.nan
+    rows = P.tolist()
+
+    def beaten(a):
+        return any(all(x >= y for x, y in zip(b, a)) and any(x > y for x, y in zip(b, a)) for b in rows if not math.isnan(b[1]))
+
+    want = [not math.isnan(a[1]) and not beaten(a) for a in rows]
+    assert M.pareto_front(P).tolist() == want
+    assert M.pareto_front(torch.stack([P[:, 0].exp(), P[:, 1] * 3 - 7, P[:, 2] ** 3], 1)).tolist() == want
+
+
+def test_volume_equals_counting_cells():
+    rng = np.random.default_rng(0)
+    for d in (2, 3, 4):
+        P = rng.integers(0, 5, (12, d))
+        cells = np.stack(np.meshgrid(*[np.arange(5)] * d, indexing="ij"), -1).reshape(-1, d)
+        want = sum(any((p > c).all() for p in P) for c in cells)
+        assert M.hypervolume(P, [0] * d) == want
+        inner = P[M.pareto_front(P)].min(0) * 0
+        assert M.hypervolume(np.concatenate([P, inner[None]]), [0] * d) == want  # a dominated point changes nothing
+        assert M.hypervolume(np.concatenate([P, [[5] * d]]), [0] * d) == 5**d
+
+
+def test_diversity_and_realism_equal_pairs():
+    f, r = torch.randn(5, 7), torch.randn(4, 7)
+    cos = torch.nn.functional.cosine_similarity
+    want = np.mean([1 - cos(f[i], f[j], 0).item() for i in range(5) for j in range(i)])
+    assert M.diversity(f) == pytest.approx(want, abs=1e-6)
+    assert M.diversity(f * 9) == pytest.approx(M.diversity(f)) and math.isnan(M.diversity(f[:1]))
+    unit = torch.nn.functional.normalize(f, dim=1)  # Adjoint Matching's mean squared distance is twice that
+    assert (unit[:, None] - unit[None]).square().sum(2).sum().item() / 20 == pytest.approx(2 * want, rel=1e-4)
+    want = np.mean([max(cos(a, b, 0).item() for b in r) for a in f])
+    assert M.realism(f, r) == pytest.approx(want, abs=1e-6) and math.isnan(M.realism(f, r[:0]))
+
+
+def test_dsg_score():
+    chain, yes = {1: False, 2: True, 3: True}, {1: True, 2: True, 3: True}
+    parents = {1: [], 2: [1], 3: [2]}
+    assert M.dsg_score(chain, parents) == 0 and M.dsg_score(chain, parents, transitive=False) == pytest.approx(1 / 3)
+    assert M.dsg_score(chain, {}) == pytest.approx(2 / 3) and M.dsg_score(yes, parents) == 1
+    assert M.dsg_score(chain, {3: [2], 2: [1]}) == 0  # children may come before their parents
+    assert M.dsg_score({1: True, 2: True}, {1: [2], 2: [1]}) == 1  # a cycle of answered questions
+    assert M.dsg_score({1: False, 2: True}, {1: [1], 2: [2, 9]}) == 0.5  # its own parent; an unknown one
+    assert math.isnan(M.dsg_score({}, {}))
+    assert M.parse_parents("1,2, 4") == ["1", "2", "4"] and M.parse_parents("5, right") == ["5"] and M.parse_parents("0") == []
+
+
+def test_dsg_agrees_with_people_as_published(shared):
+    got = M.against_people(shared / "prompts", transitive=False)
+    want = {"mplug": (0.457, 0.375), "instructblip": (0.435, 0.358), "pali17b": (0.566, 0.455)}
+    for vqa, (rho, tau) in want.items():
+        assert got[f"{vqa}_spearman"] == pytest.approx(rho, abs=5e-4) and got[f"{vqa}_kendall"] == pytest.approx(tau, abs=5e-4)
+    assert got["pictures"] == 795
+
+
+def test_rank_correlations():
+    a, b = [1, 2, 2, 4, 5], [3, 1, 2, 5, 5]
+    assert M.spearman(a, a) == pytest.approx(1) == M.kendall(a, a)
+    assert M.spearman(a, [-x for x in a]) == pytest.approx(-1)
+    ranks = [1, 2.5, 2.5, 4, 5], [3, 1, 2, 4.5, 4.5]
+    assert M.spearman(a, b) == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    signs = [np.sign((a[i] - a[j]) * (b[i] - b[j])) for i in range(5) for j in range(i)]
+    ties = [sum(v[i] != v[j] for i in range(5) for j in range(i)) for v in (a, b)]
+    assert M.kendall(a, b) == pytest.approx(sum(signs) / math.sqrt(ties[0] * ties[1]))
+
+
+def test_top_m():
+    prompt, score = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0.1, 0.9, 0.5, 0.3, 0.2, 0.3])
+    assert M.top_m(score, prompt, 3).tolist() == list(range(6))  # m = n: nothing happens
+    assert M.top_m(score, prompt, 2).tolist() == [1, 2, 3, 5] and M.top_m(score, prompt, 1).tolist() == [1, 3]
+    assert all(score[M.top_m(score, prompt, m)].mean() >= score.mean() for m in (1, 2))
+
+
+def test_halves_measure_the_standard_error():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
+    means = [np.mean([values[i] for i in half]) for half in M.halves(list(range(400)), M.Config(halves=400))]
+    assert np.std(means) == pytest.approx(np.std(values) / 20, rel=0.15)
+
+
+def test_knee_is_on_the_front():
+    P = [(0, 1), (0.8, 0.8), (1, 0), (0.5, 0.5), (0.9, 0.3)]
+    assert M.knee(P) == 1 and M.knee([(math.nan, 1)]) is None
+
+
+def test_real_pictures_are_what_the_prompt_says():
+    cfg = M.Config(prompts="30", regions=5)
+    prompts = M.make_prompts(cfg)
+    assert len({p.id for p in prompts}) == 50 and [p.group for p in prompts].count("north") == 5
+    for p in prompts:
+        real = M.real_scenes(p, 6, 0)
+        assert real == M.real_scenes(p, 6, 0) and len(set(real)) > 1
+        for s in real:
+            assert all(
+                M.scenes.answer(s, q) for q in M.scenes.questions(p.scene) if q["kind"] in ("object", "colour", "relation")
+            )
+            assert s.region == p.group and (not p.group or s.tone == p.scene.tone)
+    judge = M.zoo.load_judge()
+    world = [M.real_scenes(p, 1, 0)[0] for p in prompts[:30]]
+    assert M.seen_scenes(judge, M.pictures_of(world)) == [
+        M.replace(s, things=tuple(sorted(s.things, key=lambda t: t.cell))) for s in world
+    ]
+
+
+def test_quantised_latents():
+    z = torch.randn(6, 8, 4, 4)
+    assert all(len(M.quantise(z, n)[:, c].unique()) <= n for n in (2, 5) for c in range(8))
+    errors = [(M.quantise(z, n) - z).square().mean().item() for n in (2, 3, 5, 9, 17)]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pareto") / "run"
+    done = run("methods/pareto_eval.py", *SMALL, "--out_dir", out)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_smoke_writes_everything_and_a_second_run_draws_nothing(smoke):
+    out, done = smoke
+    for words in ("on the front", "guidance 1 to 3", "per region", "knee"):
+        assert words in done.stdout
+    rows = list(csv.DictReader(open(out / "front.csv")))
+    assert {(r["model"], r["knob"], r["value"]) for r in rows} == {
+        (m, k, v) for m in ("early", "late") for k, v in (("guidance", "1.0"), ("guidance", "3.0"), ("top_m", "1.0"))
+    }
+    assert all(r["n_gen"] == "8" and r["extractor"] == "judge" for r in rows)  # equal sizes, whatever was filtered
+    assert all(r["diversity"] == "nan" and r["on_front"] == "0" for r in rows if r["knob"] == "top_m")  # one picture: undefined
+    for name in ("fronts.png", "fronts_sets.png", "regions.png", "samples.png"):
+        assert Image.open(out / name).width > 400
+    before = {p: p.stat().st_mtime_ns for p in (out / "cache").iterdir()}
+    again = inside(M, *SMALL, "--out_dir", out)
+    assert again.returncode == 0 and {p: p.stat().st_mtime_ns for p in (out / "cache").iterdir()} == before
+    damaged = next(iter(before))
+    damaged.write_bytes(b"no")
+    assert "is damaged and will be made again" in inside(M, *SMALL, "--out_dir", out).stderr
+
+
+def test_two_processes_measure_the_same(smoke, tmp_path):
+    done = torchrun(2, "methods/pareto_eval.py", *SMALL, "--out_dir", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "r/metrics.json").read_text()) == pytest.approx(
+        json.loads((smoke[0] / "metrics.json").read_text()), nan_ok=True, abs=1e-5
+    )
+
+
+def test_guidance_one_is_the_conditional_model():
+    painter = M.zoo.load_painter("painter_early")
+    noise = painter.noise(2, 0)
+    got = painter.draw(["a red star", "a blue ring"], guidance=1.0, steps=2, noise=noise)
+    z = noise.clone()
+    context = painter.read(["a red star", "a blue ring"])
+    with torch.no_grad():
+        for t, after in ((1.0, 0.5), (0.5, 0.0)):
+            z = z + (after - t) * painter.dit(z, torch.full((2,), 999 * t), context=context)
+        torch.testing.assert_close(got, painter.vae.decode(z), atol=1e-4, rtol=1e-3)
+
+
+def test_groups_average_to_the_whole():
+    g = torch.Generator().manual_seed(0)
+    fake = {"feature": torch.randn(40, 5, generator=g), "prompt": torch.arange(10).repeat_interleave(4),
+            "consistency": torch.rand(40, generator=g).double(), "clip": torch.rand(40, generator=g).double()}  # fmt: skip
+    cfg = M.Config()
+    whole = M.measure(fake, fake, list(range(10)), 4, cfg)
+    parts = [M.measure(fake, fake, ids, 4, cfg) for ids in ([0, 1, 2, 3], [4, 5, 6, 7, 8, 9])]
+    for k in ("consistency", "diversity", "realism", "clip"):
+        assert whole[k] == pytest.approx(0.4 * parts[0][k] + 0.6 * parts[1][k])
+
+
+# Other generators: folders
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Two models' folders, prompts with groups, real pictures, answers of a VQA model."""
+    rng = np.random.default_rng(0)
+
+    def pictures(folder, names):
+        (tmp_path / folder).mkdir()
+        for n in names:
+            Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(tmp_path / folder / f"{n}.png")
+
+    ids = [f"p{i}" for i in range(6)]
+    for folder in ("a1", "a2", "b1"):
+        pictures(folder, [f"{i}_{j}" for i in ids for j in range(3)])
+    pictures("real", [f"{i}_{j}" for i in ids for j in range(2)] + ["other"])
+    (tmp_path / "prompts.csv").write_text(
+        "id,prompt,group\n" + "".join(f'{i},"a thing, {i}",{"xy"[n % 2]}\n' for n, i in enumerate(ids))
+    )
+    (tmp_path / "points.csv").write_text("model,knob,value,folder\na,guidance,1,a1\na,guidance,7.5,a2\nb,guidance,1,b1\n")
+    lines = [f"{i}_{j}.png,{q},{'yes' if q < 2 or j else 'no'},{q - 1}" for i in ids for j in range(3) for q in (1, 2)]
+    (tmp_path / "answers.csv").write_text("file,question_id,answer,dependency_id\n" + "\n".join(lines) + "\n")
+    return tmp_path
+
+
+def flags(world, *more):
+    return ["--points", world / "points.csv", "--prompts", world / "prompts.csv", "--real", world / "real", "--answers",
+            world / "answers.csv", "--halves", 3, "--out_dir", world / "out", *more]  # fmt: skip
+
+
+def test_folders_of_any_generator(world):
+    done = inside(M, *flags(world))
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(open(world / "out/front.csv")))
+    assert [r["model"] for r in rows] == ["a", "a", "b"] and rows[0]["n_real"] == "13" and rows[0]["n_gen"] == "18"
+    assert float(rows[0]["consistency"]) == pytest.approx((1 + 1 + 0.5) / 3)
+    assert json.loads((world / "out/metrics.json").read_text())["a_realism_gap"] >= 0
+    Image.fromarray(np.zeros((40, 48, 3), np.uint8)).save(world / "a1/p0_0.png")  # a changed picture is read again
+    first = float(rows[0]["diversity"])
+    assert inside(M, *flags(world)).returncode == 0
+    assert float(list(csv.DictReader(open(world / "out/front.csv")))[0]["diversity"]) != first
+
+
+def test_folders_with_inception_features(world, tmp_path):
+    torch.manual_seed(0)
+    torch.save(M.metrics.FidInception().state_dict(), tmp_path / "w.pth")
+    for folder in ("a2", "b1"):
+        shutil.rmtree(world / folder)
+    (world / "points.csv").write_text("model,knob,value,folder\na,guidance,1,a1\n")
+    done = inside(M, *flags(world, "--extractor", "inception", "--weights", tmp_path / "w.pth"))
+    assert done.returncode == 0, done.stderr
+    assert list(csv.DictReader(open(world / "out/front.csv")))[0]["extractor"] == "inception"
+
+
+def test_wrong_folders(world):
+    (world / "a1/stray.png").write_bytes((world / "a1/p0_0.png").read_bytes())
+    user_error(inside(M, *flags(world)), "stray.png", "belong to no prompt")
+    (world / "a1/stray.png").unlink()
+    for j in range(3):
+        (world / f"a2/p3_{j}.png").unlink()
+    user_error(inside(M, *flags(world)), "a2 has no picture for prompt 'p3'")
+    shutil.rmtree(world / "a2")
+    user_error(inside(M, *flags(world)), "a2", "holds no images")
+    (world / "points.csv").write_text("model,knob,value,folder\nb,guidance,1,b1\n")
+    (world / "b1/p0_0.png").write_text("not a picture")
+    user_error(inside(M, *flags(world)), "b1/p0_0.png", "--max_bad")
+    assert inside(M, *flags(world, "--max_bad", 0.2)).returncode == 0
+    (world / "points.csv").write_text("model,knob,value,folder\nb,guidance,high,b1\n")
+    user_error(inside(M, *flags(world)), "'high'", "not a number")
+    (world / "points.csv").write_text("model,knob\nb,guidance\n")
+    user_error(inside(M, *flags(world)), "points.csv", "value is missing")
+    (world / "prompts.csv").write_text("id,prompt\np0,a\np0,b\n")
+    (world / "points.csv").write_text("model,knob,value,folder\nb,guidance,1,b1\n")
+    user_error(inside(M, *flags(world)), "prompts.csv", "twice")
+
+
+def test_one_picture_and_too_few_for_the_neighbours(world):
+    (world / "points.csv").write_text("model,knob,value,folder\nb,guidance,1,one\n")
+    (world / "prompts.csv").write_text("id,prompt\np0,a\n")
+    (world / "one").mkdir()
+    shutil.copy(world / "b1/p0_0.png", world / "one")
+    user_error(inside(M, *flags(world)), "one picture only")
+    shutil.copy(world / "b1/p0_1.png", world / "one")
+    user_error(inside(M, *flags(world)), "3 neighbours need 4 rows")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--models", "newest"], ["--models newest", "early"]),
+        (["--guidance", "1,x"], ["--guidance 1,x"]),
+        (["--levels", "1"], ["--levels 1", "at least 2"]),
+        (["--extractor", "vgg"], ["--extractor vgg", "inception"]),
+        (["--extractor", "inception"], ["--weights"]),
+        (["--prompts", "file.csv"], ["--prompts file.csv", "--points"]),
+        (["--points", "file.csv"], ["--points needs --prompts"]),
+        (["--clip", "weights"], ["--tokenizer"]),
+        (["--people", "nowhere"], ["nowhere"]),
+        (["--k", "0"], ["--k 0"]),
+    ],
+)
+def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
+    user_error(inside(M, *SMALL, "--out_dir", tmp_path / "r", *flags), *words)
