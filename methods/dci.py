@@ -22,7 +22,7 @@ Expect     laptop: see methods/RESULTS.md
 Differs    from the released code: pooling "hardest" takes the minimum of the positives before anything is pooled (there it
            comes too late: 0.154 for 0.904 on the test matrix), max and min do not fall back to the mean; missing photos and
            masks without a caption are counted, and refused in the test split; crops are cut when needed; negatives are drawn
-           anew at each access; texts are cut at the context length; one caption matrix over all processes; tests shard by batch.
+           anew at each access; texts are cut at the context length; one caption matrix over all processes, tests by batch.
            Left out: making captions by a language model; BLIP, FLAVA, X-VLM; ARO, VL-Checklist and ELEVATER themselves.
            The paper's body was not at hand: of its results only VL-Checklist's 81.17 -> 88.37 is printed.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
@@ -1004,7 +1004,7 @@ PRESETS = {
                   out_dir="runs/dci_smoke"),
     "laptop": {},
     # the CLIP of common/weights
-    "standin": dict(arms="base", steps=3_000, batch_size=192, images=30_000, lr=2e-3, wd=0.05, warmup=150, rank=0,
+    "standin": dict(arms="base", steps=2_500, batch_size=128, images=30_000, lr=2e-3, wd=0.05, warmup=150, rank=0,
                     out_dir="runs/standin_clip"),
     "gpu": dict(steps=3_000, batch_size=512, images=8_000, test_images=1_000, out_dir="runs/dci_gpu",
                 arms="clip,short,dense,dense+neg,negclip,dense+long"),
