@@ -9,7 +9,7 @@ Idea       A retrieval-conditioned diffusion model is trained on public pictures
 Equations  mean of neighbours + noise -> private_retrieve()     Renyi divergence of the sampled Gaussian -> rdp()
            epsilon by RDP -> epsilon()     ... by the privacy loss distribution -> epsilon_pld()     the meter -> Ledger
 Read first section 2, Ledger in section 3, then train() and run(); --plan answers what a budget buys without training
-Symbols    N private records, k neighbours, sigma noise on the MEAN, q chance of a record to be in a subsample, T queries, z = sigma
+Symbols    N private records, k neighbours, sigma noise on the MEAN, q its chance to be in a subsample, T queries, z = sigma
            k / 2 the noise multiplier, alpha order, delta <= 1/N, lambda share of the private part
 Run        python methods/dp_rdm.py --preset smoke                        (CPU, no data, under 30 s)
            python methods/dp_rdm.py                                       (CPU, no data, about 5 min)
@@ -238,7 +238,8 @@ def epsilon(q, z, steps, delta, conversion="improved", orders=ORDERS):
 
 # 3. MODULES: the tighter accountant, the inverses, randomness, the ledger, the network ---------------------------------------
 def epsilon_pld(q, z, steps, delta, h=1e-4):
-    """Epsilon by the privacy loss distribution, an upper bound too and the tighter one: the larger of removing and adding."""
+    """Epsilon by the privacy loss distribution, an upper bound too and the tighter one: the larger of removing and adding. h:
+    grid of the losses, coarser where they are large. inf above 500, where no number means anything."""
     if not 0 < delta < 1 or not 0 <= q <= 1 or not z > 0:
         raise ValueError(f"delta {delta} must be in (0, 1), q {q} in [0, 1], the noise multiplier {z} above 0")
     return max(_pld(q, z, steps, delta, h, add) for add in (False, True)) if steps and q else 0.0
@@ -263,36 +264,40 @@ def _hockey_stick(q, z, loss, add):
 
 def _pld(q, z, steps, delta, h, add):
     """Connect-the-dots discretisation (Doroshenko et al. 2022) on the grid i h, T-fold convolution by FFT."""
-    top = math.log1p(q * math.expm1(min(600.0, (1 + 24 * z) / (2 * z * z)))) if q < 1 else (1 + 24 * z) / (2 * z * z)
-    top = min(top, 600.0) + 2 * h
-    low = -math.log1p(-q) + 2 * h if q < 1 else top
-    up, down = (math.ceil(v / h) for v in ((low, top) if add else (top, low)))  # grid from -down to up
+    far = min(600.0, (1 + 24 * z) / (2 * z * z))  # the loss that one query exceeds with chance 1e-33
+    top, low = (far, far) if q == 1 else (math.log1p(q * math.expm1(far)), -math.log1p(-q))
+    up, down = (math.ceil(v / h) + 2 for v in ((low, top) if add else (top, low)))  # grid from -down to up
+    if up + down > 1 << 22:
+        return _pld(q, z, steps, delta, 4 * h, add)
     i = np.arange(-down - 1, up + 2)
     loss = i * h
-    # d(l) = (1 - e^l) + e^l d'(-l), d' of the other direction; the first part is linear in e^l and leaves no mass
+    # d(l) = (1 - e^l) + e^l d'(-l), d' of the other direction; the first part is linear in e^l and has its mass at 0 only
     d = np.where(i >= 0, _hockey_stick(q, z, np.maximum(loss, 0), add),
                  np.exp(np.minimum(loss, 0)) * _hockey_stick(q, z, np.maximum(-loss, 0), not add))  # fmt: skip
     fall = d[:-1] - d[1:]
     mass = fall[:-1] / -math.expm1(-h) - fall[1:] / math.expm1(h)
-    mass[down] += 1  # where the linear part ends, at 0
+    mass[down] += 1
     mass, infinite, loss = np.maximum(mass, 0), max(d[-2], 0.0), loss[1:-1]
     mean, second = (mass * loss).sum(), (mass * loss * loss).sum()
-    spread = 14 * math.sqrt(max(steps * (second - mean * mean), 0)) + loss[-1] - loss[0] if steps > 1 else loss[-1] - loss[0]
-    n = 1 << math.ceil(math.log2(max(len(mass), 2 * spread / h) + 2))
-    total = np.fft.irfft(np.fft.rfft(mass, n) ** steps, n) if steps > 1 else np.pad(mass, (0, n - len(mass)))
-    place = np.arange(n) - steps * down  # in steps of h, up to multiples of n
+    spread = 24 * math.sqrt(max(steps * (second - mean * mean), 0)) + loss[-1] - loss[0]
+    lost = -math.expm1(steps * math.log1p(-infinite))
+    if steps * mean > 500 or lost >= delta:
+        return math.inf
+    if spread / h > 1 << 23:
+        return _pld(q, z, steps, delta, 4 * h, add)
+    n = 1 << math.ceil(math.log2(max(len(mass), spread / h) + 2))
+    total = np.fft.irfft(np.fft.rfft(mass, n) ** steps, n)
+    place = np.arange(n) - steps * down  # in steps of h, up to multiples of n: take the one next to the mean
     place = place + n * np.round((steps * mean / h - place) / n)
     order = np.argsort(place)
     L, p = place[order] * h, np.maximum(total[order], 0)
-    lost = -math.expm1(steps * math.log1p(-infinite)) if infinite < 1 else 1.0
-    above = L > 0
-    L, p = L[above], p[above]
+    L, p = L[(L > 0) & (L < 700)], p[(L > 0) & (L < 700)]
     tail, scaled = (np.cumsum(v[::-1])[::-1] for v in (p, p * np.exp(-L)))
-    curve = lost + tail - np.exp(L) * scaled  # delta at epsilon = L, all of mass at and above L
-    if lost >= delta:
-        return math.inf
+    curve = lost + tail - np.exp(L) * scaled  # delta at epsilon = L
     j = int(np.searchsorted(-curve, -delta))  # the first L with delta(L) <= delta; between two of them the curve is exact
-    if j == len(L) or tail[j] + lost <= delta:
+    if j == len(L):
+        return math.inf
+    if tail[j] + lost <= delta:
         return float(L[j - 1]) if j else 0.0
     return max(0.0, math.log((tail[j] + lost - delta) / scaled[j]))
 
@@ -380,8 +385,8 @@ class Ledger:
 
     charge(q, z) before every answer. Under a lock it reads all charges, refuses (BudgetExceeded) if epsilon with the new one
     is above the budget, else appends a line and syncs it to the disk: two processes cannot overspend together, and after
-    kill -9 a charge is there or its answer was never given. A torn last line is such a one, and is cut off. budget, delta and bank (a
-    fingerprint of the set) are written once; ValueError if they differ later."""
+    kill -9 a charge is there or its answer was never given. A torn last line is such a one, and is cut off. budget, delta
+    and bank (a fingerprint of the set) are written once; ValueError if they differ later."""
 
     def __init__(self, path, budget: float, delta: float, bank: str = ""):
         if not budget > 0 or not 0 < delta < 1:
@@ -413,7 +418,7 @@ class Ledger:
             if (eps := self._epsilon(new)) > self.budget:
                 spent = self._epsilon(file.charges)
                 raise BudgetExceeded(f"{self.path}: {queries} more queries would make epsilon {eps:.4f}, the budget is "
-                                     f"{self.budget:g} and {spent:.4f} is spent; nothing was charged, nothing may be answered")  # fmt: skip
+                                     f"{self.budget:g} and {spent:.4f} is spent; nothing was charged")  # fmt: skip
             file.append({"q": q, "z": z, "queries": queries})
 
     def spent(self) -> float:
@@ -708,8 +713,8 @@ def _lgamma(x):
 
 
 def attack(k, sigma, q, delta, trials, seed=0, secretly=1.0):
-    """A planted record: D' = copies of -x and the record x, D without x; the mean moves by 2/k, the worst case. Releases of both
-    are told apart by their component along x, the likelihood-ratio test. -> epsilon, rows, whether the bound is broken.
+    """A planted record: D' = copies of -x and the record x, D without x; the mean moves by 2/k, the worst case. Releases of
+    both are told apart by their component along x, the likelihood-ratio test. -> epsilon, rows, whether the bound is broken.
 
     The guarantee: P[D' in S] <= e^eps P[D in S] + delta and the reverse. Broken: the favourable ends of exact 99 % intervals
     violate it. secretly: the true noise is this times sigma; 0.5 must be caught."""
@@ -722,11 +727,11 @@ def attack(k, sigma, q, delta, trials, seed=0, secretly=1.0):
     rows, broken = [], False
     for t in np.quantile(np.concatenate(released), (0.1, 0.5, 0.9, 0.95, 0.98, 0.99, 0.995)):
         hits = [int((r > t).sum()) for r in released]
-        for side, a, b in (("above", *hits), ("below", *(trials - h for h in hits)), ("above, D", *hits[::-1])):
+        # the event that points to x, with and without it; and its complement, without and with it
+        for side, a, b in (("above", *hits), ("below", *(trials - h for h in hits[::-1]))):
             caught = clopper_pearson(a, trials)[0] > math.exp(eps) * clopper_pearson(b, trials)[1] + delta
             broken |= caught
-            if side != "above, D":
-                rows.append([float(t), side, a / trials, b / trials, math.exp(eps) * b / trials + delta, caught])
+            rows.append([float(t), side, a / trials, b / trials, min(1.0, math.exp(eps) * b / trials + delta), caught])
     return eps, rows, broken
 
 
@@ -878,25 +883,31 @@ def report(cfg, world, scores, pictures, out) -> None:
 
 
 def show_plan(cfg) -> dict:
-    """What a privacy engineer asks before anything is trained."""
-    N = cfg.records
+    """What a privacy engineer asks before anything is trained: how many neighbours for a budget, how many queries for k."""
+    N, out, needs, lasts = cfg.records, {}, [], []
     delta = cfg.delta or 1 / N
     budgets, queries = ([float(v) for v in getattr(cfg, f).split(",")] for f in ("budgets", "queries"))
-    z, rows, lasts, out = cfg.sigma * cfg.k / 2, [], [], {}
-    print(f"N = {N:,}, delta = {delta:.3g}, sigma = {cfg.sigma:g} on the mean, k = {cfg.k}, z = sigma k / 2 = {z:g}")
-    print("adjacency: one record added or removed; Poisson subsample with rate q, drawn anew for each query\n")
-    for q in dict.fromkeys((1.0, 0.1, cfg.q, 0.01, 0.001)):
+    rates = list(dict.fromkeys((1.0, 0.1, cfg.q, 0.01, 0.001)))
+    for q in rates:
         for T in map(int, queries):
-            eps, order = to_epsilon(ORDERS, T * rdp(q, z, ORDERS), delta)
-            ks = [math.ceil(find_k(e, q, cfg.sigma, T, delta)) for e in budgets]
-            rows.append([f"{q:g}", f"{T:,}", f"{epsilon(q, z, T, delta, 'classic'):.3f}", f"{eps:.3f}",
-                         f"{epsilon_pld(q, z, T, delta):.3f}", f"{order:g}" + " (end of the grid)" * (order >= ORDERS[-1]),
-                         *(f"{k:,}" + " > N" * (k > N) for k in ks)])  # fmt: skip
-            out[f"epsilon q {q:g} T {T}"] = eps
-        lasts.append([f"{q:g}", *(f"{find_queries(e, q, z, delta):,}" for e in budgets)])
-    head = ["q", "queries", "eps, classic", "eps, RDP", "eps, PLD", "order", *(f"k for eps {e:g}" for e in budgets)]
-    print(table(rows, head))
-    print(f"\nhow many queries a budget lasts for, k = {cfg.k}\n" + table(lasts, ["q", *(f"eps {e:g}" for e in budgets)]))
+            for eps in budgets:
+                exact = find_k(eps, q, cfg.sigma, T, delta)
+                k = math.ceil(exact)
+                z = cfg.sigma * k / 2
+                rdp_eps, order = to_epsilon(ORDERS, T * rdp(q, z, ORDERS), delta)
+                end = " (end of the grid)" * (order >= ORDERS[-1])
+                needs.append([f"{q:g}", f"{T:,}", f"{eps:g}", f"{k:,}" + " > N" * (k > N), f"{z:.3f}", f"{rdp_eps:.3f}",
+                              f"{order:g}{end}", f"{epsilon(q, z, T, delta, 'classic'):.3f}",
+                              f"{epsilon_pld(q, z, T, delta):.3f}"])  # fmt: skip
+                out[f"k for epsilon {eps:g}, {T} queries, q {q:g}"] = exact
+    for k in (8, 16, 32, 64, 128, 256):
+        counts = [find_queries(eps, cfg.q, cfg.sigma * k / 2, delta) for eps in budgets]
+        lasts.append([str(k), f"{cfg.sigma * k / 2:g}", *(f"{c:,}" for c in counts)])
+    print(f"N = {N:,}, delta = {delta:.3g}, sigma = {cfg.sigma:g} on the mean of k neighbours, z = sigma k / 2")
+    print("adjacency: one record added or removed; Poisson subsample with rate q, drawn anew for each query\n")
+    head = ["q", "queries", "budget", "k", "z", "eps, RDP", "order", "eps, classic RDP", "eps, PLD"]
+    print("neighbours that a budget asks for, by RDP\n" + table(needs, head))
+    print(f"\nqueries that a budget lasts for, q = {cfg.q:g}\n" + table(lasts, ["k", "z", *(f"eps {e:g}" for e in budgets)]))
     return out
 
 
@@ -909,7 +920,7 @@ def show_attack(cfg) -> dict:
             text = [[f"{t:+.3f} {side}", *(f"{v:.5f}" for v in (a, b, bound)), "BROKEN" if bad else ""]
                     for t, side, a, b, bound, bad in rows]  # fmt: skip
             print(f"\n{name}: k {k}, sigma {sigma}, q {q:g}, one query, epsilon {eps:.3f} (PLD), delta {delta:g}")
-            print(table(text, ["release", "with the record", "without", "e^eps without + delta", ""]))
+            print(table(text, ["release", "likelier set", "other set", "e^eps other + delta", ""]))
             out[f"{name}, q {q:g}: broken"] = float(broken)
     held = not any(v for n, v in out.items() if n.startswith("as claimed"))
     caught = all(v for n, v in out.items() if n.startswith("noise"))
@@ -924,7 +935,8 @@ PRESETS = {
                   sigma=0.5, budgets="10", queries="8", log_every=2, save_every=2, out_dir="runs/dp_rdm_smoke"),
     "laptop": {},
     "gpu": dict(steps=20_000, batch_size=512, records=200_000, images=200_000, prompts=2_000, dim=384, depth=12, heads=6,
-                lr=5e-4, ema_decay=0.999, dtype="bfloat16", q=0.01, sample_steps=50, save_every=1_000, out_dir="runs/dp_rdm_gpu"),
+                lr=5e-4, ema_decay=0.999, dtype="bfloat16", q=0.01, sample_steps=50, save_every=1_000,
+                out_dir="runs/dp_rdm_gpu"),
     # released: blurred ImageNet as public, MS-COCO as private; the number of updates is not known
     "paper": dict(public="data/imagenet_blurred", private="data/coco", clip="data/metaclip-vit-b-16", vae="data/sd-vae",
                   image_size=256, steps=400_000, batch_size=1_280, lr=1e-4, warmup=100, ema_decay=0.9999, dtype="bfloat16",
