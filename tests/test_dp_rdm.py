@@ -1,0 +1,474 @@
+"""methods/dp_rdm.py: accountants against the reference table, sensitivity, subsampling, the ledger under kill and race, the attack."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from methods import dp_rdm as M
+from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
+
+SMALL = ["--preset", "smoke"]
+
+
+# Accountants. Reference values: papers' code and two published packages, computed once (opacus 1.6.0, dp-accounting 0.6.0)
+
+
+def test_the_released_example():
+    assert M.epsilon(0.01, 0.2 * 18 / 2, 1000, 1e-7) == pytest.approx(0.9968787608646338, abs=1e-9)
+    assert M.to_epsilon(M.ORDERS, 1000 * M.rdp(0.01, 1.8, M.ORDERS), 1e-7)[1] == 25
+
+
+EXACT = [  # q, z, order, Renyi divergence by 40-digit quadrature
+    (1, 1.0, 2, 1.0),
+    (0.01, 1.0, 1.5, 1.2725374332745e-4),
+    (0.01, 1.0, 2, 1.7181342207454794e-4),
+    (0.01, 1.0, 2.5, 2.1757533228188e-4),
+    (0.01, 1.0, 3, 2.64637574584661e-4),
+    (0.01, 1.0, 8, 8.93643907606028e-4),
+    (0.01, 1.0, 10.9, 0.38761141130038889),
+    (0.01, 1.0, 32, 11.246275937048069),
+    (0.1, 2.0, 1.1, 1.5231703665298e-3),
+    (0.1, 2.0, 2, 2.8362282662636e-3),
+    (0.1, 2.0, 4.7, 7.2051340461394e-3),
+    (0.01, 1.8, 25, 5.0023326263114e-4),
+    (0.5, 0.7, 6.3, 5.6046656251734524),
+    (0.5, 4.0, 1.1, 8.6737186115171517e-3),
+    (0.5, 4.0, 5.6, 4.7485147720255153e-2),
+    (0.001, 0.5, 5.5, 2.557208859227333),
+    (1e-4, 1.0, 2, math.log1p(1e-8 * math.expm1(1))),
+]
+
+
+@pytest.mark.parametrize("q, z, alpha, want", EXACT)
+def test_renyi_divergence(q, z, alpha, want):
+    assert M.rdp(q, z, alpha) == pytest.approx(want, rel=1e-10)
+
+
+def test_renyi_divergence_limits_and_both_formulas():
+    assert M.rdp(0, 2.0, 3.3) == 0 and M.rdp(1, 2.0, 3.3) == pytest.approx(3.3 / 8)
+    for q, z in ((1e-6, 4.0), (0.3, 0.8), (0.9, 2.0)):
+        assert M.rdp(q, z, 2) == pytest.approx(math.log1p(q * q * math.expm1(1 / z**2)), rel=1e-12)
+        whole = np.arange(2, 40).astype(float)  # the sum and the integral agree where both exist
+        by_integral = M._log_moment(M._quadrature, whole, q, z) / (whole - 1)
+        np.testing.assert_allclose(M.rdp(q, z, whole), by_integral, rtol=1e-9 if q > 1e-5 else 1e-5)
+        grid = M.rdp(q, z, M.ORDERS)
+        assert (np.diff(grid[np.argsort(M.ORDERS)]) >= -1e-15).all()
+    for bad in ((2, 1.0, 2), (0.1, 0.0, 2), (0.1, 1.0, 1.0)):
+        with pytest.raises(ValueError):
+            M.rdp(*bad)
+
+
+TABLE = [  # q, z, queries, delta, classic, improved, privacy loss distribution
+    (1, 1.0, 1, 1e-5, 5.298526, 4.728507, 4.37718),
+    (1, 5.0, 10, 1e-5, 3.234859, 2.813653, 2.59438),
+    (0.01, 1.0, 1000, 1e-5, 2.537983, 2.101365, 1.82824),
+    (256 / 60000, 1.1, 14063, 1e-5, 3.008381, 2.596656, 2.38178),
+    (0.01, 1.8, 1000, 1e-7, 1.165597, 0.996879, 0.92771),
+    (0.05, 1.5, 1000, 1e-5, 6.700394, 6.018907, 5.53481),
+    (0.001, 0.55, 10000, 1 / 82800, 5.254900, 4.438855, 3.47883),
+    (0.01, 0.9, 10000, 1 / 82800, 9.063654, 8.250861, 7.59064),
+    (0.1, 2.0, 100, 1e-6, 3.328044, 2.914173, 2.67504),
+    (0.02, 0.6, 100, 1e-5, 8.100686, 7.087869, 5.84621),
+    (0.5, 4.0, 50, 1e-5, 4.863527, 4.305842, 3.96143),
+    (1e-4, 0.4, 10000, 1e-8, 9.982836, 9.028064, 7.61993),
+]
+
+
+@pytest.mark.parametrize("q, z, T, delta, classic, improved, pld", TABLE)
+def test_epsilon_table(q, z, T, delta, classic, improved, pld):
+    assert M.epsilon(q, z, T, delta, "classic") == pytest.approx(classic, abs=1e-5)
+    assert M.epsilon(q, z, T, delta) == pytest.approx(improved, abs=1e-5)
+    assert M.epsilon_pld(q, z, T, delta) == pytest.approx(pld, abs=2e-4)
+
+
+def test_released_figure_and_operating_points():
+    figure = {(0.15, 1e-2): (383.2329, 31.8786, 10.7181), (0.15, 1e-4): (22.6546, 2.9147, 1.1416),
+              (0.25, 1e-3): (9.8071, 1.3633, 0.5699), (0.35, 1e-2): (20.0186, 4.9935, 2.9321),
+              (0.35, 1e-4): (1.9851, 0.4083, 0.2151)}  # fmt: skip
+    for (sigma, q), want in figure.items():
+        assert [M.epsilon(q, sigma * k / 2, 10_000, 1e-8) for k in (4, 8, 12)] == pytest.approx(want, abs=6e-5)
+    points = ((0.01, 0.5525, 100, 239e6, 9.950231, 10.878459, 8.624), (693 / 2**19, 0.35, 100, 82800, 10.000036, 11.295580, 7.782),
+              (0.01, 0.575, 1000, 50000, 9.442927, 10.564613, 8.066))  # fmt: skip
+    for q, z, T, N, improved, classic, pld in points:
+        assert M.epsilon(q, z, T, 1 / N) == pytest.approx(improved, abs=1e-5)
+        assert M.epsilon(q, z, T, 1 / N, "classic") == pytest.approx(classic, abs=1e-5)
+        assert M.epsilon_pld(q, z, T, 1 / N) == pytest.approx(pld, abs=1e-3)
+
+
+def test_inverses():
+    assert M.find_k(10, 0.01, 0.065, 100, 1 / 239e6) == pytest.approx(16.9719, abs=1e-3)
+    assert M.find_k(10, 0.01, 0.05, 1000, 1 / 50000) == pytest.approx(22.5986, abs=1e-3)
+    assert M.find_q(10, 20, 0.035, 100, 1 / 82800) == 693 / 2**19  # the released bisection, to the bit
+    coco = {(1, 1): (37.81, 21.05, 12.12), (1000, 0.1): (124.7, 73.4, 47.1), (10000, 0.01): (46.91, 33.08, 25.71)}
+    for (T, q), want in coco.items():
+        assert [M.find_k(e, q, 0.05, T, 1 / 82800) for e in (5, 10, 20)] == pytest.approx(want, rel=2e-3)
+    k = M.find_k(7.0, 0.03, 0.1, 500, 1e-5)
+    assert M.epsilon(0.03, 0.1 * k / 2, 500, 1e-5) == pytest.approx(7, abs=1e-4)
+    assert M.find_sigma(7.0, 0.03, k, 500, 1e-5) == pytest.approx(0.1, rel=1e-3)
+    T = M.find_queries(10, 0.01, 0.85, 1 / 82800)
+    assert M.epsilon(0.01, 0.85, T, 1 / 82800) <= 10 < M.epsilon(0.01, 0.85, T + 1, 1 / 82800)
+    assert M.find_queries(1, 1, 0.1, 1e-5) == 0
+
+
+def test_closed_forms_and_order_of_the_bounds():
+    def balle_wang(z, T, eps):
+        def phi(x):
+            return math.erfc(-x / math.sqrt(2)) / 2
+
+        m = math.sqrt(T) / z
+        return phi(m / 2 - eps / m) - math.exp(eps) * phi(-m / 2 - eps / m)
+
+    for z, T in ((1.0, 1), (5.0, 10), (3.0, 4)):
+        eps = M.epsilon_pld(1, z, T, 1e-5)
+        assert balle_wang(z, T, eps) == pytest.approx(1e-5, rel=1e-4)
+        rho, L = T / (2 * z * z), math.log(1e5)  # zCDP is the classic conversion over all real orders
+        dense = 1 + np.linspace(0.01, 60, 60_000)
+        assert M.to_epsilon(dense, T * M.rdp(1, z, dense), 1e-5, "classic")[0] == pytest.approx(
+            rho + 2 * math.sqrt(rho * L), rel=1e-6
+        )
+    for q, z, T, delta in ((0.03, 1.3, 200, 1e-6), (0.5, 3.0, 10, 1e-4), (0.002, 0.7, 5000, 1e-5)):
+        pld, improved = M.epsilon_pld(q, z, T, delta), M.epsilon(q, z, T, delta)
+        assert pld < improved < M.epsilon(q, z, T, delta, "classic")
+        assert M.epsilon(q, z, 2 * T, delta) > improved > M.epsilon(q, 2 * z, T, delta)
+        assert M.epsilon(q / 2, z, T, delta) < improved < M.epsilon(q, z, T, delta / 10)
+    assert M.epsilon(0.1, 1.0, 0, 1e-5) == M.epsilon(0, 1.0, 9, 1e-5) == M.epsilon_pld(0.1, 1.0, 0, 1e-5) == 0
+    assert M.epsilon_pld(1, 0.1, 1000, 1e-5) == math.inf
+    for bad in ((0.1, 1.0, 1, 1.0), (0.1, 1.0, 1, 0.0)):
+        with pytest.raises(ValueError, match="delta"):
+            M.epsilon(*bad)
+        with pytest.raises(ValueError, match="delta"):
+            M.epsilon_pld(*bad)
+
+
+# The mechanism
+
+
+def mean_of(query, bank, k):
+    return M.private_retrieve(query, bank, k, 0.0)
+
+
+def test_without_noise_it_is_the_mean_of_the_nearest():
+    g = torch.Generator().manual_seed(0)
+    bank, query = torch.randn(500, 16, generator=g), torch.randn(16, generator=g)
+    for k in (1, 7, 500):
+        unit = torch.nn.functional.normalize(bank.double(), dim=1)
+        best = (unit @ query.double()).argsort(descending=True)[:k]
+        torch.testing.assert_close(mean_of(query, bank, k), unit[best].mean(0), atol=1e-12, rtol=0)
+        got = M.nearest(M.unit(query[None])[0], bank, k, block=64)
+        assert sorted(got.tolist()) == sorted(best.tolist())
+    scaled = bank.clone()
+    scaled[::3] *= 100
+    torch.testing.assert_close(mean_of(query, scaled, 7), mean_of(query, bank, 7), atol=1e-7, rtol=0)
+    same = torch.ones(40, 3)
+    assert M.nearest(M.unit(same[:1])[0], same, 4).tolist() == [0, 1, 2, 3]  # ties: the lowest index
+
+
+def test_sensitivity():
+    """One record more changes the mean by 2/k at most; the worst case attains it; with fewer than k records it is 1/k."""
+    g, k, worst = torch.Generator().manual_seed(0), 4, 0.0
+
+    def answer(query, bank):
+        rows = torch.arange(len(bank))
+        best = M.nearest(M.unit(query[None])[0], bank, k, rows) if len(bank) else rows
+        return M.unit(bank[best]).sum(0) / k if len(best) else torch.zeros(8, dtype=torch.float64)
+
+    for _ in range(400):
+        n = int(torch.randint(0, 12, (1,), generator=g))
+        bank, x, query = torch.randn(n, 8, generator=g), torch.randn(1, 8, generator=g), torch.randn(8, generator=g)
+        change = (answer(query, torch.cat([bank, x])) - answer(query, bank)).norm().item()
+        worst = max(worst, change)
+        assert change <= (2 / k if n >= k else 1 / k) + 1e-12
+    assert worst > 0.3
+    x = torch.eye(8)[:1]
+    bank = -x.expand(k, 8)
+    assert (answer(x[0], torch.cat([bank, x])) - answer(x[0], bank)).norm().item() == pytest.approx(2 / k)
+
+
+def test_few_neighbours_are_divided_by_k_and_none_is_pure_noise():
+    bank, query = torch.randn(6, 8), torch.randn(8)
+    random = M.Random(0)
+    random.subsample = lambda N, q: torch.tensor([2, 5])
+    got = M.private_retrieve(query, bank, 4, 0.0, 0.5, random)
+    torch.testing.assert_close(got, M.unit(bank[[2, 5]]).sum(0) / 4)
+    random.subsample = lambda N, q: torch.zeros(0, dtype=torch.long)
+    noise = torch.stack([M.private_retrieve(query, bank, 4, 0.3, 0.5, random) for _ in range(500)])
+    assert noise.std().item() == pytest.approx(0.3, rel=0.05) and noise.mean().abs() < 0.03
+
+
+def test_poisson_subsampling():
+    random, N, q = M.Random(0), 400, 0.05
+    draws = [random.subsample(N, q) for _ in range(3000)]
+    sizes = np.array([len(d) for d in draws])
+    assert sizes.mean() == pytest.approx(N * q, rel=0.02) and sizes.var() == pytest.approx(N * q * (1 - q), rel=0.08)
+    hit = np.zeros((3000, N), bool)
+    for i, d in enumerate(draws):
+        assert (d.diff() > 0).all() and (len(d) == 0 or (0 <= d[0] and d[-1] < N))
+        hit[i, d] = True
+    share = hit.mean(0)
+    assert abs(share - q).max() < 5 * math.sqrt(q * (1 - q) / 3000)  # the first and the last record too
+    assert abs(np.corrcoef(hit[:, 3], hit[:, 4])[0, 1]) < 0.06 and len({tuple(d.tolist()) for d in draws}) > 2900
+    assert len(random.subsample(7, 1.0)) == 7 and random.subsample(10**7, 1e-7).numel() < 20
+
+
+def test_noise_and_fresh_draws():
+    bank, query, random = torch.randn(50, 64), torch.randn(64), M.Random(3)
+    clean = mean_of(query, bank, 5)
+    noise = torch.stack([M.private_retrieve(query, bank, 5, 0.2, 1.0, random) - clean for _ in range(200)])
+    assert noise.std(0).mean().item() == pytest.approx(0.2, rel=0.03) and not torch.equal(noise[0], noise[1])
+    again = M.private_retrieve(query, bank, 5, 0.2, 1.0, M.Random(3))
+    torch.testing.assert_close(again, M.private_retrieve(query, bank, 5, 0.2, 1.0, M.Random(3)))
+
+
+def test_secure_randomness():
+    random = M.Random()
+    u, n = random.uniform(20_000), random.normal(20_000)
+    assert u.dtype == torch.float64 and 0 < u.min() and u.max() < 1 and u.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert n.std().item() == pytest.approx(1, abs=0.03) and n.mean().abs() < 0.04 and torch.isfinite(n).all()
+    assert not torch.equal(M.Random().uniform(5), M.Random().uniform(5))
+
+
+def test_wrong_banks():
+    good, query = torch.randn(9, 4), torch.randn(4)
+    for bank, words in ((torch.cat([good, torch.zeros(1, 4)]), "zero"), (torch.full((9, 4), torch.nan), "NaN")):
+        with pytest.raises(ValueError, match=words):
+            M.private_retrieve(query, bank, 10 if len(bank) == 10 else 3, 0.1)
+    with pytest.raises(ValueError, match="direction"):
+        M.private_retrieve(torch.zeros(4), good, 3, 0.1)
+    for k, q in ((10, 1.0), (0, 1.0), (3, 0.0), (3, 1.1)):
+        with pytest.raises(ValueError, match="must be in"):
+            M.private_retrieve(query, good, k, 0.1, q)
+
+
+def test_blending_and_public_only():
+    private, other = torch.randn(6).double(), torch.randn(4, 6).double()
+    torch.testing.assert_close(M.blend(private, other, 0.25), 0.25 * private[None] + 0.75 * other)
+    world = M.World(None, torch.randn(30, 6), torch.full((20, 6), torch.nan), None, ["a"] * 3, torch.randn(3, 6))
+    got = M.conditions(M.Arm(0.0, k=4), world, M.Config(), None, None)
+    assert got.shape == (3, 4, 6) and torch.isfinite(got).all()  # no private row is touched
+
+
+def test_training_means():
+    near, noise = torch.randn(5, 4, 8), torch.randn(5, 8)
+    clean = torch.nn.functional.normalize(near, dim=2).mean(1)
+    for u, std in ((0.0, 0.05), (0.5, 0.025)):
+        got = M.noisy_mean(near, 0.05, torch.tensor(u), noise)
+        torch.testing.assert_close(got[:, 0], clean + std * noise)
+
+
+def test_equal_tokens_act_as_one():
+    model = M.Generator(6, (4, 8), M.Config(dim=16, depth=2, heads=2))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    z, t, token, keep = torch.randn(2, 4, 8, 8), torch.rand(2), torch.randn(2, 1, 6), torch.tensor([True, False])
+    torch.testing.assert_close(model(z, t, token, keep), model(z, t, token.expand(2, 9, 6), keep), atol=1e-5, rtol=1e-4)
+
+
+# The ledger
+
+
+def test_ledger_counts_refuses_and_survives(tmp_path):
+    path, q, z = tmp_path / "l.jsonl", 0.01, 0.85
+    allowed = M.find_queries(2.0, q, z, 1e-5)
+    ledger = M.Ledger(path, 2.0, 1e-5, "bank a")
+    assert ledger.spent() == 0
+    ledger.charge(q, z, allowed - 1)
+    assert ledger.spent() == pytest.approx(M.epsilon(q, z, allowed - 1, 1e-5))
+    M.Ledger(path, 2.0, 1e-5, "bank a").charge(q, z)
+    before = path.read_bytes()
+    with pytest.raises(M.BudgetExceeded, match="nothing was charged"):
+        ledger.charge(q, z)
+    assert path.read_bytes() == before and ledger.queries() == allowed
+    for other in ((3.0, 1e-5, "bank a"), (2.0, 1e-6, "bank a"), (2.0, 1e-5, "bank b")):
+        with pytest.raises(ValueError, match="belongs to another budget or bank"):
+            M.Ledger(path, *other)
+    with open(path, "ab") as f:
+        f.write(b'{"q": 0.01, "z"')  # the power went off: this answer was never given
+    assert M.Ledger(path, 2.0, 1e-5, "bank a").queries() == allowed and path.read_bytes() == before
+    path.write_bytes(before.replace(b'"queries": 1}', b'"queries": -5}'))
+    with pytest.raises(ValueError, match="damaged"):
+        ledger.spent()
+    for bad in ((0, 1.0), (1.5, 1.0), (0.1, 0.0)):
+        with pytest.raises(ValueError, match="a charge needs"):
+            ledger.charge(*bad)
+    with pytest.raises(ValueError, match="budget"):
+        M.Ledger(tmp_path / "n", 0, 1e-5)
+
+
+def test_different_queries_compose(tmp_path):
+    ledger = M.Ledger(tmp_path / "l", 50.0, 1e-5)
+    ledger.charge(0.01, 1.0, 300)
+    ledger.charge(1.0, 6.0, 4)
+    total = 300 * M.rdp(0.01, 1.0, M.ORDERS) + 4 * M.rdp(1.0, 6.0, M.ORDERS)
+    assert ledger.spent() == pytest.approx(M.to_epsilon(M.ORDERS, total, 1e-5)[0])
+
+
+def spend(path):
+    ledger, count = M.Ledger(path, 1.0, 1e-5), 0
+    while True:
+        try:
+            ledger.charge(1.0, 20.0)
+            count += 1
+        except M.BudgetExceeded:
+            return count
+
+
+def test_two_processes_cannot_overspend(tmp_path):
+    path = str(tmp_path / "l")
+    with multiprocessing.get_context("forkserver").Pool(3) as pool:
+        counts = pool.map(spend, [path] * 3)
+    assert sum(counts) == M.find_queries(1.0, 1.0, 20.0, 1e-5) == M.Ledger(path, 1.0, 1e-5).queries() and sum(counts) > 10
+
+
+def test_a_killed_service_has_charged_what_it_answered(tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from methods import dp_rdm as M
+ledger = M.Ledger({str(tmp_path / "l")!r}, 1e6, 1e-5)
+while True:
+    ledger.charge(1.0, 1.0)
+    print("answer", flush=True)
+"""
+    with open(tmp_path / "out", "w") as out:
+        service = subprocess.Popen([sys.executable, "-c", code], stdout=out, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while (tmp_path / "out").read_text().count("\n") < 20 and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(service.pid, signal.SIGKILL)
+    service.wait()
+    answers = (tmp_path / "out").read_text().count("\n")
+    assert answers >= 20 and answers <= M.Ledger(tmp_path / "l", 1e6, 1e-5).queries() <= answers + 1
+
+
+def test_an_answer_is_charged_first():
+    world = M.World(None, torch.randn(30, 6), torch.randn(20, 6), None, ["a"] * 3, torch.randn(3, 6))
+
+    class Refuses:
+        def charge(self, q, z):
+            assert (q, z) == (0.5, 0.5)
+            raise M.BudgetExceeded("spent")
+
+    arm = M.Arm(10.0, 5, 10, 0.1, 0.5)
+    real = M.private_retrieve
+    try:
+        M.private_retrieve = None  # would fail if it were reached
+        with pytest.raises(M.BudgetExceeded):
+            M.conditions(arm, world, M.Config(), Refuses(), M.Random(0))
+    finally:
+        M.private_retrieve = real
+
+
+# The attack
+
+
+def test_clopper_pearson():
+    low, high = M.clopper_pearson(7, 50, 0.95)  # beta quantiles, as every statistics package gives them
+    assert (low, high) == (pytest.approx(0.0582, abs=1e-4), pytest.approx(0.2674, abs=1e-4))
+    assert M.clopper_pearson(0, 20, 0.95) == (0.0, pytest.approx(1 - 0.025 ** (1 / 20), abs=1e-6))
+    assert M.clopper_pearson(20, 20, 0.95) == (pytest.approx(0.025 ** (1 / 20), abs=1e-6), 1.0)
+
+
+def test_the_planted_record_stays_hidden_and_half_the_noise_is_caught():
+    for q in (1.0, 0.5):
+        assert not M.attack(4, 0.5, q, 0.01, 3_000)[2]
+        assert M.attack(4, 0.5, q, 0.01, 3_000, secretly=0.5)[2]
+
+
+# The whole
+
+
+def _gradients(env):
+    torch.manual_seed(0)
+    cfg = M.Config(dim=16, depth=1, heads=2)
+    model = M.Generator(6, (4, 8), cfg)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    z, near, u, noise, extra = (
+        torch.randn(4, 4, 8, 8),
+        torch.randn(4, 3, 6),
+        torch.rand(5, 2),
+        torch.randn(4, 4, 8, 8),
+        torch.randn(4, 6),
+    )
+    mine = slice(env.rank * 4 // env.world, (env.rank + 1) * 4 // env.world)
+    wrapped = M.ddp.wrap(model, env)
+    loss = M.method_loss(wrapped, z[mine], near[mine], torch.cat([u[:-1][mine], u[-1:]]), noise[mine], extra[mine], cfg)
+    loss.backward()
+    return {"loss": torch.tensor(M.ddp.mean({"l": loss})["l"]), "proj": model.proj.weight.grad, "null": model.null.grad}
+
+
+def test_two_processes_equal_one(tmp_path):
+    want = _gradients(M.ddp.Env(0, 1, torch.device("cpu")))
+    for got in in_processes(2, _gradients, path=tmp_path):
+        for k, v in want.items():
+            torch.testing.assert_close(got[k], v, atol=1e-6, rtol=1e-4)
+
+
+def test_smoke_in_one_and_two_processes_and_resume(tmp_path):
+    one = run("methods/dp_rdm.py", *SMALL, "--out_dir", tmp_path / "a")
+    assert one.returncode == 0, one.stderr
+    for words in ("public only", "not private", "epsilon 10", "spent by 8 queries", "above 1/10"):
+        assert words in one.stdout
+    score = json.loads((tmp_path / "a/metrics.json").read_text())
+    assert 0 < score["epsilon 10, 8 queries spent"] <= 10 and score["public only spent"] == 0
+    two = torchrun(2, "methods/dp_rdm.py", *SMALL, "--out_dir", tmp_path / "b")
+    assert two.returncode == 0, two.stderr
+    assert json.loads((tmp_path / "b/metrics.json").read_text()) == pytest.approx(score, rel=1e-3, abs=1e-2)
+    calls, real = [], M.ddp.interrupted
+    cfg = M.Config(**{**M.PRESETS["smoke"], "out_dir": str(tmp_path / "c")})
+    try:
+        M.ddp.interrupted = lambda: calls.append(1) or len(calls) == 3
+        with pytest.raises(KeyboardInterrupt):
+            M.run(cfg)
+    finally:
+        M.ddp.interrupted = real
+    M.run(cfg)
+    again = inside(M, *SMALL, "--out_dir", tmp_path / "d")
+    assert again.returncode == 0
+    for name in ("model.safetensors", "metrics.json"):
+        assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "d" / name).read_bytes()
+
+
+def test_plan_needs_no_model(capsys):
+    M.run(M.Config(plan=True, records=82800, q=0.01, budgets="10", queries="1000"))
+    out = capsys.readouterr().out
+    assert "0.01   1,000    10      23" in out and "eps, PLD" in out and "adjacency" in out
+
+
+def test_banks_from_files(tmp_path):
+    bank = torch.randn(5, 3)
+    np.save(tmp_path / "b.npy", bank.numpy())
+    M.ckpt.export(tmp_path / "b.safetensors", {"embedding": bank})
+    for name in ("b.npy", "b.safetensors"):
+        torch.testing.assert_close(M.read_bank(tmp_path / name), bank)
+    np.save(tmp_path / "c.npy", np.zeros(4))
+    for name, words in (("c.npy", "rows"), ("none.npy", "holds no embeddings")):
+        with pytest.raises(ValueError, match=words):
+            M.read_bank(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--q", "0"], ["--q 0.0"]),
+        (["--delta", "1"], ["--delta 1.0"]),
+        (["--secure", "--seed", "3"], ["--secure", "--seed"]),
+        (["--budgets", "ten"], ["--budgets ten"]),
+        (["--queries", "0"], ["--queries 0"]),
+        (["--sigma", "0.01", "--queries", "1000"], ["neighbours", "the private set has 64"]),
+        (["--public", "nowhere"], ["--private"]),
+        (["--public", "nowhere", "--private", "nowhere"], ["nowhere", "data_prep/"]),
+        (["--clip", "x"], ["--tokenizer"]),
+        (["--other", "all"], ["--other all"]),
+    ],
+)
+def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
+    user_error(inside(M, *SMALL, "--out_dir", tmp_path / "r", *flags), *words)
