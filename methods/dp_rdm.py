@@ -15,8 +15,8 @@ Run        python methods/dp_rdm.py --preset smoke                        (CPU, 
            python methods/dp_rdm.py                                       (CPU, no data, about 5 min)
            python methods/dp_rdm.py --plan --records 82800                (epsilon, queries, neighbours as tables)
            python methods/dp_rdm.py --attack                              (a planted record, and whether the bound holds)
-Data       generated (common/scenes.py): three regions of the world are public, the fourth is private; or shards by data_prep
-           (--public, --private) with --vae and --clip, or embeddings as .npy / .safetensors
+Data       generated (common/scenes.py): the public world has every colour, the private one a palette of its own; or shards by
+           data_prep (--public, --private) with --vae and --clip
 Expect     laptop: see methods/RESULTS.md
 Differs    from the paper: a small DiT for its 401 M UNet, condition dropout for guidance (there the null vector was never
            trained), stand-in CLIP and features. From the released code: too few neighbours are summed and divided by k (there
@@ -37,7 +37,7 @@ import math
 import os
 import secrets
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +62,7 @@ class Config:
     # run: the same names in all ten files
     out_dir: str = "runs/dp_rdm"  # one folder a run
     seed: int = 0  # of weights, scenes and training; noise and subsamples too, unless --secure
-    steps: int = 900  # optimiser updates on public pictures
+    steps: int = 1_400  # optimiser updates on public pictures
     batch_size: int = 64  # GLOBAL, divided by the number of processes; released: 1,280
     accum: int = 1  # micro-batches an update
     lr: float = 3e-3  # AdamW, constant after the warm-up; released: 1e-4
@@ -576,26 +576,31 @@ class Embedder:
         return F.normalize(self.net.encode_text(ids).float(), dim=1).cpu()
 
 
-PRIVATE = "east"  # the region whose pictures are private
+PRIVATE = dict(colours=("purple", "pink"), texture="spotted")  # the private domain: one workshop's palette
+
+
+def generated(count, seed, private):
+    """One object a picture; public ones have every colour and texture, private ones those of PRIVATE."""
+    world = [scenes.scene(i, seed, (1, 1), grid=2) for i in range(count)]
+    if private:
+        things = [
+            replace(s.things[0], colour=PRIVATE["colours"][i % 2], texture=PRIVATE["texture"]) for i, s in enumerate(world)
+        ]
+        world = [replace(s, things=(t,)) for s, t in zip(world, things)]
+    x = np.concatenate([scenes.render(world[i : i + 256], 32) for i in range(0, count, 256)])
+    return world, torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
 
 def open_world(cfg, env, embed) -> World:
+    """Prompts name shapes alone: how they look here is what only the private set knows."""
     if bool(cfg.public) != bool(cfg.private):
         raise ValueError("--public and --private belong together: two folders of shards")
     if cfg.public:
         return open_folders(cfg, env, embed)
-    regions = ("", *(r for r in scenes.REGIONS if r != PRIVATE))
-
-    def pictures(count, seed, region):
-        world = [scenes.scene(i, seed, (1, 2), region=region, grid=2) for i in range(count)]
-        x = np.concatenate([scenes.render(world[i : i + 256], 32) for i in range(0, count, 256)])
-        return world, torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
-
-    part = -(-cfg.images // len(regions))
-    public = torch.cat([pictures(part, cfg.seed * 100 + 1 + i, r)[1] for i, r in enumerate(regions)])
-    private = pictures(cfg.records, cfg.seed * 100 + 50, PRIVATE)[1]
-    world, test = pictures(2 * cfg.prompts, cfg.seed * 100 + 60, PRIVATE)
-    prompts = [scenes.name(s.things[0], size=False, texture=False) for s in world[: cfg.prompts]]
+    public = generated(cfg.images, cfg.seed * 100 + 1, False)[1]
+    private = generated(cfg.records, cfg.seed * 100 + 2, True)[1]
+    world, test = generated(2 * cfg.prompts, cfg.seed * 100 + 3, True)
+    prompts = [f"a {s.things[0].shape}" for s in world[: cfg.prompts]]
     return World(public, embed.pictures(public), embed.pictures(private), test, prompts, embed.texts(prompts))
 
 
@@ -760,7 +765,8 @@ def train(cfg, env, vae, world):
     """The public model, with exact resume. -> the EMA weights in a model."""
     out = Path(cfg.out_dir)
     with torch.no_grad():
-        z = torch.cat([vae.encode(x.to(env.device).float() / 127.5 - 1)[0].cpu() for x in world.public.split(256)])
+        parts = [vae.encode(x.to(env.device).float() / 127.5 - 1)[0] for x in world.public.split(256)]
+        z = vae.to_latent(torch.cat(parts)).cpu()
     near = neighbours_of(world.public_bank, cfg.k)
     ddp.reseed(cfg.seed, 0, 0)
     model = Generator(world.public_bank.shape[1], tuple(z.shape[1:3]), cfg).to(env.device)

@@ -330,7 +330,8 @@ class StandIns:
         texts = [p.text for p in self.prompts for _ in range(n)]
         if point.model == "codec":  # a real picture through a latent of few values: more bits, nearer to the source
             world = [s for p in self.prompts for s in real_scenes(p, n, cfg.seed * 2 + 1)]
-            z = torch.cat([self.vae.encode(x.to(self.env.device))[0] for x in pictures_of(world).split(256)])
+            parts = pictures_of(world).split(256)
+            z = torch.cat([self.vae.to_latent(self.vae.encode(x.to(self.env.device))[0]) for x in parts])
             return torch.cat([self.vae.decode(part).cpu() for part in quantise(z, int(point.value)).split(256)])
         name = {"early": "painter_early", "middle": "painter_middle", "late": "painter"}[point.model]
         if name not in self.painters:
