@@ -132,7 +132,7 @@ def lines(series: dict[str, tuple[list, list]], title: str = "", x: str = "step"
 def scatter(series: dict[str, list[tuple]], front: list[tuple], title: str = "", x: str = "", y: str = "", size=(520, 420),
             legend: bool = True) -> Image.Image:  # fmt: skip
     """series: name -> points (x, y, label, strong, (dx, dy)): one colour a name; points that are not strong are faint; dx, dy:
-    half intervals, drawn as a cross. front: (x, y) in order of x, joined by steps: what is below and left of them is dominated."""
+    half intervals, drawn as a cross. front: (x, y) in order of x, joined by steps: below and left of them is dominated."""
     every = [p for points in series.values() for p in points if np.isfinite(p[0]) and np.isfinite(p[1])]
     xs, ys = (np.array([p[i] for p in every], float) for i in (0, 1))
     axes = _Axes(xs, ys, title, x, y, size, list(series) if legend else [], margin=0.12)
@@ -164,4 +164,14 @@ def row(images: list[Image.Image]) -> Image.Image:
     for i in images:
         out.paste(i, (left, 0))
         left += i.width
+    return out
+
+
+def below(image: Image.Image, lines: list[str]) -> Image.Image:
+    """The image with lines of text under it."""
+    out = Image.new("RGB", (image.width, image.height + 19 * len(lines) + 10), PAPER)
+    out.paste(image, (0, 0))
+    draw = ImageDraw.Draw(out)
+    for i, text in enumerate(lines):
+        draw.text((12, image.height + 19 * i), text, INK, font(14))
     return out

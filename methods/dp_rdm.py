@@ -81,7 +81,7 @@ class Config:
     max_bad: float = 0.01  # share of damaged samples at which the run stops
     # the mechanism
     k: int = 4  # neighbours of the non-private and the public retrieval; the private ones follow from the budget
-    sigma: float = 0.05  # noise on the mean of the neighbours, a coordinate
+    sigma: float = 0.1  # noise on the mean of the neighbours, a coordinate; the paper's 0.05 in 512 dimensions is as long
     q: float = 0.02  # chance of a private record to be in the subsample of a query
     budgets: str = "5,10,20"  # epsilons, one private arm each
     queries: str = "1000,10000"  # T, queries that the budget must last for; one private arm each
@@ -90,14 +90,16 @@ class Config:
     other: str = "public"  # what the rest is: public (neighbours, neither averaged nor noisy) or text (the prompt itself)
     secure: bool = False  # noise and subsamples from the operating system; not reproducible, refused together with a seed
     # training and sampling
-    max_noise: float = 0.05  # noise of training means: std uniform in (0, this]
+    max_noise: float = 0.1  # noise of training means: std uniform in (0, this]; released: 0.05
     drop: float = 0.1  # chance of the null condition, for guidance; released: 0
     guidance: float = 2.0  # classifier-free guidance; released: 2, CIFAR-10 1.25
     sample_steps: int = 16  # Euler steps; released: 100 of DDIM
     # data and model
     public: str = ""  # folder of public shards
     private: str = ""  # folder of private shards
-    records: int = 6_000  # generated private records; of --plan: N
+    public_bank: str = ""  # their embeddings, if computed before: .npy or .safetensors, one row a picture
+    private_bank: str = ""  # the same of the private set
+    records: int = 12_000  # generated private records; of --plan: N
     images: int = 9_000  # generated public pictures
     prompts: int = 256  # queries of the evaluation
     clip: str = ""  # CLIP weights that embed pictures and prompts; "" = the stand-in
@@ -617,7 +619,12 @@ def open_folders(cfg, env, embed) -> World:
     _, test, labels = pictures(cfg.private, held_out)
     rows = np.random.default_rng(cfg.seed).permutation(len(test))[: cfg.prompts]
     prompts = [f"a photo of a {classes[int(labels[r])].replace('_', ' ')}" for r in rows]
-    return World(public, embed.pictures(public), embed.pictures(private), test, prompts, embed.texts(prompts))
+    banks = [read_bank(path) if path else embed.pictures(images)
+             for path, images in ((cfg.public_bank, public), (cfg.private_bank, private))]  # fmt: skip
+    if len(banks[0]) != len(public) or banks[0].shape[1] != banks[1].shape[1]:
+        raise ValueError(f"--public_bank {tuple(banks[0].shape)} must have a row for each of {len(public):,} public pictures "
+                         f"and as many columns as the private bank {tuple(banks[1].shape)}")  # fmt: skip
+    return World(public, *banks, test, prompts, embed.texts(prompts))
 
 
 # 5. EVALUATE ---------------------------------------------------------------------------------------------------------------
@@ -951,8 +958,8 @@ PRESETS = {
     # released: blurred ImageNet as public, MS-COCO as private; the number of updates is not known
     "paper": dict(public="data/imagenet_blurred", private="data/coco", clip="data/metaclip-vit-b-16", vae="data/sd-vae",
                   image_size=256, steps=400_000, batch_size=1_280, lr=1e-4, warmup=100, ema_decay=0.9999, dtype="bfloat16",
-                  dim=1152, depth=28, heads=16, q=0.01, sample_steps=100, workers=12, save_every=5_000,
-                  out_dir="runs/dp_rdm_coco"),
+                  dim=1152, depth=28, heads=16, q=0.01, sigma=0.05, max_noise=0.05, sample_steps=100, workers=12,
+                  save_every=5_000, out_dir="runs/dp_rdm_coco"),
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -303,7 +303,7 @@ def pictures_of(world) -> torch.Tensor:
     return torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def seen_scenes(judge, images) -> list[scenes.Scene]:
+def seen_scenes(judge, images) -> list[scenes.Scene]:  # twin: seen_scenes
     """What the judge reads off each picture, as scenes, so that questions can be asked about them."""
     read, out = judge.read(images, 2), []
     for i in range(len(images)):

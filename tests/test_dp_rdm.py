@@ -438,7 +438,7 @@ def test_smoke_in_one_and_two_processes_and_resume(tmp_path):
 
 
 def test_plan_needs_no_model(capsys):
-    M.run(M.Config(plan=True, records=82800, q=0.01, budgets="10", queries="1000"))
+    M.run(M.Config(plan=True, records=82800, q=0.01, sigma=0.05, budgets="10", queries="1000"))
     out = capsys.readouterr().out
     assert "0.01   1,000    10      23" in out and "eps, PLD" in out and "adjacency" in out
 

@@ -1,0 +1,1011 @@
+"""Prompt optimisation: a language model rewrites the prompt until the pictures agree with what was asked for.
+
+Paper      Manas, Astolfi, Hall, Ross, Urbanek, Williams, Agrawal, Romero-Soriano, Drozdzal: Improving Text-to-Image Consistency
+           via Automatic Prompt Optimization. TMLR 2024, arXiv 2403.17804
+Idea       A text-to-image model ignores parts of a prompt, and the same content in other words comes out better. Nothing has to
+           be trained to find those words: draw pictures for a prompt, score how well they agree with the USER'S prompt, show a
+           language model the best prompts so far with their scores, element by element, and ask for better ones. Repeat.
+Equations  Sec. 3, the loop -> optimise()     its message -> meta_prompt()     decomposed CLIPScore -> dcs()
+           DSG with its dependency graph -> dsg_score()
+Read first section 2, meta_prompt() and ChatClient in section 3, then run(); generators and scorers can be replaced
+Symbols    p0 user prompt, f language model, g text-to-image model, S score of pictures against p0; T iterations, n prompts of
+           each, m pictures of a prompt from the same m seeds, k prompts of the history
+Run        python methods/opt2i.py --preset smoke                           (CPU, no files, under 30 s)
+           python methods/opt2i.py                                          (CPU, no files, about 5 min)
+           python methods/opt2i.py --llm_url http://localhost:8000/v1 --prompts prompts.tsv --image_url http://localhost:9000/v1
+           python methods/opt2i.py --replay runs/opt2i/exchanges.jsonl      (no server: the answers of an earlier run)
+Data       generated prompts (common/scenes.py) with their questions; or PartiPrompts, DrawBench, COCO captions, DSG-1k
+Expect     laptop: see methods/RESULTS.md
+Differs    from the paper: offline the language model is a small stand-in, trained on paraphrases of generated captions and
+           called so, the picture model an early stand-in, VQA a classifier of scenes: nothing reproduces the paper's
+           table. Reported too: gains on fresh seeds, since the best of many on m seeds flatters itself. Our own messages.
+           from the DSG code: parents count transitively (--official_dsg: their own answers only), malformed cells and cycles
+           do not empty the graph. Left out: Promptist, image editing, the fine-tuning of the stand-in on its own finds.
+Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
+           vae.py vit.py zoo.py and weights/   (copy these with this file)
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, torchrun and python -m all find common/
+
+from common import ckpt, cli, data, ddp, metrics, optim, plot, scenes, zoo
+from common.log import RunLog, table, versions, write_json
+from common.tokenizer import Tokenizer
+from common.vit import TextTransformer, load_clip, trim
+
+
+# 1. CONFIG (presets stand in section 7) ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Config:
+    # run: the same names in all ten files
+    out_dir: str = "runs/opt2i"  # one folder a run; one sub-folder a prompt
+    seed: int = 0  # of prompts, proposals and pictures
+    steps: int = 8  # T, iterations; the paper: 30
+    batch_size: int = 64  # pictures at once; of --train_lm: pairs, GLOBAL
+    accum: int = 1  # of --train_lm: not used
+    lr: float = 3e-3  # of --train_lm: AdamW, warm-up, then cosine
+    wd: float = 0.01  # of --train_lm
+    warmup: int = 100  # of --train_lm
+    grad_clip: float = 1.0  # of --train_lm
+    ema_decay: float = 0.0  # not used
+    dtype: str = "float32"  # not used
+    compile: bool = False  # not used
+    data: str = ""  # not used: see --prompts
+    workers: int = 0  # not used
+    log_every: int = 50  # of --train_lm
+    eval_every: int = 0  # not used
+    save_every: int = 500  # of --train_lm; prompts are saved as they finish
+    resume: bool = True  # keep finished prompts
+    max_bad: float = 0.01  # not used
+    # the method
+    candidates: int = 5  # n, new prompts an iteration
+    images: int = 4  # m, pictures of each prompt, always from the same seeds
+    history: int = 5  # k, best prompts shown to the language model
+    target: float = 1.0  # stop when a prompt reaches this score; dCS has no perfect score
+    score: str = "dsg"  # dsg or dcs
+    official_dsg: bool = False  # only the parents' own answers count, as in the DSG code
+    temperature: float = 1.0  # of the language model
+    conciseness: bool = True  # meta-prompt: prefer substitutions and other orders to additions
+    prioritise: bool = True  # meta-prompt: the elements with the lowest scores first
+    reasoning: bool = False  # meta-prompt: think about the scores first
+    structure: bool = False  # meta-prompt: simple words, foreground and background apart
+    methods: str = "opt2i,paraphrase,oneshot,seeds"  # comma list; the last three are baselines with as many pictures
+    fresh: int = 16  # pictures of new seeds on which first and best prompt are compared
+    # language model: proposer
+    proposer: str = "lm"  # lm (the stand-in), grammar (rules), http
+    llm_url: str = ""  # base url of an OpenAI-compatible server; implies --proposer http
+    llm_model: str = ""  # its name; "" = the server's first
+    llm_key: str = "OPENAI_API_KEY"  # NAME of the environment variable with the key
+    max_tokens: int = 1024  # of an answer
+    token_field: str = "max_tokens"  # newer hosted models want max_completion_tokens
+    timeout: float = 120.0  # seconds a request
+    replay: str = ""  # exchanges.jsonl of an earlier run: its answers, no request
+    # generator and scorer
+    painter: str = "painter_middle"  # stand-in text-to-image model: painter_early, painter_middle, painter
+    guidance: float = 3.0  # classifier-free guidance; the paper: 7.5
+    sampler_steps: int = 16  # of the stand-in
+    image_command: str = ""  # command that writes a picture: {prompt}, {seed} and {out} are filled in, one call a picture
+    image_url: str = ""  # base url of an OpenAI-style server with /images/generations
+    vqa_url: str = ""  # base url of an OpenAI-compatible server that sees pictures: answers the questions of real prompts
+    vqa_model: str = ""  # its name; "" = the server's first
+    clip: str = ""  # CLIP weights for dcs; "" = the stand-in
+    tokenizer: str = ""  # CLIP's merges file
+    # prompts
+    prompts: str = "12"  # number of generated prompts, or a file: PartiPrompts tsv, DrawBench or COCO csv, DSG-1k csv
+    limit: int = 50  # prompts of a file
+    dry_run: bool = False  # print what would be spent, and end
+    train_lm: bool = False  # train the stand-in language model, and end
+    lm_steps: int = 1_500  # of --train_lm
+
+
+# 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
+@dataclass
+class Scored:
+    """A prompt with its score in [0, 1] against the user prompt, mean over its pictures, and that of each element."""
+
+    prompt: str
+    score: float
+    elements: list[tuple[str, float]] = field(default_factory=list)
+
+
+def optimise(prompt, generate, score, propose, iterations=30, candidates=5, history=5, target=1.0):
+    """argmax over paraphrases p of p0 of E_{I ~ g(p)} [S(p0, I)], by asking f for better ones.
+
+    generate(p) -> pictures, from the same seeds for every p; score(p0, pictures) -> (score, elements), ALWAYS against the
+    user prompt; propose(p0, best k in increasing order, n) -> n new prompts at once. -> (best, trace): the Scored of every
+    iteration, the user prompt alone first. Stops at the target; there is no patience. The user prompt may leave the history."""
+
+    def evaluate(p):
+        return Scored(p, *score(prompt, generate(p)))
+
+    first = evaluate(prompt)
+    trace, best, top, seen = [[first]], first, [first], {prompt.casefold()}
+    for _ in range(iterations):
+        if best.score >= target:
+            break
+        fresh = []
+        for p in propose(prompt, sorted(top, key=lambda s: s.score), candidates):
+            if p.casefold() not in seen and len(fresh) < candidates:  # duplicates of anything in the run
+                seen.add(p.casefold())
+                fresh.append(p)
+        trace.append([evaluate(p) for p in fresh])
+        top = sorted(top + trace[-1], key=lambda s: -s.score)[:history]  # stable: ties keep the earlier one
+        best = max([best, *trace[-1]], key=lambda s: s.score)
+    return best, trace
+
+
+def dsg_score(answers, parents, transitive=True):  # twin: dsg_score
+    """Share of questions with "yes", where a question counts as failed if one that it depends on failed.
+
+    answers {id: bool}; parents {id: ids}, unknown ids and an id itself are ignored. transitive: a failure reaches all
+    descendants, in any order of the file, cycles included; False: the official scorer, which looks at the parents' own
+    answers only, so that a grandchild of a failed question may count."""
+    if not answers:
+        return float("nan")
+    failed = {q for q, yes in answers.items() if not yes}
+    while True:
+        hit = {q for q in answers if q not in failed and any(p in failed and p != q for p in parents.get(q, ()))}
+        failed |= hit
+        if not (hit and transitive):
+            return 1 - len(failed) / len(answers)
+
+
+def dcs(f_img, f_phrases):
+    """Decomposed CLIPScore: pictures (m, d), noun phrases of the user prompt (J, d) -> (m, J) plain cosines; the score is their
+    mean, an element's score the mean over pictures."""
+    return F.normalize(f_img.double(), dim=1) @ F.normalize(f_phrases.double(), dim=1).T
+
+
+def noun_phrases(text):
+    """The user prompt's noun phrases by rule: cut at commas, "and", prepositions, some verbs; no articles."""
+    kinds = "photo|picture|image|portrait|painting|drawing"
+    text = re.sub(rf"^\s*(an?|the)?\s*({kinds})s?\s+of\s+", "", text.strip(), flags=re.I)
+    text = re.sub(r"^\s*(there (is|are)|we see)\s+", "", text, flags=re.I)
+    cut = (r"[,.;:]|\b(?:and|with|on top of|to the (?:left|right) of|next to|in front of|at the|in the|on|in|at|of|by|above|"
+           r"below|over|under|behind|near|from|into|is|are|sits?|standing|sitting|holding|wearing|riding)\b")  # fmt: skip
+    articles = re.compile(r"^(?:an?|the|some|its|his|her|their)\s+", re.I)
+    parts = [articles.sub("", p.strip()) for p in re.split(cut, text, flags=re.I)]
+    return list(dict.fromkeys(p for p in parts if re.search(r"\w", p))) or [text]
+
+
+# 3. MODULES: the message, its answer, the client, the offline proposers ------------------------------------------------------
+def as_100(x):
+    return max(0, min(100, round(100 * x)))
+
+
+FORM = ["1. <PROMPT>paraphrase 1</PROMPT>", "2. <PROMPT>paraphrase 2</PROMPT>", "..."]
+
+
+def meta_prompt(prompt, history, n, kind="dsg", conciseness=True, prioritise=True, reasoning=False, structure=False):
+    """-> (system, user) messages. history: Scored in increasing order; scores become whole numbers, 0 to 100."""
+    what = "question about the picture" if kind == "dsg" else "visual element"
+    system = ("You are an expert in writing prompts for text-to-image models. Such a model draws a picture from a text, and it "
+              "often leaves out or confuses parts of it. Answer briefly and to the point.")  # fmt: skip
+    lines = [f'The user asked for this picture: "{prompt}"',
+             f"Below are prompts that were tried for it. Under each stands its score and the score of every {what}. Scores go "
+             "from 0 to 100, higher is better; the prompts are in increasing order of their score.", ""]  # fmt: skip
+    for i, s in enumerate(history, 1):
+        lines += [f"{i}. {s.prompt}", f"score: {as_100(s.score)}", *(f"- {e}: {as_100(v)}" for e, v in s.elements), ""]
+    lines.append(f"Write {n} paraphrases of the user's prompt that keep its meaning and score higher than all of the above.")
+    if prioritise:
+        lines.append("Give most attention to " + ("the questions that are not yet answered with yes." if kind == "dsg" else
+                                                  "the visual elements with the lowest scores."))  # fmt: skip
+    if conciseness:
+        lines.append("Rather replace and reorder words than add new ones.")
+    if structure:
+        lines.append("Use simple words, and describe the foreground and the background separately.")
+    if reasoning:
+        lines.append("First explain in at most two sentences why some elements score high and others low.")
+    lines.append(f"Then give all {n} prompts, each on a line of its own and between tags, in this form:")
+    return system, "\n".join([*lines, *FORM])
+
+
+def paraphrase_prompt(prompt, n):
+    """The random-paraphrase baseline's message: no role, no history, no scores."""
+    return "", "\n".join([f'Write {n} different paraphrases of this sentence that keep its meaning: "{prompt}"',
+                          "Each on a line of its own and between tags, in this form:", *FORM])  # fmt: skip
+
+
+def parse_candidates(text, limit=1000) -> list[str]:
+    """The prompts in an answer, whatever it looks like: text between tags, also broken ones and in any case; else numbered
+    lines. Without thoughts, quotes, repeats, placeholders of the message, empty ones and those of 77 words and more."""
+    text = re.sub(r"^.*</think(?:ing)?>", "", text[:200_000], flags=re.S | re.I)
+    found = re.findall(r"<\s*prompt\s*>?(.*?)(?=<\s*/?\s*prompt|\n\s*\d+[.)]|\n\s*\n|\Z)", text, flags=re.S | re.I)
+    found = [f for f in found if f.strip()] or re.findall(r"^\s*\d+\s*[.):]\s*(.+)$", text, flags=re.M)
+    out, seen = [], set()
+    for raw in found[:limit]:
+        p = re.sub(r"\s+", " ", re.sub(r"^\s*\d+\s*[.)]\s*", "", raw)).strip().strip("\"'“”‘’<>").strip()
+        if p and p.casefold() not in seen and len(p.split()) < 77 and not re.fullmatch(r"paraphrase \d+|\.+", p, flags=re.I):
+            seen.add(p.casefold())
+            out.append(p)
+    return out
+
+
+class ServerError(ValueError):
+    """A request that failed for good, with one sentence that says why."""
+
+
+class ChatClient:
+    """Any OpenAI-compatible server, by the standard library. chat(system, user) -> text. Every exchange is appended to `log`, a
+    JSONL file; replay: such a file, whose answers are given again in order, message by message, without a request.
+
+    429, 5xx, timeouts and broken connections are tried again with growing pauses; 400, 401, 403 and 404 are not, but for a
+    server that refuses the system role: its text then goes before the user's. What the server says is data, never run."""
+
+    def __init__(self, base_url, model="", key="", timeout=120.0, retries=5, pause=1.0, temperature=1.0, max_tokens=1024,
+                 token_field="max_tokens", log=None, replay=None):  # fmt: skip
+        self.base, self.model, self.key, self.timeout = base_url.rstrip("/"), model, key or "none", timeout
+        self.retries, self.pause, self.fold, self.log = retries, pause, False, log
+        self.options = {"temperature": temperature, token_field: max_tokens}
+        self.usage = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        self.answers = _read_exchanges(replay) if replay else None
+
+    def request(self, path, body=None):
+        """One exchange with retries -> parsed JSON object."""
+        data_ = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+        for attempt in range(self.retries + 1):
+            try:
+                self.usage["requests"] += 1
+                call = urllib.request.Request(self.base + path, data_, headers)
+                with urllib.request.urlopen(call, timeout=self.timeout) as r:
+                    reply = json.loads(r.read(64 << 20))
+                if not isinstance(reply, dict):
+                    raise ValueError("its answer is not an object")
+                return reply
+            except urllib.error.HTTPError as error:
+                problem = f"status {error.code}: {error.read(300).decode('utf-8', 'replace').strip()}"
+                if error.code not in (408, 409, 425, 429) and error.code < 500:
+                    raise ServerError(f"{self.base}{path} refused the request with {problem}") from error
+            except (OSError, ValueError) as error:  # down, slow, cut off, not JSON
+                problem = f"{type(error).__name__}: {error}"
+            if attempt < self.retries:
+                time.sleep(self.pause * 2**attempt)
+        raise ServerError(f"{self.base}{path} failed {self.retries + 1} times, the last time with {problem}")
+
+    def chat(self, system, user, images=()) -> str:
+        """The answer's text; "" if the server sent none. images: PNG bytes shown beside the question."""
+        key = hashlib.blake2b(f"{system}\0{user}\0{len(images)}".encode(), digest_size=12).hexdigest()
+        if self.answers is not None:
+            kept = self.answers.get(key)
+            if not kept:
+                raise ServerError("the replayed run never sent this message; use its settings, or a server")
+            return kept.pop(0) if len(kept) > 1 else kept[0]
+        if not self.model:
+            names = self.request("/models").get("data")
+            if not (isinstance(names, list) and names and isinstance(names[0], dict) and names[0].get("id")):
+                raise ServerError(f"{self.base}/models names no model; pass one")
+            self.model = names[0]["id"]
+        urls = ["data:image/png;base64," + base64.b64encode(i).decode() for i in images]
+        shown = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+
+        def messages():
+            text = f"{system}\n\n{user}" if system and self.fold else user
+            content = [{"type": "text", "text": text}, *shown] if shown else text
+            first = [{"role": "system", "content": system}] if system and not self.fold else []
+            return [*first, {"role": "user", "content": content}]
+
+        body = {"model": self.model, "messages": messages(), **self.options, "stream": False}
+        try:
+            reply = self.request("/chat/completions", body)
+        except ServerError as error:
+            if self.fold or not system or "status 400" not in str(error) or "system" not in str(error).lower():
+                raise
+            self.fold = True
+            body["messages"] = messages()
+            reply = self.request("/chat/completions", body)
+        text = _content(reply)
+        for name in ("prompt_tokens", "completion_tokens"):
+            count = (reply.get("usage") or {}).get(name) if isinstance(reply.get("usage"), dict) else None
+            self.usage[name] += count if isinstance(count, int) else 0
+        if self.log:
+            with open(self.log, "a", encoding="utf-8") as f:
+                f.write(json.dumps({"key": key, "model": self.model, "system": system, "user": user, "answer": text}) + "\n")
+        return text
+
+
+def _content(reply) -> str:
+    """choices[0].message.content of any answer, "" where it is missing or not a text."""
+    try:
+        text = reply["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        return ""
+    return text if isinstance(text, str) else ""
+
+
+def _read_exchanges(path) -> dict[str, list[str]]:
+    out: dict[str, list[str]] = {}
+    try:
+        for line in Path(path).read_text("utf-8").splitlines():
+            r = json.loads(line)
+            out.setdefault(r["key"], []).append(r["answer"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--replay {path} is not the exchanges.jsonl of a run ({type(error).__name__})") from error
+    return out
+
+
+class HttpProposer:
+    """f by a server. One more request if an answer holds too few prompts; then what is there."""
+
+    def __init__(self, client, cfg):
+        self.client, self.cfg = client, cfg
+
+    def _ask(self, messages, n):
+        out = parse_candidates(self.client.chat(*messages))
+        if len(out) < n:
+            again = f"{messages[1]}\nGive exactly {n} prompts, each between <PROMPT> and </PROMPT>."
+            out = list(dict.fromkeys(out + parse_candidates(self.client.chat(messages[0], again))))
+        return out[:n]
+
+    def propose(self, prompt, history, n):
+        c = self.cfg
+        message = meta_prompt(prompt, history, n, c.score, c.conciseness, c.prioritise, c.reasoning, c.structure)
+        return self._ask(message, n)
+
+    def paraphrase(self, prompt, n):
+        return self._ask(paraphrase_prompt(prompt, n), n)
+
+
+WORDS = {w: k for k, options in scenes.SYNONYMS.items() for w in (k, *options)}  # any word -> its plain form
+OPPOSITE = {"to the left of": "to the right of", "to the right of": "to the left of", "above": "below", "below": "above"}
+ADJECTIVES = frozenset([*scenes.COLOURS, *scenes.SIZES, *scenes.TEXTURES])
+GROUNDS = frozenset([*scenes.TONES, *scenes.PATTERNS])
+
+
+def same_meaning(a, b) -> bool:
+    """Whether two captions of the generated world say the same in whatever words and order: the offline proposers' guard."""
+    return meaning(a) == meaning(b)
+
+
+def meaning(text):
+    """-> objects (shape, adjectives, place), relations (a, "left" or "above", b), words of the ground, words not understood."""
+    text = " ".join(WORDS.get(w, w) for w in re.findall(r"[a-z]+", text.lower()))
+    text = re.sub(r"^(?:an? picture of|there is|we see) ", "", text)
+    text = re.sub(r"\b(?:an?|the) ", "", text)
+    ground = re.search(r"\bon ((?:\w+ ){1,2})background\b", text)
+    tones = frozenset(ground[1].split() if ground else ())
+    text = text.replace(ground[0], " ") if ground else text
+    things, relations, strange, adjectives, link = [], set(), list(tones - GROUNDS), set(), None
+    words = text.replace("to left of", "to-left").replace("to right of", "to-right").split()
+    for w in words:
+        if w in ADJECTIVES:
+            adjectives.add(w)
+        elif w in scenes.SHAPES:
+            things.append([w, frozenset(adjectives), ""])
+            if link and len(things) > 1:
+                pair = (things[-2][0], w) if link in ("to-left", "above") else (w, things[-2][0])
+                relations.add((pair[0], "left" if "to-" in link else "above", pair[1]))
+            adjectives, link = set(), None
+        elif w in ("to-left", "to-right", "above", "below"):
+            link = w
+        elif w in ("top", "bottom", "left", "right", "centre") and things:
+            things[-1][2] += w
+        elif w not in ("at", "in", "and", "with"):
+            strange.append(w)
+    return frozenset(map(tuple, things)), frozenset(relations), tones, tuple(strange)
+
+
+class Grammar:
+    """f by rules, for captions of the generated world: other words, another order, weak elements to the front."""
+
+    def __init__(self, seed=0):
+        self.rng = np.random.default_rng(seed)
+
+    def one(self, prompt, weak=""):
+        rng, text = self.rng, prompt
+        text = re.sub(r"^(a picture of|there is|we see)\s+", "", text)
+        text, _, ground = text.partition(" on a ")
+        pieces = re.split(rf" ({'|'.join(OPPOSITE)}) ", text, maxsplit=1)
+        if len(pieces) == 3 and " and " not in pieces[2] and rng.random() < (0.8 if weak and weak in pieces[2] else 0.4):
+            pieces = [pieces[2], OPPOSITE[pieces[1]], pieces[0]]
+        text = " ".join(pieces)
+        front = ground and rng.random() < (0.8 if "background" in weak else 0.25)
+        words = [self._word(w) for w in text.split()]
+        text = " ".join(words)
+        backdrop = "on a " + " ".join(self._word(w) for w in ground.split()) if ground else ""
+        text = f"{backdrop}, {text}" if front else f"{text} {backdrop}".strip()
+        lead = ("", "a picture of ", "there is ")[rng.choice(3, p=(0.6, 0.2, 0.2))] if not front else ""
+        return scenes._articles(lead + text)
+
+    def _word(self, w):
+        options = scenes.SYNONYMS.get(w, ())
+        return str(self.rng.choice(options)) if options and self.rng.random() < 0.3 else w
+
+    def propose(self, prompt, history, n):
+        out = []
+        for _ in range(20 * n):
+            base = history[-1] if history and self.rng.random() < 0.7 else Scored(prompt, 0.0)
+            weights = np.array([1.0001 - v for _, v in base.elements])
+            weak = str(self.rng.choice([e for e, _ in base.elements], p=weights / weights.sum())) if len(weights) else ""
+            p = self.one(self._back(base.prompt), weak)
+            if p != prompt and p not in out and same_meaning(p, prompt):
+                out.append(p)
+            if len(out) == n:
+                break
+        return out
+
+    @staticmethod
+    def _back(text):
+        """A paraphrase with its ground in front -> ground at the end, so that rules apply again."""
+        m = re.match(r"(on an? .*?), (.*)$", text)
+        return f"{m[2]} {m[1]}" if m else text
+
+    def paraphrase(self, prompt, n):
+        return self.propose(prompt, [], n)
+
+
+class SmallLM(torch.nn.Module):
+    """The stand-in for a language model: our causal transformer, trained on paraphrases of generated captions (--train_lm).
+
+    It reads "p0 ; best prompt so far ; weakest element :" and writes a paraphrase of p0."""
+
+    def __init__(self, vocab, width=80, depth=3, heads=4, context=120):
+        super().__init__()
+        self.config = dict(vocab=vocab, width=width, depth=depth, heads=heads, context=context)
+        self.body = TextTransformer(vocab, context, width, depth, heads, act="gelu")
+
+    def forward(self, ids):
+        return self.body.hidden(ids) @ self.body.token_embed.weight.T  # (B, L, vocab)
+
+    @torch.no_grad()
+    def write(self, ids, stop, generator, temperature=1.0, top_p=0.95, longest=48):
+        """ids (B, L): equal beginnings -> (B, longest) continuations, drawn by nucleus sampling."""
+        start = ids.shape[1]
+        for _ in range(min(longest, self.config["context"] - start)):
+            p = (self(ids)[:, -1] / temperature).softmax(1)
+            values, order = p.sort(1, descending=True)
+            values[values.cumsum(1) - values > top_p] = 0
+            pick = torch.multinomial(values, 1, generator=generator)
+            ids = torch.cat([ids, order.gather(1, pick)], 1)
+            if (ids[:, start:] == stop).any(1).all():
+                break
+        return ids[:, start:]
+
+
+class LmProposer:
+    """f by the small stand-in. What does not keep p0's meaning is thrown away; rules fill up."""
+
+    def __init__(self, seed, temperature=1.0):
+        self.net, self.tok, self.temperature = load_lm(), zoo.load_tokenizer(), temperature
+        self.generator, self.rules = torch.Generator().manual_seed(seed), Grammar(seed)
+
+    def propose(self, prompt, history, n):
+        best = history[-1] if history else Scored(prompt, 0.0)
+        weak = min(best.elements, key=lambda e: e[1])[0] if best.elements else ""
+        ids = torch.tensor([lm_context(self.tok, prompt, best.prompt, weak)] * (4 * n))
+        out = []
+        for row in self.net.write(ids, self.tok.end, self.generator, self.temperature).tolist():
+            p = self.tok.decode(row)
+            if p != prompt and p not in out and same_meaning(p, prompt):
+                out.append(p)
+        return (out + [p for p in self.rules.propose(prompt, history, n) if p not in out])[:n]
+
+    def paraphrase(self, prompt, n):
+        return self.propose(prompt, [], n)
+
+
+def lm_context(tok, prompt, best, weak) -> list[int]:
+    return [tok.start, *tok.encode(f"{prompt} ; {best} ; {weak} :")]
+
+
+def load_lm() -> SmallLM:
+    state, meta = zoo.vae.read_tensors(zoo.WEIGHTS / "rewriter.safetensors")
+    net = SmallLM(**meta["lm"])
+    net.load_state_dict({k: v.float() for k, v in state.items()})
+    return net.eval().requires_grad_(False)
+
+
+# 4. DATA: prompts with questions, generators, scorers ------------------------------------------------------------------------
+@dataclass
+class Task:
+    """A user prompt and its questions {id: text}, parents {id: ids}; scene: of generated prompts."""
+
+    prompt: str
+    questions: dict = field(default_factory=dict)
+    parents: dict = field(default_factory=dict)
+    scene: scenes.Scene | None = None
+    asked: list = field(default_factory=list)
+
+
+def make_tasks(cfg) -> list[Task]:
+    """Captions with two or three objects and everything that they name as questions."""
+    out = []
+    for i in range(int(cfg.prompts)):
+        s = scenes.scene(i, cfg.seed * 1000 + 800, (2, 3), grid=2)
+        asked = [q for q in scenes.questions(s) if q["kind"] not in ("place", "relation") or _named(q, s)]
+        texts, parents = ({q["id"]: q[k] for q in asked} for k in ("text", "parents"))
+        out.append(Task(scenes.caption(s), texts, parents, s, asked))
+    return out
+
+
+def _named(q, s):
+    """Whether the full caption says it: the first two objects are related, a third has a place."""
+    if q["kind"] == "relation":
+        return {q["about"][0], q["about"][2]} == {t.shape for t in s.things[:2]}
+    return q["about"][0] in {t.shape for t in s.things[2:]}
+
+
+def read_tasks(path, limit) -> list[Task]:
+    """PartiPrompts (tsv: Prompt), DrawBench (csv: Prompt), COCO (csv: image_id, caption; the first of an image), DSG-1k (csv:
+    item_id, text, proposition_id, dependency, question_natural_language); plain or .gz."""
+    try:
+        raw = Path(path).read_bytes()
+        text = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8-sig")
+        tabs = str(path).removesuffix(".gz").endswith(".tsv")
+        form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else {}
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), **form))
+        if "question_natural_language" in rows[0]:
+            tasks: dict[str, Task] = {}
+            for r in rows:
+                task = tasks.setdefault(r["item_id"], Task(r["text"]))
+                task.questions[r["proposition_id"]] = r["question_natural_language"]
+                numbers = re.findall(r"(?<![\w])\d+(?![\w])", r["dependency"] or "")
+                task.parents[r["proposition_id"]] = [n for n in numbers if n != "0"]
+            return list(tasks.values())[:limit]
+        name = "Prompt" if "Prompt" in rows[0] else "caption"
+        group = "image_id" if "image_id" in rows[0] else name
+        return [Task(t) for t in {r[group]: r[name] for r in reversed(rows) if r[name]}.values()][::-1][:limit]
+    except (OSError, UnicodeDecodeError, EOFError, csv.Error, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"--prompts {path} is not a table of PartiPrompts, DrawBench, COCO or DSG-1k "
+                         f"({type(error).__name__}: {error})") from error  # fmt: skip
+
+
+def make_generator(cfg, device):
+    """-> draw(prompt, count, seed) -> list of PIL images or a tensor (count, 3, S, S) in [-1, 1]. Picture j of a seed starts
+    from the same noise for every prompt, where the generator has seeds."""
+    if cfg.image_command:
+        return lambda prompt, count, seed: [by_command(cfg, prompt, seed * 1000 + j) for j in range(count)]
+    if cfg.image_url:
+        client = ChatClient(cfg.image_url, "-", os.environ.get(cfg.llm_key, ""), cfg.timeout)
+        return lambda prompt, count, seed: by_endpoint(client, prompt, count)
+    painter = zoo.load_painter(cfg.painter).to(device)
+    return lambda prompt, count, seed: painter.draw([prompt] * count, cfg.guidance, cfg.sampler_steps, seed)
+
+
+def by_command(cfg, prompt, seed):
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "picture.png")
+        filled = [a.replace("{prompt}", prompt).replace("{seed}", str(seed)).replace("{out}", str(out))
+                  for a in shlex.split(cfg.image_command)]  # fmt: skip
+        try:
+            done = subprocess.run(filled, capture_output=True, text=True, timeout=cfg.timeout)  # no shell: a prompt is data
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ValueError(f"--image_command {filled[0]} cannot be run ({type(error).__name__})") from error
+        if done.returncode or not out.exists():
+            tail = (done.stderr.strip().splitlines() or [""])[-1]
+            raise ValueError(f"--image_command {filled[0]} wrote no picture, status {done.returncode}: {tail[:200]}")
+        return data.decode_image(out.read_bytes(), str(out))
+
+
+def by_endpoint(client, prompt, count):
+    """OpenAI-style image endpoint, one picture a request, since not every server knows n."""
+    out = []
+    for _ in range(count):
+        reply = client.request("/images/generations", {"prompt": prompt, "n": 1, "response_format": "b64_json"})
+        try:
+            blob = base64.b64decode(reply["data"][0]["b64_json"])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ServerError(f"{client.base}/images/generations sent no data[0].b64_json") from error
+        out.append(data.decode_image(blob, "the server's picture"))
+    return out
+
+
+class Scorer:
+    """S(p0, pictures) -> (score, elements) of a task, by DSG or dCS."""
+
+    def __init__(self, cfg, device):
+        self.cfg, self.device = cfg, device
+        self.judge = zoo.load_judge().to(device)
+        if cfg.score == "dcs":
+            self.clip = (load_clip(cfg.clip) if cfg.clip else zoo.load_clip()).to(device).eval()
+            self.tok = Tokenizer.from_clip(cfg.tokenizer) if cfg.clip else zoo.load_tokenizer()
+        self.vqa = ChatClient(cfg.vqa_url, cfg.vqa_model, os.environ.get(cfg.llm_key, ""), cfg.timeout, temperature=0.0,
+                              max_tokens=16, token_field=cfg.token_field) if cfg.vqa_url else None  # fmt: skip
+
+    def __call__(self, task, images):
+        return self.dsg(task, images) if self.cfg.score == "dsg" else self.dcs(task, images)
+
+    def answers(self, task, images) -> list[dict]:
+        """For each picture {question id: bool}."""
+        if task.scene is not None:
+            seen = seen_scenes(self.judge, images.to(self.device))
+            return [{q["id"]: scenes.answer(s, q) for q in task.asked} for s in seen]
+        if self.vqa is None:
+            raise ValueError("real prompts with --score dsg need --vqa_url, a server that sees pictures; or use --score dcs")
+        out = []
+        for img in images:
+            png = io.BytesIO()
+            img.save(png, format="PNG")
+            said = {i: self.vqa.chat("", f"{text} Answer yes or no.", [png.getvalue()]) for i, text in task.questions.items()}
+            out.append({i: is_yes(text) for i, text in said.items()})
+        return out
+
+    def dsg(self, task, images):
+        if not task.questions:
+            raise ValueError(f"the prompt {task.prompt!r} has no questions; take prompts from DSG-1k, or --score dcs")
+        answers = self.answers(task, images)
+        scores = [dsg_score(a, task.parents, not self.cfg.official_dsg) for a in answers]
+        return float(np.mean(scores)), [(t, float(np.mean([a[i] for a in answers]))) for i, t in task.questions.items()]
+
+    @torch.no_grad()
+    def dcs(self, task, images):
+        phrases = noun_phrases(task.prompt)
+        if isinstance(images, torch.Tensor):
+            images = [Image.fromarray(i) for i in to_uint8(images)]
+        side = math.isqrt(self.clip.visual.pos_embed.shape[1] - 1) * self.clip.visual.patch
+        f_img = self.clip.encode_image(metrics.clip_input(images, side).to(self.device))
+        f_txt = self.clip.encode_text(trim(self.tok(phrases, self.clip.text.context)).to(self.device))
+        cos = dcs(f_img, f_txt)
+        return cos.mean().item(), list(zip(phrases, cos.mean(0).tolist()))
+
+
+def is_yes(text) -> bool:
+    """DSG's rule: exactly "yes", after case, blanks and a full stop are gone."""
+    return text.strip().lower().rstrip(".").strip() == "yes"
+
+
+def to_uint8(x):
+    return ((x.clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def seen_scenes(judge, images) -> list[scenes.Scene]:  # twin: seen_scenes
+    """What the judge reads off each picture, as scenes, so that questions can be asked about them."""
+    read, out = judge.read(images, 2), []
+    for i in range(len(images)):
+        cell = [{k: zoo.ANSWERS[k][int(v[i, c])] for k, v in read.items()} for c in range(4)]
+        things = tuple(scenes.Thing(c["shape"], c["colour"], c["size"], c["texture"], j) for j, c in enumerate(cell)
+                       if c["shape"] != "nothing")  # fmt: skip
+        tone, pattern = (max(zoo.ANSWERS[k], key=[c[k] for c in cell].count) for k in ("tone", "pattern"))
+        out.append(scenes.Scene(things, tone, pattern, "", 2))
+    return out
+
+
+# 5. EVALUATE ---------------------------------------------------------------------------------------------------------------
+def search(method, task, draw, scorer, proposer, cfg):
+    """One method on one prompt -> (best, trace, pictures drawn). All have the same number of prompts and pictures at most."""
+    counted = [0]
+
+    def generate(p):
+        counted[0] += cfg.images
+        return draw(p, cfg.images, cfg.seed)
+
+    def score(_, images):
+        return scorer(task, images)
+
+    budget = cfg.steps * cfg.candidates
+    if method == "opt2i":
+        best, trace = optimise(task.prompt, generate, score, proposer.propose, cfg.steps, cfg.candidates, cfg.history,
+                               cfg.target)  # fmt: skip
+    elif method == "oneshot":  # the history holds the user prompt alone
+        best, trace = optimise(task.prompt, generate, score, proposer.propose, 1, budget, cfg.history, cfg.target)
+    elif method == "paraphrase":
+        best, trace = optimise(task.prompt, generate, score, lambda p, h, n: proposer.paraphrase(p, n), 1, budget,
+                               cfg.history, cfg.target)  # fmt: skip
+    else:  # the user prompt with as many other seeds: the best m pictures of all
+        first = Scored(task.prompt, *scorer(task, generate(task.prompt)))
+        single = []
+        for i in range(budget):
+            images = draw(task.prompt, cfg.images, cfg.seed + 1 + i)
+            counted[0] += cfg.images
+            single += [scorer(task, images[j : j + 1])[0] for j in range(cfg.images)]
+        best = Scored(task.prompt, float(np.mean(sorted(single, reverse=True)[: cfg.images])))
+        trace = [[first], [best]]
+    return best, trace, counted[0]
+
+
+def top_k_mean(scores, k):
+    """Post-hoc selection: mean of the k best-scored pictures; falls with k, at k = all it is the mean."""
+    return float(np.mean(sorted(scores, reverse=True)[:k]))
+
+
+def gain(first, best, kind):
+    """DSG: points (a prompt may start at 0). dCS: percent of the first score."""
+    return 100 * (best - first) if kind == "dsg" else 100 * (best / first - 1)
+
+
+def solve_task(i, task, draw, scorer, cfg, out, client) -> dict:
+    """All methods on one prompt, with the comparison on fresh seeds; saved as JSON and a sheet of pictures."""
+    result = {"prompt": task.prompt, "methods": {}}
+    fresh = cfg.seed + 500_000
+    images0 = draw(task.prompt, cfg.fresh, fresh)
+    base = scorer(task, images0)[0]
+    for method in cfg.methods.split(","):
+        proposer = (HttpProposer(client, cfg) if client else Grammar(cfg.seed + i) if cfg.proposer == "grammar" else
+                    LmProposer(cfg.seed + i, cfg.temperature))  # fmt: skip
+        best, trace, drawn = search(method, task, draw, scorer, proposer, cfg)
+        again = base if best.prompt == task.prompt else scorer(task, draw(best.prompt, cfg.fresh, fresh))[0]
+        result["methods"][method] = {
+            "first": trace[0][0].score, "best": best.score, "prompt": best.prompt, "fresh_first": base, "fresh_best": again,
+            "iterations": len(trace) - 1, "prompts": sum(map(len, trace)), "pictures": drawn,
+            "curve": [[s.score for s in part] for part in trace], "words": len(best.prompt.split()),
+            "elements": best.elements}  # fmt: skip
+        if method == cfg.methods.split(",")[0]:
+            draw_sheet(task, trace[0][0], best, draw, cfg, out / f"{i:03d}.png")
+    write_json(out / f"{i:03d}.json", result)
+    return result
+
+
+def summary(results, cfg) -> tuple[list[list], dict]:
+    """Rows: gain on the searched seeds, on fresh ones, without prompts that were right at once, iterations, pictures."""
+    rows, out = [], {}
+    for method in cfg.methods.split(","):
+        some = [r["methods"][method] for r in results]
+        searched = [gain(s["first"], s["best"], cfg.score) for s in some]
+        fresh = [gain(s["fresh_first"], s["fresh_best"], cfg.score) for s in some]
+        hard = [g for g, s in zip(fresh, some) if s["first"] < cfg.target]
+        half = 1.96 * np.std(fresh, ddof=1) / math.sqrt(len(fresh)) if len(fresh) > 1 else math.nan
+        values = {"gain": np.mean(searched), "fresh_gain": np.mean(fresh), "fresh_half": half,
+                  "fresh_gain_hard": np.mean(hard) if hard else 0.0, "iterations": np.mean([s["iterations"] for s in some]),
+                  "pictures": np.mean([s["pictures"] for s in some]), "words": np.mean([s["words"] for s in some])}  # fmt: skip
+        out |= {f"{method}_{k}": float(v) for k, v in values.items()}
+        fresh_text = "pictures are selected" if method == "seeds" else f"{values['fresh_gain']:+.1f} +- {half:.1f}"
+        hard_text = "" if method == "seeds" else f"{values['fresh_gain_hard']:+.1f}"
+        rows.append([method, f"{values['gain']:+.1f}", fresh_text, hard_text, f"{values['iterations']:.1f}",
+                     f"{values['pictures']:.0f}", f"{values['words']:.0f}"])  # fmt: skip
+    return rows, out
+
+
+def set_metrics(tasks, results, draw, judge, cfg) -> dict:
+    """Frechet distance, precision, recall and diversity of all pictures of the first prompts, and of the best ones."""
+    out, device = {}, next(judge.parameters()).device
+    world = [scenes.scene(i, cfg.seed * 1000 + 900, (2, 3), grid=2) for i in range(512)]
+    x = np.concatenate([scenes.render(world[i : i + 256], 32) for i in range(0, 512, 256)])
+    real = torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1
+
+    def features(images):
+        with torch.no_grad():
+            return torch.cat([judge.features(p.to(device), 2).cpu() for p in images.split(256)])
+
+    f_real, method = features(real), cfg.methods.split(",")[0]
+    for name in ("first", "best"):
+        prompts = [t.prompt if name == "first" else r["methods"][method]["prompt"] for t, r in zip(tasks, results)]
+        sets = [draw(p, cfg.fresh, cfg.seed + 500_000) for p in prompts]
+        f = [F.normalize(features(s).double(), dim=1) for s in sets]
+        n = cfg.fresh
+        inner = [1 - ((v.sum(0).square().sum() - n) / (n * (n - 1))).item() for v in f] if n > 1 else [math.nan]
+        fake = features(torch.cat(sets))
+        p = metrics.prdc(f_real, fake, 3)
+        out |= {f"{name}_fd": metrics.frechet_distance(f_real, fake), f"{name}_precision": p["precision"],
+                f"{name}_recall": p["recall"], f"{name}_diversity": float(np.mean(inner))}  # fmt: skip
+    return out
+
+
+# 6. TRAIN: the stand-in language model; run() is the loop over prompts ------------------------------------------------------
+def lm_pair(index, seed, tok):
+    """One training text: context and target ids. The history is drawn: a best prompt, and a weak element that the target puts
+    first or says in other words."""
+    rng = np.random.default_rng((seed, index))
+    s = scenes.scene(index, seed * 7 + 31, (1, 3), grid=2)
+    source, rules = scenes.caption(s), Grammar(int(rng.integers(1 << 31)))
+    asked = [q["text"] for q in scenes.questions(s)]
+    weak = str(rng.choice(asked)) if rng.random() < 0.8 else ""
+    best = rules.one(source) if rng.random() < 0.7 else source
+    for _ in range(20):
+        target = rules.one(source, weak)
+        if target != best and same_meaning(target, source):
+            break
+    return lm_context(tok, source, best, weak), [*tok.encode(target), tok.end]
+
+
+def train_lm(cfg: Config) -> dict:
+    """Next-token prediction on targets alone. -> validation loss, share of proposals that keep the meaning."""
+    env, tok, out = ddp.start(cfg.seed), zoo.load_tokenizer(), Path(cfg.out_dir)
+    ddp.reseed(cfg.seed, 0, 0)
+    model = SmallLM(len(tok)).to(env.device)
+    wrapped = ddp.wrap(model, env)
+    opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, (0.9, 0.98), fused=True)
+    start, _ = ckpt.resume(out / "last.pt", cfg, model=model, opt=opt) if cfg.resume else (0, {})
+    log, share = RunLog(cfg, env, "stand-in language model", start, total=cfg.lm_steps), env.share(cfg.batch_size)
+
+    def loss_of(first, seed):
+        ids, mask = lm_batch([lm_pair(i, seed, tok) for i in range(first, first + share)], model.config["context"])
+        logits = wrapped(ids[:, :-1].to(env.device))
+        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(env.device), reduction="none")
+        weight = mask[:, 1:].flatten().to(env.device)
+        return (losses * weight).sum() / weight.sum()
+
+    for step in range(start, cfg.lm_steps):
+        optim.set_lr(opt, optim.warmup_cosine(step, cfg.lm_steps, cfg.warmup, cfg.lr))
+        loss = loss_of(step * cfg.batch_size + env.rank * share, cfg.seed)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        done, last = step + 1, step + 1 == cfg.lm_steps
+        due = done % cfg.log_every == 0 or last
+        if due or done % cfg.save_every == 0:
+            ddp.check_finite({"loss": loss.item()}, step)
+        if due:
+            log.write(step, **ddp.mean({"loss": loss}))
+        log.tick(step)
+        leave = (due or env.world == 1) and ddp.interrupted()
+        if env.is_main and (done % cfg.save_every == 0 or last or leave):
+            ckpt.save(out / "last.pt", done, cfg, model=model, opt=opt)
+        if leave:
+            log.close()
+            raise KeyboardInterrupt
+    with torch.no_grad():
+        result = {"val_loss": loss_of(0, cfg.seed + 1).item()}
+    if env.is_main:
+        ckpt.export(out / "model.safetensors", model.state_dict(), lm=model.config)
+        kept = total = 0
+        g = torch.Generator().manual_seed(0)
+        for i in range(40):
+            source = scenes.caption(scenes.scene(i, 12345, (1, 3), grid=2))
+            ids = torch.tensor([lm_context(tok, source, source, "")] * 5).to(env.device)
+            texts = [tok.decode(r) for r in model.write(ids, tok.end, g).tolist()]
+            kept, total = kept + sum(same_meaning(t, source) for t in texts), total + 5
+        result["kept"] = 100 * kept / total
+        print(table(list(map(list, result.items())), ["stand-in language model", ""]))
+    log.finish(result)
+    return result
+
+
+def lm_batch(pairs, context):
+    """-> ids (B, L), mask (B, L): 1 on the target's tokens only."""
+    rows = [(c + t)[:context] for c, t in pairs]
+    width = max(map(len, rows))
+    ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])
+    place = torch.arange(width)[None]
+    begin, end = torch.tensor([[len(c)] for c, _ in pairs]), torch.tensor([[len(r)] for r in rows])
+    return ids, ((place >= begin) & (place < end)).float()
+
+
+def check(cfg: Config) -> None:
+    """One sentence for what a user can get wrong."""
+    for name, known in {"score": ("dsg", "dcs"), "proposer": ("lm", "grammar", "http"),
+                        "painter": ("painter_early", "painter_middle", "painter")}.items():  # fmt: skip
+        if getattr(cfg, name) not in known:
+            raise ValueError(f"--{name} {getattr(cfg, name)} is unknown; choose from {', '.join(known)}")
+    for method in cfg.methods.split(","):
+        if method not in ("opt2i", "paraphrase", "oneshot", "seeds"):
+            raise ValueError(f"--methods {cfg.methods}: {method!r} is unknown; choose from opt2i, paraphrase, oneshot, seeds")
+    if cfg.steps < 0:
+        raise ValueError(f"--steps {cfg.steps} must not be negative")
+    for name in ("candidates", "images", "history", "fresh", "batch_size", "limit", "lm_steps", "log_every", "save_every"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name} {getattr(cfg, name)} must be at least 1")
+    if cfg.proposer == "http" and not cfg.llm_url:
+        raise ValueError("--proposer http needs --llm_url, like http://localhost:8000/v1")
+    if cfg.clip and not cfg.tokenizer:
+        raise ValueError("--clip needs --tokenizer, CLIP's merges file")
+    if not cfg.prompts.isdigit() and not (cfg.llm_url or cfg.replay):
+        raise ValueError("--prompts from a file need a language model: --llm_url or --replay; the stand-in only knows scenes")
+    if not cfg.prompts.isdigit() and not (cfg.image_command or cfg.image_url):
+        raise ValueError("--prompts from a file need a generator: --image_command or --image_url")
+
+
+def run(cfg: Config) -> dict:
+    """Every prompt by every method. Prints gains on searched and on fresh seeds, set metrics before and after."""
+    check(cfg)
+    if cfg.train_lm:
+        return train_lm(cfg)
+    tasks = make_tasks(cfg) if cfg.prompts.isdigit() else read_tasks(cfg.prompts, cfg.limit)
+    budget = 1 + cfg.steps * cfg.candidates
+    methods = cfg.methods.split(",")
+    if cfg.dry_run:
+        print(f"{len(tasks)} prompts x {len(methods)} methods: at most {len(tasks) * len(methods) * budget:,} prompts, "
+              f"{len(tasks) * len(methods) * budget * cfg.images:,} pictures, {len(tasks) * (cfg.steps + 2):,} calls of the "
+              "language model; none was made")  # fmt: skip
+        return {}
+    env, out = ddp.start(cfg.seed, timeout_s=7200), Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    client = None
+    if cfg.llm_url or cfg.replay:
+        log = out / f"exchanges{env.rank or ''}.jsonl"
+        client = ChatClient(cfg.llm_url, cfg.llm_model, os.environ.get(cfg.llm_key, ""), cfg.timeout, 5, 1.0, cfg.temperature,
+                            cfg.max_tokens, cfg.token_field, log, cfg.replay or None)  # fmt: skip
+    config = out / "config.json"
+    if not (config.exists() and ckpt.same_config(json.loads(config.read_text()), cfg)) or not cfg.resume:
+        for old in out.glob("[0-9]*.json"):
+            old.unlink()  # of other settings
+    if env.is_main:
+        write_json(config, {**cfg.__dict__, "processes": env.world, "versions": versions()})
+    draw, scorer, spent = make_generator(cfg, env.device), Scorer(cfg, env.device), time.monotonic()
+    if env.world > 1:
+        torch.distributed.barrier()
+    mine = list(enumerate(tasks))[env.rank :: env.world]
+    for i, task in tqdm(mine, desc="prompts", unit="prompt", disable=not env.is_main, dynamic_ncols=True):
+        if not (out / f"{i:03d}.json").exists():
+            solve_task(i, task, draw, scorer, cfg, out, client)
+        if env.world == 1 and ddp.interrupted():
+            raise KeyboardInterrupt
+    if env.world > 1:
+        torch.distributed.barrier()
+    if not env.is_main:
+        return {}
+    results = [json.loads((out / f"{i:03d}.json").read_text()) for i in range(len(tasks))]
+    rows, result = summary(results, cfg)
+    proposer = "http" if cfg.llm_url else "replay" if cfg.replay else cfg.proposer
+    print(f"\n{len(tasks)} prompts, {cfg.score}, proposer: {proposer}, {cfg.images} pictures a prompt, {cfg.fresh} fresh ones")
+    unit = "points" if cfg.score == "dsg" else "%"
+    head = ["method", f"gain, {unit}", "gain on fresh seeds", "... if not perfect", "iterations", "pictures", "words"]
+    print(table(rows, head))
+    paper = {"dsg": "OPT2I +10.9 to +24.9, paraphrasing +10.5 to +22.2",
+             "dcs": "OPT2I +9.3 to +12.2, paraphrasing +8.0 to +11.4"}  # fmt: skip
+    print(f"the paper, on the searched seeds, {unit}: {paper[cfg.score]}")
+    if all(t.scene is not None for t in tasks):
+        sets = set_metrics(tasks, results, draw, scorer.judge, cfg)
+        result |= sets
+        keys = ("fd", "precision", "recall", "diversity")
+        text = [[n, *(f"{sets[f'{n}_{k}']:.3f}" for k in keys)] for n in ("first", "best")]
+        head = ["", "Frechet distance", "precision", "recall", "diversity"]
+        print("\npictures of all prompts, fresh seeds\n" + table(text, head))
+    draw_curves(results, cfg, out)
+    if client:
+        print(f"\nlanguage model: {client.usage}")
+    print(f"\nsheets, curves and every prompt: {cfg.out_dir} ({time.monotonic() - spent:.0f} s)")
+    write_json(out / "metrics.json", result)
+    return result
+
+
+def draw_curves(results, cfg, out) -> None:
+    """Best score so far against prompts tried, mean over the user prompts."""
+    curves, budget = {}, 1 + cfg.steps * cfg.candidates
+    for method in cfg.methods.split(","):
+        if method == "seeds":
+            continue
+        lines = []
+        for r in results:
+            flat = np.maximum.accumulate([s for part in r["methods"][method]["curve"] for s in part])
+            lines.append(np.pad(flat, (0, max(0, budget - len(flat))), mode="edge")[:budget])
+        curves[method] = (list(range(1, budget + 1)), np.mean(lines, 0).tolist())
+    chart = plot.lines(curves, "best score so far, on the searched seeds", x="prompts tried", y=cfg.score)
+    plot.save(chart, out / "curves.png")
+
+
+def draw_sheet(task, first, best, draw, cfg, path) -> None:
+    """First and best pictures, each row under its prompt, with the elements' scores."""
+    cells, texts = [], []
+    for s in (first, best):
+        images = draw(s.prompt, cfg.images, cfg.seed)
+        images = list(to_uint8(images)) if isinstance(images, torch.Tensor) else images
+        cells += images
+        texts += [f"{100 * s.score:.0f}: {s.prompt}", *[""] * (len(images) - 1)]
+    before = dict(first.elements)
+    lines = [f"{e}  {100 * before.get(e, math.nan):.0f} -> {100 * v:.0f}" for e, v in best.elements] or [""]
+    sheet = plot.grid(cells, cfg.images, texts, None, task.prompt[:90], 170, 6)
+    plot.save(plot.below(sheet, lines), path)
+
+
+# 7. MAIN -----------------------------------------------------------------------------------------------------------------
+PRESETS = {
+    "smoke": dict(prompts="2", steps=2, candidates=2, images=2, fresh=4, sampler_steps=2, out_dir="runs/opt2i_smoke"),
+    "laptop": {},
+    # the paper's loop with a painter that is hardly ever wrong: more prompts, few of them with room
+    "gpu": dict(prompts="200", steps=30, images=4, fresh=64, batch_size=1024, out_dir="runs/opt2i_gpu"),
+    # PartiPrompts; model, prompts and scorer come by url
+    "paper": dict(prompts="data/partiprompts.tsv", steps=30, guidance=7.5, proposer="http", llm_url="http://localhost:8000/v1",
+                  image_url="http://localhost:9000/v1", score="dcs", clip="data/clip-vit-large-patch14",
+                  tokenizer="data/bpe_simple_vocab_16e6.txt.gz", limit=185, out_dir="runs/opt2i_p2"),
+    "standin": dict(train_lm=True, batch_size=64, out_dir="runs/standin_lm"),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    cli.main(run, Config, PRESETS)
