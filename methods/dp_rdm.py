@@ -534,6 +534,7 @@ class World:
     test: torch.Tensor  # private pictures that are in no bank, the reference of all distances
     prompts: list[str]
     queries: torch.Tensor  # (P, d)
+    shapes: list[str] | None = None  # of generated prompts: what they ask for
 
 
 def read_bank(path) -> torch.Tensor:
@@ -602,8 +603,9 @@ def open_world(cfg, env, embed) -> World:
     public = generated(cfg.images, cfg.seed * 100 + 1, False)[1]
     private = generated(cfg.records, cfg.seed * 100 + 2, True)[1]
     world, test = generated(2 * cfg.prompts, cfg.seed * 100 + 3, True)
-    prompts = [f"a {s.things[0].shape}" for s in world[: cfg.prompts]]
-    return World(public, embed.pictures(public), embed.pictures(private), test, prompts, embed.texts(prompts))
+    shapes = [s.things[0].shape for s in world[: cfg.prompts]]
+    prompts = [f"a {shape}" for shape in shapes]
+    return World(public, embed.pictures(public), embed.pictures(private), test, prompts, embed.texts(prompts), shapes)
 
 
 def open_folders(cfg, env, embed) -> World:
@@ -682,7 +684,8 @@ def features(judge, images, device) -> torch.Tensor:
 
 
 def evaluate(model, vae, judge, real, embed, world, arm, cfg, env, out) -> tuple[dict[str, float], torch.Tensor]:
-    """Distance of the pictures to the private domain (features real), density and coverage, CLIP similarity to the prompts."""
+    """Distance of the pictures to the private domain (features real), density and coverage; CLIP similarity to the prompts,
+    and whether the judge sees the shape they name."""
     ledger = None
     if 0 < arm.eps < math.inf:
         name = f"ledger_{arm.eps:g}_{arm.queries}.jsonl"
@@ -705,6 +708,10 @@ def evaluate(model, vae, judge, real, embed, world, arm, cfg, env, out) -> tuple
     similarity = (embed.pictures(pixels) * world.queries).sum(1).mean().item()
     result = {"fd": metrics.frechet_distance(real, fake), "density": sets["density"], "coverage": sets["coverage"],
               "clip": 100 * similarity, "k": float(arm.k), "spent": ledger.spent() if ledger else 0.0}  # fmt: skip
+    if world.shapes:  # what the prompt names, anywhere in the picture
+        seen = torch.cat([judge.read(x.to(env.device), 2)["shape"].cpu() for x in images.split(256)])
+        asked = torch.tensor([zoo.ANSWERS["shape"].index(s) for s in world.shapes])
+        result["shape"] = 100 * (seen == asked[:, None]).any(1).float().mean().item()
     return result, pixels
 
 
@@ -873,8 +880,17 @@ def run(cfg: Config) -> dict:
 def report(cfg, world, scores, pictures, out) -> None:
     N, first = len(world.private_bank), next(iter(scores.values()))
     rows = [[a.name, f"{a.k:,}", f"{s['fd']:.2f}", f"{s['density']:.3f}", f"{s['coverage']:.3f}", f"{s['clip']:.1f}",
-             f"{s['spent']:.3f}"] for a, s in scores.items()]  # fmt: skip
-    head = ["retrieval", "k", "Frechet distance", "density", "coverage", "CLIP", f"spent by {len(world.prompts)} queries"]
+             f"{s['shape']:.1f}" if "shape" in s else "", f"{s['spent']:.3f}"] for a, s in scores.items()]  # fmt: skip
+    head = [
+        "retrieval",
+        "k",
+        "Frechet distance",
+        "density",
+        "coverage",
+        "CLIP",
+        "shape right, %",
+        f"spent by {len(world.prompts)} queries",
+    ]
     print(f"\n{N:,} private records, delta {cfg.delta or 1 / N:.2g}, sigma {cfg.sigma:g}, q {cfg.q:g}\n" + table(rows, head))
     if (cfg.delta or 1 / N) * N > 0.1:
         print("delta x N is above 1/10: the paper's choice, and the edge of what is meaningful on real data")

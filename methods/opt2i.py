@@ -236,8 +236,8 @@ def parse_candidates(text, limit=1000) -> list[str]:
     """The prompts in an answer, whatever it looks like: text between tags, also broken ones and in any case; else numbered
     lines. Without thoughts, quotes, repeats, placeholders of the message, empty ones and those of 77 words and more."""
     text = re.sub(r"^.*</think(?:ing)?>", "", text[:200_000], flags=re.S | re.I)
-    found = re.findall(r"<\s*prompt\s*>?(.*?)(?=<\s*/?\s*prompt|\n\s*\d+[.)]|\n\s*\n|\Z)", text, flags=re.S | re.I)
-    found = [f for f in found if f.strip()] or re.findall(r"^\s*\d+\s*[.):]\s*(.+)$", text, flags=re.M)
+    found = re.findall(r"<\s*prompt\s*>?(.*?)(?=<\s*/?\s*prompt|\n[ \t]*\d+[.)]|\n[ \t]*\n|\Z)", text, flags=re.S | re.I)
+    found = [f for f in found if f.strip()] or re.findall(r"^[ \t]*\d+[ \t]*[.):](.+)$", text, flags=re.M)
     out, seen = [], set()
     for raw in found[:limit]:
         p = re.sub(r"\s+", " ", re.sub(r"^\s*\d+\s*[.)]\s*", "", raw)).strip().strip("\"'“”‘’<>").strip()

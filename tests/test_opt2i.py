@@ -1,0 +1,498 @@
+"""methods/opt2i.py: the loop with made-up models, messages and parsing, DSG, dCS, a client against servers that misbehave."""
+
+import http.server
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from methods import opt2i as M
+from tests.helpers import inside, run, torchrun, user_error
+
+SMALL = ["--preset", "smoke", "--proposer", "grammar"]
+
+
+# The loop
+
+
+def made_up(table, calls=None):
+    """generate, score, propose over a fixed table of prompts."""
+    waiting = iter([["b", "c"], ["c", "d", "B"], ["e", "f", "g", "h", "i", "j"], [], ["k"]])
+
+    def score(p0, pictures):
+        assert p0 == "a"  # always against the user prompt
+        if calls is not None:
+            calls.append(pictures)
+        return table[pictures], [("q", table[pictures])]
+
+    def propose(p0, history, n):
+        if calls is not None:
+            calls.append((p0, [s.prompt for s in history], n))
+        return next(waiting)
+
+    return (lambda p: p), score, propose
+
+
+TABLE = dict(zip("abcdefghijk", (0.3, 0.2, 0.5, 0.4, 0.6, 0.1, 0.9, 0.0, 0.2, 0.2, 1.0)))
+
+
+def test_the_loop():
+    calls = []
+    best, trace = M.optimise("a", *made_up(TABLE, calls), iterations=5, candidates=4, history=2)
+    assert best.prompt == "k" and [[s.prompt for s in part] for part in trace] == [
+        ["a"],
+        ["b", "c"],
+        ["d"],
+        ["e", "f", "g", "h"],
+        [],
+        ["k"],
+    ]
+    asked = [c for c in calls if isinstance(c, tuple)]
+    assert [h for _, h, _ in asked] == [["a"], ["a", "c"], ["d", "c"], ["e", "g"], ["e", "g"]]  # two best, increasing
+    assert sum(isinstance(c, str) for c in calls) == 1 + sum(map(len, trace[1:]))
+    running = np.maximum.accumulate([max([s.score for s in part], default=0) for part in trace])
+    assert (np.diff(running) >= 0).all()
+
+
+def test_the_loop_stops():
+    perfect = {**TABLE, "a": 1.0}
+    calls = []
+    best, trace = M.optimise("a", *made_up(perfect, calls), iterations=5)
+    assert best.prompt == "a" and trace == [[best]] and calls == ["a"]  # no call of the language model
+    best, trace = M.optimise("a", *made_up(TABLE), iterations=5, target=0.45)
+    assert best.prompt == "c" and len(trace) == 2
+    best, trace = M.optimise("a", *made_up(TABLE), iterations=0)
+    assert best.prompt == "a" and len(trace) == 1
+
+
+def test_ties_keep_the_earlier_prompt():
+    same = dict.fromkeys("abcdefghijk", 0.5)
+    calls = []
+    best, _ = M.optimise("a", *made_up(same, calls), iterations=3, candidates=4, history=2)
+    assert best.prompt == "a" and [c for c in calls if isinstance(c, tuple)][-1][1] == ["a", "b"]
+
+
+# Scores
+
+
+def test_dsg_variants():
+    parents = {1: [], 2: [1], 3: [2]}
+    dog = {1: False, 2: True, 3: True}
+    assert (M.dsg_score(dog, parents, False), M.dsg_score(dog, parents), M.dsg_score(dog, {})) == (
+        pytest.approx(1 / 3), 0, pytest.approx(2 / 3))  # fmt: skip
+    assert [M.is_yes(t) for t in ("Yes.", " yes", "YES", "yes, it is", "no", "")] == [True, True, True, False, False, False]
+
+
+def test_dcs():
+    f, t = torch.randn(3, 5), torch.randn(2, 5)
+    cos = torch.nn.functional.cosine_similarity
+    want = [[cos(a, b, 0).item() for b in t] for a in f]
+    np.testing.assert_allclose(M.dcs(f, t).numpy(), want, atol=1e-6)
+    assert M.dcs(f, t.flip(0)).mean().item() == pytest.approx(M.dcs(f, t).mean().item())
+    assert M.noun_phrases("a photo of a ginger cat sitting by a window") == ["ginger cat", "window"]
+    assert M.noun_phrases("Many electronic wires over a road with few cars") == ["Many electronic wires", "road", "few cars"]
+    assert M.noun_phrases("a picture of a dog") == ["dog"] and M.noun_phrases("...") == ["..."]
+    assert M.gain(0.0, 0.5, "dsg") == 50 and M.gain(0.2, 0.25, "dcs") == pytest.approx(25)
+
+
+def test_selection_after_the_fact():
+    scores = [0.1, 0.9, 0.4, 0.4]
+    means = [M.top_k_mean(scores, k) for k in (1, 2, 3, 4)]
+    assert means == sorted(means, reverse=True) and means[-1] == pytest.approx(np.mean(scores))
+
+
+# Messages and answers
+
+
+def test_the_message():
+    history = [M.Scored(f"try {i}", i / 10, [("Is it red?", i / 10)]) for i in range(1, 4)]
+    system, user = M.meta_prompt("a red cat", history, 5)
+    assert "expert" in system and '"a red cat"' in user and "Write 5 paraphrases" in user
+    places = [user.index(f"try {i}\nscore: {10 * i}\n- Is it red?: {10 * i}") for i in (1, 2, 3)]
+    assert places == sorted(places) and "<PROMPT>paraphrase 1</PROMPT>" in user
+    assert "answered with yes" in user and "Rather replace" in user and "explain" not in user
+    _, plain = M.meta_prompt("a", history, 5, "dcs", conciseness=False, prioritise=False, reasoning=True, structure=True)
+    assert "Rather" not in plain and "explain" in plain and "foreground" in plain and "visual element" in plain
+    assert "visual elements with the lowest" in M.meta_prompt("a", history, 5, "dcs")[1]
+    system, user = M.paraphrase_prompt("a red cat", 150)
+    assert system == "" and "score" not in user and "150" in user
+    assert M.as_100(0.666) == 67 and M.as_100(1.4) == 100 and M.as_100(-0.1) == 0
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("1. <PROMPT>a cat</PROMPT>\n2. <PROMPT>one dog</PROMPT>", ["a cat", "one dog"]),
+        ("<prompt>a cat\n2. <Prompt>one dog</prompt>", ["a cat", "one dog"]),
+        ("1. <PROMPT>a cat<PROMPT>\n2. <PROMPT>one dog<PROMPT>", ["a cat", "one dog"]),
+        ("1. <PROMPT a cat</PROMPT>", ["a cat"]),
+        ("Sure! Here:\n1) a cat\n2) 'one dog'\nHope that helps", ["a cat", "one dog"]),
+        ("<think>1. <PROMPT>no</PROMPT></think>\n1. <PROMPT>a cat</PROMPT>", ["a cat"]),
+        ('1. <PROMPT>"a cat"</PROMPT> 2. <PROMPT>A CAT</PROMPT> <PROMPT>paraphrase 1</PROMPT> <PROMPT> </PROMPT>', ["a cat"]),
+        (f"<PROMPT>{'word ' * 90}</PROMPT><PROMPT>a cat</PROMPT>", ["a cat"]),
+        ("", []),
+        ("nothing of use", []),
+    ],
+)
+def test_answers_are_parsed(text, want):
+    assert M.parse_candidates(text) == want
+
+
+def test_hostile_answers_cost_little_time():
+    began = time.perf_counter()
+    for text in ("<PROMPT>" * 50_000, "1. " * 100_000, "<PROMPT>a</PROMPT>\n" * 20_000, "</think>" * 30_000, "\n" * 200_000,
+                 "<PROMPT " * 30_000 + ">", "x" * 5_000_000):  # fmt: skip
+        M.parse_candidates(text)
+    assert len(M.parse_candidates("".join(f"<PROMPT>cat {i}</PROMPT>" for i in range(5000)))) <= 1000
+    assert time.perf_counter() - began < 20
+
+
+# The client
+
+
+class Server:
+    """A local server that plays a list of replies: (status, body) or a function of the handler."""
+
+    def __enter__(self):
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def answer(self):
+                length = int(self.headers.get("Content-Length") or 0)
+                body = json.loads(self.rfile.read(length)) if length else None
+                outer.seen.append((self.command, self.path, dict(self.headers), body))
+                step = outer.plan.pop(0) if len(outer.plan) > 1 else outer.plan[0]
+                if callable(step):
+                    return step(self)
+                status, text = step
+                blob = text if isinstance(text, bytes) else json.dumps(text).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(blob)))
+                self.end_headers()
+                self.wfile.write(blob)
+
+            do_GET = do_POST = answer
+
+            def log_message(self, *args):
+                pass
+
+        self.seen, self.plan = [], [(200, said("ok"))]
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        return self
+
+    def __exit__(self, *args):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def said(text, **more):
+    return {"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 3}, **more}
+
+
+def client(server, **options):
+    return M.ChatClient(server.url, "m", "secret", **{"pause": 0.01, "retries": 3, "timeout": 5.0, **options})
+
+
+def test_a_request_has_the_right_form():
+    with Server() as server:
+        c = client(server, temperature=0.7, max_tokens=9, token_field="max_completion_tokens")
+        assert c.chat("be kind", "héllo ☃") == "ok" and c.usage["prompt_tokens"] == 3
+        method, path, headers, body = server.seen[0]
+        assert (method, path, headers["Authorization"]) == ("POST", "/v1/chat/completions", "Bearer secret")
+        assert body == {"model": "m", "temperature": 0.7, "max_completion_tokens": 9, "stream": False,
+                        "messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "héllo ☃"}]}  # fmt: skip
+        assert c.chat("", "what is it?", [b"png"]) == "ok"
+        parts = server.seen[1][3]["messages"][0]["content"]
+        assert parts[0]["text"] == "what is it?" and parts[1]["image_url"]["url"].startswith("data:image/png;base64,")
+        server.plan[:] = [(200, {"data": [{"id": "first"}]}), (200, said("x"))]
+        named = M.ChatClient(server.url)
+        named.chat("", "hi")
+        assert named.model == "first" and server.seen[-2][:2] == ("GET", "/v1/models")
+
+
+def drop(handler):
+    handler.connection.close()
+
+
+def cut_short(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "500")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+
+
+def slow(handler):
+    time.sleep(1.0)
+    drop(handler)
+
+
+@pytest.mark.parametrize(
+    "trouble", [(429, {}), (500, b"oops"), (503, {}), (200, b"not json"), (200, b"[1]"), drop, cut_short, slow]
+)
+def test_passing_trouble_costs_a_retry(trouble):
+    with Server() as server:
+        server.plan[:] = [trouble, trouble, (200, said("at last"))]
+        assert client(server, timeout=0.4).chat("s", "u") == "at last" and len(server.seen) == 3
+
+
+@pytest.mark.parametrize("trouble", [(401, {"error": "who are you"}), (404, b"nothing here"), (400, b"bad")])
+def test_lasting_trouble_ends_at_once(trouble):
+    with Server() as server:
+        server.plan[:] = [trouble]
+        with pytest.raises(M.ServerError, match=f"status {trouble[0]}"):
+            client(server).chat("s", "u")
+        assert len(server.seen) == 1
+
+
+def test_endless_trouble_ends_with_a_sentence():
+    with Server() as server:
+        server.plan[:] = [(500, b"oops")]
+        with pytest.raises(M.ServerError, match="failed 3 times.*status 500"):
+            client(server, retries=2).chat("s", "u")
+    with pytest.raises(M.ServerError, match="failed 2 times"):
+        M.ChatClient("http://127.0.0.1:9", "m", pause=0.01, retries=1).chat("s", "u")  # nobody listens
+
+
+def test_a_server_without_system_role_and_odd_answers():
+    with Server() as server:
+        server.plan[:] = [(400, b"System role not supported"), (200, said("fine")), (200, said("fine"))]
+        c = client(server)
+        assert c.chat("rules", "question") == "fine" and c.chat("rules", "again") == "fine"
+        assert [m["messages"][0]["content"] for *_, m in server.seen[1:]] == ["rules\n\nquestion", "rules\n\nagain"]
+        for odd in (
+            {},
+            {"choices": []},
+            {"choices": [{"message": {"content": None}}]},
+            {"choices": "x"},
+            said(7),
+            said("", usage=3),
+        ):
+            server.plan[:] = [(200, odd)]
+            assert c.chat("", "u") == ""
+
+
+def test_replay(tmp_path):
+    with Server() as server:
+        server.plan[:] = [(200, said("one")), (200, said("two"))]
+        c = client(server, log=tmp_path / "log.jsonl")
+        assert [c.chat("s", "u"), c.chat("s", "u")] == ["one", "two"]
+    again = M.ChatClient("http://nowhere.invalid", replay=tmp_path / "log.jsonl")
+    assert [again.chat("s", "u"), again.chat("s", "u")] == ["one", "two"] and again.usage["requests"] == 0
+    with pytest.raises(M.ServerError, match="never sent"):
+        again.chat("s", "other")
+    (tmp_path / "bad.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="exchanges.jsonl"):
+        M.ChatClient("", replay=tmp_path / "bad.jsonl")
+
+
+def test_too_few_prompts_are_asked_for_once_more():
+    with Server() as server:
+        server.plan[:] = [
+            (200, said("1. <PROMPT>a cat</PROMPT>")),
+            (200, said("<PROMPT>one cat</PROMPT><PROMPT>a cat</PROMPT>")),
+        ]
+        got = M.HttpProposer(client(server), M.Config()).propose("cat", [M.Scored("cat", 0.5)], 4)
+        assert got == ["a cat", "one cat"] and len(server.seen) == 2
+
+
+# Offline proposers
+
+
+def captions(count, seed=5):
+    return [M.scenes.caption(M.scenes.scene(i, seed, (1, 3), grid=2)) for i in range(count)]
+
+
+def test_the_guard():
+    for i in range(60):
+        s = M.scenes.scene(i, 9, (1, 3), grid=2)
+        text = M.scenes.caption(s)
+        assert M.meaning(text)[3] == () and M.same_meaning(text, text)
+        for n in M.scenes.negatives(s, i):
+            assert not M.same_meaning(text, n["caption"]), (text, n["caption"])
+    a = "a small red star to the left of a large blue ring on a dark background"
+    for same in ("on a dim backdrop, a huge blue hoop to the right of a tiny scarlet star",
+                 "there is a little red star to the left of a big blue ring on a dark background"):  # fmt: skip
+        assert M.same_meaning(a, same)
+    for other in (a.replace("left", "right"), a.replace("red", "green"), a + " with a cat", a.replace("small ", ""),
+                  "a small blue star to the left of a large red ring on a dark background"):  # fmt: skip
+        assert not M.same_meaning(a, other)
+
+
+def test_grammar_keeps_the_meaning_and_leads_with_the_weak():
+    rules = M.Grammar(0)
+    for text in captions(40):
+        assert all(M.same_meaning(text, rules.one(text)) for _ in range(5))
+    text = "a small red star to the left of a large blue ring on a dark background"
+    weak = [M.Scored(text, 0.5, [("Is there a star?", 1.0), ("Is the background dark?", 0.0)])]
+    share = np.mean([p.startswith("on a") for p in rules.propose(text, weak, 20)])
+    free = np.mean([p.startswith("on a") for p in rules.propose(text, [], 20)])
+    assert share > free and len(set(rules.propose(text, weak, 8))) == 8
+
+
+def test_language_model_masks_the_source_and_learns():
+    tok = M.zoo.load_tokenizer()
+    pairs = [M.lm_pair(i, 0, tok) for i in range(8)]
+    assert pairs == [M.lm_pair(i, 0, tok) for i in range(8)]
+    ids, mask = M.lm_batch(pairs, 120)
+    for row, weight, (c, t) in zip(ids.tolist(), mask.tolist(), pairs):
+        assert row[: len(c)] == c and sum(weight) == len(t) and weight.index(1.0) == len(c)
+        assert M.same_meaning(tok.decode(t), tok.decode(c).split(" ; ")[0])
+    torch.manual_seed(0)
+    net = M.SmallLM(len(tok), 32, 1, 2)
+    opt = torch.optim.Adam(net.parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        logits = net(ids[:, :-1]).flatten(0, 1)
+        loss = (M.F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none") * mask[:, 1:].flatten()).sum() / mask.sum()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    draw = [net.write(ids[:2, :5], tok.end, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*draw)
+
+
+def test_the_stand_in_writes_what_was_meant():
+    lm = M.LmProposer(0)
+    for text in captions(3, 77):
+        got = lm.propose(text, [M.Scored(text, 0.4, [("Is the background dark?", 0.0)])], 5)
+        assert len(got) == 5 and all(M.same_meaning(p, text) and p != text for p in got)
+    again = M.LmProposer(0)
+    text = captions(1, 78)[0]
+    assert M.LmProposer(0).propose(text, [], 4) == again.propose(text, [], 4)
+
+
+# Prompts, generators, the whole
+
+
+def test_real_prompt_files(shared, tmp_path):
+    folder = shared / "prompts"
+    parti = M.read_tasks(folder / "partiprompts.tsv", 2000)
+    assert len({t.prompt for t in parti}) == len(parti) > 1600 and parti[0].prompt == "bond"
+    assert (
+        len(M.read_tasks(folder / "drawbench.csv", 500)) >= 190
+        and M.read_tasks(folder / "drawbench.csv", 7)[0].prompt == "A red colored car."
+    )
+    coco = M.read_tasks(shared / "coco_captions_val2017/captions.csv.gz", 10_000)
+    assert len(coco) > 4900 and coco[0].prompt == "A woman stands in the dining area at the table."
+    dsg = M.read_tasks(folder / "dsg1k_questions.csv.gz", 5000)
+    assert len(dsg) == 1060 and sum(len(t.questions) for t in dsg) == 8182
+    for t in dsg:  # self-parents and cycles do not hang
+        assert 0 <= M.dsg_score(dict.fromkeys(t.questions, True), t.parents) <= 1
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="not a table"):
+        M.read_tasks(tmp_path / "x.csv", 5)
+
+
+def test_pictures_by_command_and_by_endpoint(tmp_path):
+    (tmp_path / "draw.py").write_text(
+        "import sys; from PIL import Image; p, s, o = sys.argv[1:]; Image.new('RGB', (8, 8), (len(p), int(s) % 256, 0)).save(o)"
+    )
+    cfg = M.Config(image_command=f"{M.sys.executable} {tmp_path}/draw.py {{prompt}} {{seed}} {{out}}")
+    images = M.make_generator(cfg, "cpu")("a; touch cat's `x`", 2, 1)  # no shell reads the prompt
+    assert [i.getpixel((0, 0)) for i in images] == [(18, 1000 % 256, 0), (18, 1001 % 256, 0)]
+    with pytest.raises(ValueError, match="wrote no picture"):
+        M.make_generator(M.Config(image_command=f"{M.sys.executable} -c pass"), "cpu")("x", 1, 0)
+    with pytest.raises(ValueError, match="cannot be run"):
+        M.make_generator(M.Config(image_command="no-such-program"), "cpu")("x", 1, 0)
+    png = M.io.BytesIO()
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(png, format="PNG")
+    with Server() as server:
+        server.plan[:] = [(200, {"data": [{"b64_json": M.base64.b64encode(png.getvalue()).decode()}]})]
+        c = client(server)
+        assert M.by_endpoint(c, "a cat", 2)[1].getpixel((0, 0)) == (9, 9, 9) and server.seen[0][3]["prompt"] == "a cat"
+        server.plan[:] = [(200, {"data": []})]
+        with pytest.raises(M.ServerError, match="b64_json"):
+            M.by_endpoint(c, "a cat", 1)
+
+
+def test_questions_of_real_prompts_by_a_server():
+    with Server() as server:
+        server.plan[:] = [(200, said("Yes.")), (200, said("no")), (200, said("yes"))]
+        scorer = M.Scorer(M.Config(vqa_url=server.url, vqa_model="m"), "cpu")
+        task = M.Task("a red dog", {"1": "Is there a dog?", "2": "Is it red?", "3": "Is it big?"}, {"2": ["1"], "3": ["2"]})
+        score, elements = scorer(task, [Image.new("RGB", (8, 8))])
+        assert score == pytest.approx(1 / 3) and dict(elements) == {"Is there a dog?": 1, "Is it red?": 0, "Is it big?": 1}
+
+
+def test_same_seeds_give_the_same_pictures():
+    draw = M.make_generator(M.Config(painter="painter_early", sampler_steps=2), "cpu")
+    assert torch.equal(draw("a red star", 2, 5), draw("a red star", 2, 5))
+    assert not torch.equal(draw("a red star", 2, 5), draw("a red star", 2, 6))
+
+
+def test_budgets_are_equal():
+    cfg = M.Config(steps=3, candidates=2, images=2, target=2.0)
+    task, counts, drawn = M.Task("a small red star to the left of a large blue ring on a dark background"), {}, [0]
+
+    def draw(p, n, seed):
+        drawn[0] += n
+        return torch.zeros(n, 3, 4, 4)
+
+    for method in cfg.methods.split(","):
+        drawn[0] = 0
+        _, _, counts[method] = M.search(method, task, draw, lambda t, x: (0.5, [("q", 0.5)]), M.Grammar(0), cfg)
+        assert drawn[0] == counts[method]
+    assert len(set(counts.values())) == 1 and counts["opt2i"] == 2 * (1 + 3 * 2)
+
+
+def test_smoke_resume_and_two_processes(tmp_path):
+    one = run("methods/opt2i.py", *SMALL, "--out_dir", tmp_path / "a")
+    assert one.returncode == 0, one.stderr
+    for words in ("gain on fresh seeds", "opt2i", "paraphrase", "Frechet distance", "the paper, on the searched seeds"):
+        assert words in one.stdout
+    assert Image.open(tmp_path / "a/000.png").width > 300 and (tmp_path / "a/curves.png").exists()
+    two = torchrun(2, "methods/opt2i.py", *SMALL, "--out_dir", tmp_path / "b")
+    assert two.returncode == 0, two.stderr
+    for name in ("000.json", "001.json", "metrics.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    kept = (tmp_path / "a/000.json").stat().st_mtime_ns
+    (tmp_path / "a/001.json").unlink()  # killed before the second prompt was done
+    assert inside(M, *SMALL, "--out_dir", tmp_path / "a").returncode == 0
+    assert (tmp_path / "a/000.json").stat().st_mtime_ns == kept
+    assert (tmp_path / "a/001.json").read_bytes() == (tmp_path / "b/001.json").read_bytes()
+    assert inside(M, *SMALL, "--score", "dcs", "--prompts", 1, "--out_dir", tmp_path / "a").returncode == 0
+    assert not (tmp_path / "a/001.json").exists()  # of other settings
+
+
+def test_a_run_with_a_server_and_its_replay(tmp_path):
+    text = "on a dark background, a large red star"
+    with Server() as server:
+        server.plan[:] = [(200, said(f"1. <PROMPT>{text}</PROMPT>\n2. <PROMPT>{text} please</PROMPT>"))]
+        flags = ["--preset", "smoke", "--prompts", 1, "--methods", "opt2i", "--out_dir"]
+        done = inside(M, *flags, tmp_path / "a", "--llm_url", server.url, "--llm_model", "m")
+        assert done.returncode == 0, done.stderr
+        asked = len(server.seen)
+    assert asked >= 1 and len((tmp_path / "a/exchanges.jsonl").read_text().splitlines()) == asked
+    again = inside(M, *flags, tmp_path / "b", "--replay", tmp_path / "a/exchanges.jsonl")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "a/000.json").read_bytes() == (tmp_path / "b/000.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--score", "fid"], ["--score fid", "dsg"]),
+        (["--methods", "opt2i,luck"], ["'luck'"]),
+        (["--candidates", "0"], ["--candidates 0"]),
+        (["--proposer", "http"], ["--llm_url"]),
+        (["--prompts", "file.csv"], ["--llm_url"]),
+        (["--prompts", "nowhere.csv", "--llm_url", "http://x", "--image_url", "http://y"], ["nowhere.csv"]),
+        (["--replay", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["--clip", "x"], ["--tokenizer"]),
+    ],
+)
+def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
+    user_error(inside(M, *SMALL, "--out_dir", tmp_path / "r", *flags), *words)
+
+
+def test_dry_run_spends_nothing(tmp_path, capsys):
+    M.run(M.Config(prompts="3", dry_run=True, out_dir=str(tmp_path / "r")))
+    assert "1,968 pictures" in capsys.readouterr().out and not (tmp_path / "r").exists()
