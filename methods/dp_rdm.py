@@ -881,16 +881,8 @@ def report(cfg, world, scores, pictures, out) -> None:
     N, first = len(world.private_bank), next(iter(scores.values()))
     rows = [[a.name, f"{a.k:,}", f"{s['fd']:.2f}", f"{s['density']:.3f}", f"{s['coverage']:.3f}", f"{s['clip']:.1f}",
              f"{s['shape']:.1f}" if "shape" in s else "", f"{s['spent']:.3f}"] for a, s in scores.items()]  # fmt: skip
-    head = [
-        "retrieval",
-        "k",
-        "Frechet distance",
-        "density",
-        "coverage",
-        "CLIP",
-        "shape right, %",
-        f"spent by {len(world.prompts)} queries",
-    ]
+    spent = f"spent by {len(world.prompts)} queries"
+    head = ["retrieval", "k", "Frechet distance", "density", "coverage", "CLIP", "shape right, %", spent]
     print(f"\n{N:,} private records, delta {cfg.delta or 1 / N:.2g}, sigma {cfg.sigma:g}, q {cfg.q:g}\n" + table(rows, head))
     if (cfg.delta or 1 / N) * N > 0.1:
         print("delta x N is above 1/10: the paper's choice, and the edge of what is meaningful on real data")
