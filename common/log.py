@@ -47,10 +47,10 @@ def versions() -> dict[str, str]:
 
 
 class RunLog:
-    """Only rank 0 writes. dir: the run directory; name: what the bar calls the run; total: updates, if not cfg.steps."""
+    """Only rank 0 writes. dir: the run directory; name: what the bar calls the run."""
 
-    def __init__(self, cfg, env, name: str = "", start: int = 0, total: int | None = None):
-        self.dir, self.name, self.main, self.total = Path(cfg.out_dir), name, env.is_main, cfg.steps if total is None else total
+    def __init__(self, cfg, env, name: str = "", start: int = 0):
+        self.dir, self.name, self.main, self.total = Path(cfg.out_dir), name, env.is_main, cfg.steps
         self.began, self.first, self.per_step = time.monotonic(), start, cfg.batch_size
         if not self.main:
             return

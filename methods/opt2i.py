@@ -2,14 +2,13 @@
 
 Paper      Manas, Astolfi, Hall, Ross, Urbanek, Williams, Agrawal, Romero-Soriano, Drozdzal: Improving Text-to-Image Consistency
            via Automatic Prompt Optimization. TMLR 2024, arXiv 2403.17804
-Idea       A text-to-image model ignores parts of a prompt, and the same content in other words comes out better. Nothing has to
-           be trained to find those words: draw pictures for a prompt, score how well they agree with the USER'S prompt, show a
-           language model the best prompts so far with their scores, element by element, and ask for better ones. Repeat.
+Idea       A text-to-image model ignores parts of a prompt; the same content in other words comes out better. So draw pictures
+           for a prompt, score how well they agree with the USER'S prompt, show a language model the best prompts so far with
+           their scores, element by element, and ask for better ones. Repeat. Nothing is trained.
 Equations  Sec. 3, the loop -> optimise()     its message -> meta_prompt()     decomposed CLIPScore -> dcs()
            DSG with its dependency graph -> dsg_score()
 Read first section 2, meta_prompt() and ChatClient in section 3, then run(); generators and scorers can be replaced
-Symbols    p0 user prompt, f language model, g text-to-image model, S score of pictures against p0; T iterations, n prompts of
-           each, m pictures of a prompt from the same m seeds, k prompts of the history
+Symbols    p0 user prompt; f language model, g generator, S score; T iterations, n prompts each, m pictures each, k in history
 Run        python methods/opt2i.py --preset smoke                           (CPU, no files, under 30 s)
            python methods/opt2i.py                                          (CPU, no files, about 5 min)
            python methods/opt2i.py --llm_url http://localhost:8000/v1 --prompts prompts.tsv --image_url http://localhost:9000/v1
@@ -17,10 +16,10 @@ Run        python methods/opt2i.py --preset smoke                           (CPU
 Data       generated prompts (common/scenes.py) with their questions; or PartiPrompts, DrawBench, COCO captions, DSG-1k
 Expect     laptop: see methods/RESULTS.md
 Differs    from the paper: offline the language model is a small stand-in, trained on paraphrases of generated captions and
-           called so, the picture model an early stand-in, VQA a classifier of scenes: nothing reproduces the paper's
-           table. Reported too: gains on fresh seeds, since the best of many on m seeds flatters itself. Our own messages.
+           called so, the picture model an early stand-in, VQA a classifier of scenes: nothing reproduces the paper's table.
+           Reported too: gains on fresh seeds, since the best of many on m seeds flatters itself. Our own messages.
            from the DSG code: parents count transitively (--official_dsg: their own answers only), malformed cells and cycles
-           do not empty the graph. Left out: Promptist, image editing, the fine-tuning of the stand-in on its own finds.
+           do not empty the graph. Left out: Promptist.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
            vae.py vit.py zoo.py and weights/   (copy these with this file)
 """
@@ -66,7 +65,7 @@ class Config:
     # run: the same names in all ten files
     out_dir: str = "runs/opt2i"  # one folder a run; one sub-folder a prompt
     seed: int = 0  # of prompts, proposals and pictures
-    steps: int = 8  # T, iterations; the paper: 30
+    steps: int = 8  # T, iterations; the paper: 30; of --train_lm: updates
     batch_size: int = 64  # pictures at once; of --train_lm: pairs, GLOBAL
     accum: int = 1  # of --train_lm: not used
     lr: float = 3e-3  # of --train_lm: AdamW, warm-up, then cosine
@@ -82,7 +81,6 @@ class Config:
     eval_every: int = 0  # not used
     save_every: int = 500  # of --train_lm; prompts are saved as they finish
     resume: bool = True  # keep finished prompts
-    max_bad: float = 0.01  # not used
     # the method
     candidates: int = 5  # n, new prompts an iteration
     images: int = 4  # m, pictures of each prompt, always from the same seeds
@@ -97,7 +95,6 @@ class Config:
     structure: bool = False  # meta-prompt: simple words, foreground and background apart
     methods: str = "opt2i,paraphrase,oneshot,seeds"  # comma list; the last three are baselines with as many pictures
     fresh: int = 16  # pictures of new seeds on which first and best prompt are compared
-    # language model: proposer
     proposer: str = "lm"  # lm (the stand-in), grammar (rules), http
     llm_url: str = ""  # base url of an OpenAI-compatible server; implies --proposer http
     llm_model: str = ""  # its name; "" = the server's first
@@ -106,22 +103,18 @@ class Config:
     token_field: str = "max_tokens"  # newer hosted models want max_completion_tokens
     timeout: float = 120.0  # seconds a request
     replay: str = ""  # exchanges.jsonl of an earlier run: its answers, no request
-    # generator and scorer
     painter: str = "painter_middle"  # stand-in text-to-image model: painter_early, painter_middle, painter
     guidance: float = 3.0  # classifier-free guidance; the paper: 7.5
     sampler_steps: int = 16  # of the stand-in
     image_command: str = ""  # command that writes a picture: {prompt}, {seed} and {out} are filled in, one call a picture
     image_url: str = ""  # base url of an OpenAI-style server with /images/generations
     vqa_url: str = ""  # base url of an OpenAI-compatible server that sees pictures: answers the questions of real prompts
-    vqa_model: str = ""  # its name; "" = the server's first
     clip: str = ""  # CLIP weights for dcs; "" = the stand-in
     tokenizer: str = ""  # CLIP's merges file
-    # prompts
     prompts: str = "12"  # number of generated prompts, or a file: PartiPrompts tsv, DrawBench or COCO csv, DSG-1k csv
     limit: int = 50  # prompts of a file
     dry_run: bool = False  # print what would be spent, and end
     train_lm: bool = False  # train the stand-in language model, and end
-    lm_steps: int = 1_500  # of --train_lm
 
 
 # 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
@@ -625,7 +618,7 @@ class Scorer:
         if cfg.score == "dcs":
             self.clip = (load_clip(cfg.clip) if cfg.clip else zoo.load_clip()).to(device).eval()
             self.tok = Tokenizer.from_clip(cfg.tokenizer) if cfg.clip else zoo.load_tokenizer()
-        self.vqa = ChatClient(cfg.vqa_url, cfg.vqa_model, os.environ.get(cfg.llm_key, ""), cfg.timeout, temperature=0.0,
+        self.vqa = ChatClient(cfg.vqa_url, "", os.environ.get(cfg.llm_key, ""), cfg.timeout, temperature=0.0,
                               max_tokens=16, token_field=cfg.token_field) if cfg.vqa_url else None  # fmt: skip
 
     def __call__(self, task, images):
@@ -821,7 +814,7 @@ def train_lm(cfg: Config) -> dict:
     wrapped = ddp.wrap(model, env)
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, (0.9, 0.98), fused=True)
     start, _ = ckpt.resume(out / "last.pt", cfg, model=model, opt=opt) if cfg.resume else (0, {})
-    log, share = RunLog(cfg, env, "stand-in language model", start, total=cfg.lm_steps), env.share(cfg.batch_size)
+    log, share = RunLog(cfg, env, "stand-in language model", start), env.share(cfg.batch_size)
 
     def loss_of(first, seed):
         ids, mask = lm_batch([lm_pair(i, seed, tok) for i in range(first, first + share)], model.config["context"])
@@ -830,14 +823,14 @@ def train_lm(cfg: Config) -> dict:
         weight = mask[:, 1:].flatten().to(env.device)
         return (losses * weight).sum() / weight.sum()
 
-    for step in range(start, cfg.lm_steps):
-        optim.set_lr(opt, optim.warmup_cosine(step, cfg.lm_steps, cfg.warmup, cfg.lr))
+    for step in range(start, cfg.steps):
+        optim.set_lr(opt, optim.warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr))
         loss = loss_of(step * cfg.batch_size + env.rank * share, cfg.seed)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         opt.step()
         opt.zero_grad(set_to_none=True)
-        done, last = step + 1, step + 1 == cfg.lm_steps
+        done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
         if due or done % cfg.save_every == 0:
             ddp.check_finite({"loss": loss.item()}, step)
@@ -888,7 +881,7 @@ def check(cfg: Config) -> None:
             raise ValueError(f"--methods {cfg.methods}: {method!r} is unknown; choose from opt2i, paraphrase, oneshot, seeds")
     if cfg.steps < 0:
         raise ValueError(f"--steps {cfg.steps} must not be negative")
-    for name in ("candidates", "images", "history", "fresh", "batch_size", "limit", "lm_steps", "log_every", "save_every"):
+    for name in ("candidates", "images", "history", "fresh", "batch_size", "limit", "log_every", "save_every"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name} {getattr(cfg, name)} must be at least 1")
     if cfg.proposer == "http" and not cfg.llm_url:
@@ -1004,7 +997,7 @@ PRESETS = {
     "paper": dict(prompts="data/partiprompts.tsv", steps=30, guidance=7.5, proposer="http", llm_url="http://localhost:8000/v1",
                   image_url="http://localhost:9000/v1", score="dcs", clip="data/clip-vit-large-patch14",
                   tokenizer="data/bpe_simple_vocab_16e6.txt.gz", limit=185, out_dir="runs/opt2i_p2"),
-    "standin": dict(train_lm=True, batch_size=64, out_dir="runs/standin_lm"),
+    "standin": dict(train_lm=True, steps=1_500, batch_size=64, out_dir="runs/standin_lm"),
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -415,8 +415,8 @@ def test_pictures_by_command_and_by_endpoint(tmp_path):
 
 def test_questions_of_real_prompts_by_a_server():
     with Server() as server:
-        server.plan[:] = [(200, said("Yes.")), (200, said("no")), (200, said("yes"))]
-        scorer = M.Scorer(M.Config(vqa_url=server.url, vqa_model="m"), "cpu")
+        server.plan[:] = [(200, {"data": [{"id": "m"}]}), (200, said("Yes.")), (200, said("no")), (200, said("yes"))]
+        scorer = M.Scorer(M.Config(vqa_url=server.url), "cpu")
         task = M.Task("a red dog", {"1": "Is there a dog?", "2": "Is it red?", "3": "Is it big?"}, {"2": ["1"], "3": ["2"]})
         score, elements = scorer(task, [Image.new("RGB", (8, 8))])
         assert score == pytest.approx(1 / 3) and dict(elements) == {"Is there a dog?": 1, "Is it red?": 0, "Is it big?": 1}
