@@ -412,7 +412,7 @@ class Grammar:
 
     def one(self, prompt, weak=""):
         rng, text = self.rng, prompt
-        text = re.sub(r"^(a picture of|there is|we see)\s+", "", text)
+        text = re.sub(r"^(a picture of|there is|we see)\s+", "", self._back(text))
         text, _, ground = text.partition(" on a ")
         pieces = re.split(rf" ({'|'.join(OPPOSITE)}) ", text, maxsplit=1)
         if len(pieces) == 3 and " and " not in pieces[2] and rng.random() < (0.8 if weak and weak in pieces[2] else 0.4):
@@ -436,7 +436,7 @@ class Grammar:
             base = history[-1] if history and self.rng.random() < 0.7 else Scored(prompt, 0.0)
             weights = np.array([1.0001 - v for _, v in base.elements])
             weak = str(self.rng.choice([e for e, _ in base.elements], p=weights / weights.sum())) if len(weights) else ""
-            p = self.one(self._back(base.prompt), weak)
+            p = self.one(base.prompt, weak)
             if p != prompt and p not in out and same_meaning(p, prompt):
                 out.append(p)
             if len(out) == n:
@@ -526,14 +526,21 @@ class Task:
     asked: list = field(default_factory=list)
 
 
+def user_style(s) -> str:
+    """How a user might say it: the ground first. The picture models were trained on captions that end with it, and agree less with
+    this order: there is something to find."""
+    things, _, ground = scenes.caption(s).partition(" on ")
+    return f"on {ground}, {things}"
+
+
 def make_tasks(cfg) -> list[Task]:
-    """Captions with two or three objects and everything that they name as questions."""
+    """Two related objects in a user's order, and all that is named as questions."""
     out = []
     for i in range(int(cfg.prompts)):
-        s = scenes.scene(i, cfg.seed * 1000 + 800, (2, 3), grid=2)
+        s = scenes.scene(i, cfg.seed * 1000 + 800, (2, 2), grid=2)
         asked = [q for q in scenes.questions(s) if q["kind"] not in ("place", "relation") or _named(q, s)]
         texts, parents = ({q["id"]: q[k] for q in asked} for k in ("text", "parents"))
-        out.append(Task(scenes.caption(s), texts, parents, s, asked))
+        out.append(Task(user_style(s), texts, parents, s, asked))
     return out
 
 
@@ -767,7 +774,7 @@ def summary(results, cfg) -> tuple[list[list], dict]:
 def set_metrics(tasks, results, draw, judge, cfg) -> dict:
     """Frechet distance, precision, recall and diversity of all pictures of the first prompts, and of the best ones."""
     out, device = {}, next(judge.parameters()).device
-    world = [scenes.scene(i, cfg.seed * 1000 + 900, (2, 3), grid=2) for i in range(512)]
+    world = [scenes.scene(i, cfg.seed * 1000 + 900, (2, 2), grid=2) for i in range(512)]
     x = np.concatenate([scenes.render(world[i : i + 256], 32) for i in range(0, 512, 256)])
     real = torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1
 
@@ -795,7 +802,7 @@ def lm_pair(index, seed, tok):
     first or says in other words."""
     rng = np.random.default_rng((seed, index))
     s = scenes.scene(index, seed * 7 + 31, (1, 3), grid=2)
-    source, rules = scenes.caption(s), Grammar(int(rng.integers(1 << 31)))
+    source, rules = (scenes.caption, user_style)[rng.integers(2)](s), Grammar(int(rng.integers(1 << 31)))
     asked = [q["text"] for q in scenes.questions(s)]
     weak = str(rng.choice(asked)) if rng.random() < 0.8 else ""
     best = rules.one(source) if rng.random() < 0.7 else source
@@ -850,7 +857,7 @@ def train_lm(cfg: Config) -> dict:
         kept = total = 0
         g = torch.Generator().manual_seed(0)
         for i in range(40):
-            source = scenes.caption(scenes.scene(i, 12345, (1, 3), grid=2))
+            source = (scenes.caption, user_style)[i % 2](scenes.scene(i, 12345, (1, 3), grid=2))
             ids = torch.tensor([lm_context(tok, source, source, "")] * 5).to(env.device)
             texts = [tok.decode(r) for r in model.write(ids, tok.end, g).tolist()]
             kept, total = kept + sum(same_meaning(t, source) for t in texts), total + 5

@@ -1,6 +1,6 @@
 """Speed against published packages: peer time / our time, both in one run, median of alternating repetitions.
 
-python tests/peers/bench.py [--data ../shared/data] [--only tokenizer,clip,shards,scenes,dit,vae,augment,losses]
+python tests/peers/bench.py [--data ../shared/data] [--only tokenizer,clip,...,evaluation,privacy]
 """
 
 import argparse
@@ -252,13 +252,74 @@ def losses(root):
     return rows
 
 
+def evaluation(root):
+    """Metrics on features: precision to coverage, Frechet distance, Vendi score."""
+    import scipy.sparse
+    from prdc import compute_prdc
+    from pytorch_fid.fid_score import calculate_frechet_distance
+
+    scipy.sparse.csr = scipy.sparse  # the package asks for a module that newer scipy no longer has
+    from vendi_score import vendi
+
+    from common import metrics
+
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(10_000, 768, generator=g) for _ in range(2))
+    a, b = x.numpy(), y.numpy()
+    rows = [("precision, recall, density, coverage, 10k x 10k x 768", "prdc", 3,
+             *race(lambda: metrics.prdc(x, y, 5), lambda: compute_prdc(a, b, 5), 3))]  # fmt: skip
+    x, y = (torch.randn(10_000, 2048, generator=g) for _ in range(2))
+
+    def theirs():
+        statistics_ = [(f.mean(0), np.cov(f, rowvar=False)) for f in (x.numpy(), y.numpy())]
+        calculate_frechet_distance(*statistics_[0], *statistics_[1])
+
+    rows.append(("Frechet distance, 10k x 2,048 features given", "pytorch-fid", 3,
+                 *race(lambda: metrics.frechet_distance(x, y), theirs, 3)))  # fmt: skip
+    x = torch.nn.functional.normalize(torch.randn(5_000, 768, generator=g), dim=1)
+    rows.append(("Vendi score, n = 5,000, 768 columns", "vendi-score", 3,
+                 *race(lambda: metrics.vendi(x), lambda: vendi.score_X(x.numpy()), 3)))  # fmt: skip
+    return rows
+
+
+def privacy(root):
+    """Accountants and exact retrieval."""
+    import faiss
+    from dp_accounting.pld import privacy_loss_distribution
+    from opacus.accountants.analysis import rdp as opacus_rdp
+
+    from methods import dp_rdm
+
+    orders = [1 + i / 10 for i in range(1, 100)] + list(range(11, 64))
+
+    def opacus():
+        opacus_rdp.get_privacy_spent(orders=orders, delta=1e-5, rdp=opacus_rdp.compute_rdp(
+            q=0.01, noise_multiplier=1.0, steps=1000, orders=orders))  # fmt: skip
+
+    def google():
+        p = privacy_loss_distribution.from_gaussian_mechanism(1.0, sampling_prob=0.01, value_discretization_interval=1e-4)
+        p.self_compose(1000).get_epsilon_for_delta(1e-5)
+
+    rows = [("epsilon by RDP, 152 orders", "opacus", 5, *race(lambda: dp_rdm.epsilon(0.01, 1.0, 1000, 1e-5), opacus, 5)),
+            ("epsilon by PLD, 1,000 queries", "dp-accounting", 5,
+             *race(lambda: dp_rdm.epsilon_pld(0.01, 1.0, 1000, 1e-5), google, 3))]  # fmt: skip
+    bank = torch.nn.functional.normalize(torch.randn(1_000_000, 512), dim=1)
+    queries, index = torch.randn(16, 512), faiss.IndexFlatIP(512)
+    index.add(bank.numpy())
+    unit = dp_rdm.unit(queries)
+    rows.append(("nearest 20 of 1M x 512, one query at a time (16)", "faiss flat", 1,
+                 *race(lambda: [dp_rdm.nearest(u, bank, 20) for u in unit],
+                       lambda: [index.search(q[None].numpy(), 20) for q in queries], 3)))  # fmt: skip
+    return rows
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default=os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"), type=Path)
-    parser.add_argument("--only", default="tokenizer,clip,shards,scenes,dit,vae,augment,losses")
+    parser.add_argument("--only", default="tokenizer,clip,shards,scenes,dit,vae,augment,losses,evaluation,privacy")
     args = parser.parse_args()
     jobs = {"tokenizer": tokenizer, "clip": clip, "shards": shards, "scenes": world, "dit": dit, "vae": autoencoder,
-            "augment": augmentation, "losses": losses}  # fmt: skip
+            "augment": augmentation, "losses": losses, "evaluation": evaluation, "privacy": privacy}  # fmt: skip
     rows = []
     for job in args.only.split(","):
         for work, peer, target, a, b, ratio in jobs[job](args.data):

@@ -1,4 +1,5 @@
-"""common/metrics.py against the published packages on random features: prdc, vendi-score, pytorch-fid, clean-fid, torch-fidelity."""
+"""common/metrics.py against the published packages on random features: prdc, vendi-score, pytorch-fid, clean-fid, torch-fidelity;
+methods/pareto_eval.py against pymoo, methods/dp_rdm.py against opacus, dp-accounting and faiss."""
 
 import numpy as np
 import pytest
@@ -91,3 +92,37 @@ def test_clean_resizing():
     resize = build_resizer("clean")
     want = torch.from_numpy(np.stack([resize(i.permute(1, 2, 0).numpy()) for i in images])).permute(0, 3, 1, 2)
     torch.testing.assert_close(M.resize_299(images, "clean") * 128 + 128, want, atol=1e-3, rtol=0)
+
+
+def test_hypervolume():
+    peer = pytest.importorskip("pymoo.indicators.hv")
+    from methods.pareto_eval import hypervolume
+
+    for d in (2, 3, 4):
+        P = rng.random((40, d))
+        assert hypervolume(P, [0.1] * d) == pytest.approx(float(peer.HV(ref_point=[-0.1] * d)(-P)), rel=1e-9)
+
+
+def test_accountants():
+    """Integer orders agree with both; fractional ones with opacus only: dp-accounting bounds them from above."""
+    opacus = pytest.importorskip("opacus.accountants.analysis.rdp")
+    google = pytest.importorskip("dp_accounting.pld.privacy_loss_distribution")
+    from methods import dp_rdm
+
+    for q, z in ((0.01, 1.0), (0.2, 3.0), (0.5, 0.7)):
+        for alpha in (1.5, 2, 3.7, 8, 31):
+            want = opacus.compute_rdp(q=q, noise_multiplier=z, steps=1, orders=[alpha])[0]
+            assert dp_rdm.rdp(q, z, alpha) == pytest.approx(want, rel=1e-6)
+        pld = google.from_gaussian_mechanism(z, sampling_prob=q, value_discretization_interval=1e-4).self_compose(50)
+        assert dp_rdm.epsilon_pld(q, z, 50, 1e-5) == pytest.approx(pld.get_epsilon_for_delta(1e-5), abs=2e-4)
+
+
+def test_nearest_neighbours():
+    faiss = pytest.importorskip("faiss")
+    from methods import dp_rdm
+
+    bank = torch.nn.functional.normalize(torch.randn(20_000, 64), dim=1)
+    queries, index = dp_rdm.unit(torch.randn(5, 64)), faiss.IndexFlatIP(64)
+    index.add(bank.numpy())
+    _, want = index.search(queries.float().numpy(), 10)
+    assert [dp_rdm.nearest(u, bank, 10).tolist() for u in queries] == want.tolist()
