@@ -129,31 +129,41 @@ def lines(series: dict[str, tuple[list, list]], title: str = "", x: str = "step"
     return axes.done()
 
 
-def scatter(series: dict[str, list[tuple]], front: list[tuple], title: str = "", x: str = "", y: str = "", size=(520, 420),
-            legend: bool = True) -> Image.Image:  # fmt: skip
+def scatter(series: dict[str, list[tuple]], paths: dict[str, list[tuple]], front: list[tuple] = (), title: str = "",
+            x: str = "", y: str = "", size=(520, 420), legend: bool = True) -> Image.Image:  # fmt: skip
     """series: name -> points (x, y, label, strong, (dx, dy)): one colour a name; points that are not strong are faint; dx, dy:
-    half intervals, drawn as a cross. front: (x, y) in order of x, joined by steps: below and left of them is dominated."""
+    half intervals, drawn as a cross. paths: name -> (x, y) joined by a thin line of that colour. front: (x, y) in order of x,
+    joined by steps: below and left of them is dominated. Labels that would cover another are left out."""
     every = [p for points in series.values() for p in points if np.isfinite(p[0]) and np.isfinite(p[1])]
     xs, ys = (np.array([p[i] for p in every], float) for i in (0, 1))
-    axes = _Axes(xs, ys, title, x, y, size, list(series) if legend else [], margin=0.12)
+    axes = _Axes(xs, ys, title or y, x, "", size, list(series) if legend else [], margin=0.12)
     steps = []
     for (a, b), after in zip(front, [*front[1:], None]):
         steps += [(a, b)] if after is None else [(a, b), (a, after[1])]
     if steps:
         ends = [(axes.x0, front[0][1]), *steps, (front[-1][0], axes.y0)]
         axes.draw.line([axes.at(*p) for p in ends], (160, 164, 172), 3)
+    for i, name in enumerate(series):
+        faint = tuple(round(0.45 * c + 0.55 * 255) for c in PALETTE[i % len(PALETTE)])
+        path = [axes.at(*p) for p in paths.get(name, []) if np.isfinite(p).all()]
+        axes.draw.line(path, faint, 3, joint="curve")
+    taken, face = [], font(22)
     for i, points in enumerate(series.values()):
         full = PALETTE[i % len(PALETTE)]
         for a, b, label, strong, (dx, dy) in sorted(points, key=lambda p: p[3]):
             if not (np.isfinite(a) and np.isfinite(b)):
                 continue
-            colour = full if strong else tuple(round(0.3 * c + 0.7 * 255) for c in full)
+            colour = full if strong else tuple(round(0.4 * c + 0.6 * 255) for c in full)
             axes.draw.line([axes.at(a - dx, b), axes.at(a + dx, b)], colour, 2)
             axes.draw.line([axes.at(a, b - dy), axes.at(a, b + dy)], colour, 2)
             axes.dot(a, b, 10 if strong else 7, colour)
-            if strong:
-                px, py = axes.at(a, b)
-                axes.draw.text((px + 14, py - 16), label, INK, font(22), anchor="lm")
+            px, py = axes.at(a, b)
+            wide = face.getlength(label)
+            left = px + 14 if px + 14 + wide < axes.box[2] else px - 14 - wide
+            box = (left, py - 28, left + wide, py - 4)
+            if strong and label and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken):
+                taken.append(box)
+                axes.draw.text((box[0], box[1]), label, INK, face)
     return axes.done()
 
 

@@ -527,8 +527,8 @@ class Task:
 
 
 def user_style(s) -> str:
-    """How a user might say it: the ground first. The picture models were trained on captions that end with it, and agree less with
-    this order: there is something to find."""
+    """How a user might say it: the ground first. The picture models were trained on captions that end with it, and agree less
+    with this order: there is something to find."""
     things, _, ground = scenes.caption(s).partition(" on ")
     return f"on {ground}, {things}"
 

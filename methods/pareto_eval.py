@@ -685,11 +685,11 @@ def report(cfg, prompts, real, sets, out) -> dict:
             if math.isnan(again[p]["consistency"]):
                 again[p]["consistency"] = again[p]["clip"] / 100
             spread[p].append(again[p])
-        for p, on in zip(points, pareto_front([[again[p][a] for a in AXES] for p in points]).tolist()):
+        for p, on in zip(points, fronts(points, [[again[p][a] for a in AXES] for p in points])):
             stable[p] += on / len(samples)
     error = {p: {k: float(np.std([s[k] for s in spread[p]])) if spread[p] else math.nan for k in rows[p]} for p in points}
     P = [[rows[p][a] for a in AXES] for p in points]
-    front = pareto_front(P).tolist()
+    front = fronts(points, P)
     write_front(out / "front.csv", cfg, points, rows, error, front, stable)
     pairs = (("diversity", "consistency"), ("diversity", "realism"), ("realism", "consistency"))
     draw_fronts(out / "fronts.png", points, rows, error, pairs, names)
@@ -698,23 +698,27 @@ def report(cfg, prompts, real, sets, out) -> dict:
     result = {f"{p.model}_{p.knob}_{p.value:g}_{k}": v for p in points for k, v in rows[p].items()}
 
     ref = [0.0, 0.0, 0.0]
-    whole, summary = hypervolume(P, ref), []
+    summary = []
     for name in names:
-        own, rest = ([x for x, p in zip(P, points) if (p.model == name) == same] for same in (True, False))
+        kind = task(next(p for p in points if p.model == name))
+        own = [x for x, p in zip(P, points) if p.model == name]
+        rest = [x for x, p in zip(P, points) if p.model != name and task(p) == kind]
         share = sum(f for f, p in zip(front, points) if p.model == name)
         held = sum(f and stable[p] >= 0.9 for f, p in zip(front, points) if p.model == name)
         best = {a: max(rows[p][a] for p in points if p.model == name) for a in AXES}
-        summary.append([name, *(f"{best[a]:.3f}" for a in AXES), f"{share} of {len(own)}", held, f"{hypervolume(own, ref):.4f}",
-                        f"{whole - hypervolume(rest, ref) if rest else whole:.4f}"])  # fmt: skip
-        result |= {f"{name}_volume": hypervolume(own, ref), f"{name}_on_front": float(share)}
+        exclusive = hypervolume(own + rest, ref) - hypervolume(rest, ref)
+        volume = hypervolume(own, ref)
+        summary.append([name, kind, *(f"{best[a]:.3f}" for a in AXES), f"{share} of {len(own)}", held, f"{volume:.4f}",
+                        f"{exclusive:.4f}"])  # fmt: skip
+        result |= {f"{name}_volume": volume, f"{name}_on_front": float(share)}
     truth = measure(real, real, home, count, cfg)
     print(f"\n{len(home)} prompts, {count} pictures of each in set metrics, features: {cfg.extractor}, k = {cfg.k}")
-    head = ["model", *(f"best {a}" for a in AXES), "on the front", "in 90 % of halves", "volume", "exclusive"]
-    print(
-        table(summary, head) + f"\nreference point of the volumes: 0, 0, 0; real pictures: diversity {truth['diversity']:.3f}"
-    )
-    if (i := knee(P)) is not None:
-        print(f"knee of the front: {points[i].model}, {points[i].label}")
+    head = ["model", "given a", *(f"best {a}" for a in AXES), "on the front", "in 90 % of halves", "volume", "exclusive"]
+    print(table(summary, head))
+    print(f"reference point of the volumes: 0, 0, 0; real pictures: diversity {truth['diversity']:.3f}")
+    given = [i for i, p in enumerate(points) if task(p) == "text"]
+    if given and (i := knee([P[j] for j in given])) is not None:
+        print(f"knee of the front: {points[given[i]].model}, {points[given[i]].label}")
     print("\n" + table(claims(cfg, points, rows, error, names), ["claim", "from", "to", "difference", "paper"]))
     result |= by_group(cfg, prompts, real, sets, count, out)
     if any("image" in s for s in sets.values()):
@@ -760,16 +764,36 @@ def write_front(path, cfg, points, rows, error, front, stable) -> None:
     Path(f"{path}.tmp").replace(path)
 
 
+def task(point) -> str:
+    """What a point was given: a text, or a real picture. Fronts are taken within one task."""
+    return "picture" if point.model == "codec" else "text"
+
+
+def fronts(points, values) -> list[bool]:
+    """Whether each point is on the front of its task. values: rows of equal length, all "larger is better"."""
+    out = [False] * len(points)
+    for kind in {task(p) for p in points}:
+        rows = [i for i, p in enumerate(points) if task(p) == kind]
+        for i, on in zip(rows, pareto_front([values[i] for i in rows]).tolist()):
+            out[i] = on
+    return out
+
+
 def draw_fronts(path, points, rows, error, pairs, names) -> None:
+    """One panel a pair of axes: points in their model's colour, full where no other of their task beats them in the two; thin
+    lines follow the guidance; steps: the front of the text-to-image models."""
     panels = []
     for i, (x, y) in enumerate(pairs):
         flat = [[rows[p][x], rows[p][y]] for p in points]
-        on = pareto_front(flat).tolist()
+        on = fronts(points, flat)
         series = {n: [(*flat[j], p.label, on[j], (2 * error[p][x], 2 * error[p][y]) if on[j] else (0, 0))
                       for j, p in enumerate(points) if p.model == n] for n in names}  # fmt: skip
-        edge = sorted(q for q, o in zip(flat, on) if o)
+        knob = {n: [p.knob for p in points if p.model == n][0] for n in names}  # the first knob, in order of its values
+        order = sorted(range(len(points)), key=lambda j: points[j].value)
+        paths = {n: [flat[j] for j in order if (points[j].model, points[j].knob) == (n, knob[n])] for n in names}
+        edge = sorted(q for q, o, p in zip(flat, on, points) if o and task(p) == "text")
         last = i == len(pairs) - 1
-        panels.append(plot.scatter(series, edge, f"{y} against {x}", x, y, (620 if last else 520, 440), legend=last))
+        panels.append(plot.scatter(series, paths, edge, f"{y} against {x}", x, y, (620 if last else 520, 440), legend=last))
     plot.save(plot.row(panels), path)
 
 
@@ -793,14 +817,16 @@ def by_group(cfg, prompts, real, sets, count, out) -> dict:
             lines.append([f"{model}, {p.label}", key, *(f"{values[g]:.3f}" for g in groups), worst, f"{gap:.3f}"])
             result |= {f"{model}_{key}_gap": gap, f"{model}_{key}_worst": min(values.values())}
     print(f"\nper region, {size} prompts each\n" + table(lines, ["point", "metric", *groups, "worst", "gap"]))
-    panels = []
-    for i, (x, y) in enumerate((("diversity", "realism"), ("recall", "precision"))):
-        series, last = {}, i == 1
+    panels, text = [], [p for p in kept if task(p) == "text"]
+    for i, (x, y) in enumerate((("diversity", "consistency"), ("diversity", "realism"))):
+        series, paths, last = {}, {}, i == 1
         for g in groups:
-            flat = [[rows[p, g][x], rows[p, g][y]] for p in kept]
+            flat = [[rows[p, g][x], rows[p, g][y]] for p in text]
             on = pareto_front(flat).tolist()
-            series[g] = [(*q, p.model if o else "", o, (0, 0)) for q, p, o in zip(flat, kept, on)]
-        panels.append(plot.scatter(series, [], f"{y} against {x}, by region", x, y, (640 if last else 540, 440), legend=last))
+            series[g] = [(*q, "", o, (0, 0)) for q, o in zip(flat, on)]
+            paths[g] = sorted(q for q, o in zip(flat, on) if o)
+        title = f"{y} against {x}, a front for each region"
+        panels.append(plot.scatter(series, paths, (), title, x, y, (640 if last else 540, 440), legend=last))
     plot.save(plot.row(panels), out / "regions.png")
     return result
 
