@@ -153,3 +153,8 @@ def test_no_unsafe_loading_in_the_sources():
 
 def test_pictures_of_real_data_are_not_in_the_repository():
     assert not list((ROOT / "methods").glob("figures/*flickr*")) and Path(ROOT / ".gitignore").read_text().count("runs/")
+
+
+def test_the_list_of_methods():
+    done = run("-m", "methods")
+    assert done.returncode == 0 and [line.split()[0] for line in done.stdout.splitlines()] == ids
