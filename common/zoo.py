@@ -222,9 +222,10 @@ def load_judge() -> Judge:
     return judge.eval().requires_grad_(False)
 
 
-def load_clip() -> CLIP:
-    """Pictures (B, 3, 32, 32) normalised as CLIP's; texts by load_tokenizer(), at most 77 tokens. Trained by methods/dci.py."""
-    state, meta = vae.read_tensors(WEIGHTS / "clip.safetensors")
+def load_clip(path="") -> CLIP:
+    """Pictures (B, 3, 32, 32) normalised as CLIP's; texts by load_tokenizer(), at most 77 tokens. path: a model.safetensors of
+    methods/dci.py, which trains it, in place of the stored one."""
+    state, meta = vae.read_tensors(path or WEIGHTS / "clip.safetensors")
     clip = CLIP(ViT(**meta["visual"]), TextTransformer(**meta["text"]))
     clip.load_state_dict({k: v.float() for k, v in state.items()})
     return clip.eval().requires_grad_(False)

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -79,6 +80,7 @@ class Config:
     save_every: int = 200  # updates between checkpoints
     resume: bool = True  # continue from last.pt, exactly; --no-resume starts again
     max_bad: float = 0.01  # share of damaged samples at which the run stops
+    memory_gb: float = 64.0  # pictures of --public and --private are held in memory; ImageNet at 256 px: 250
     # the mechanism
     k: int = 4  # neighbours of the non-private and the public retrieval; the private ones follow from the budget
     sigma: float = 0.1  # noise on the mean of the neighbours, a coordinate; the paper's 0.05 in 512 dimensions is as long
@@ -111,7 +113,7 @@ class Config:
     heads: int = 4  # of attention
     # without training
     plan: bool = False  # print what a budget buys, and end
-    attack: bool = False  # tell two sets that differ in one record apart, compare with the bound, and end
+    attack: bool = False  # tell two sets that differ in one record apart (k 4, sigma 0.5, delta 0.01), compare, and end
     trials: int = 10_000  # of the attack
 
 
@@ -320,10 +322,12 @@ def solve(f, target, low, high, tolerance=1e-4, limit=200):
 
 
 def find_k(eps, q, sigma, steps, delta):
-    """Smallest real number of neighbours whose epsilon is at most eps; take the next whole one."""
+    """Real number of neighbours whose epsilon is eps, to 1e-4; take the next whole one. ValueError below the orders' reach."""
     high = 2.0
     while epsilon(q, sigma * high / 2, steps, delta) > eps:
         high *= 2
+        if high * sigma > 1e9:
+            raise ValueError(f"epsilon {eps:g} is below what these orders certify at delta {delta:.2g}, whatever k; raise it")
     return solve(lambda k: epsilon(q, sigma * k / 2, steps, delta), eps, high / 64, high)
 
 
@@ -437,7 +441,7 @@ class Ledger:
 
 
 class _LockedLedger:
-    """The open file under an exclusive lock. Reads only what was added since this ledger last looked."""
+    """The open file under an exclusive lock, with all its charges."""
 
     def __init__(self, ledger):
         self.ledger = ledger
@@ -450,8 +454,12 @@ class _LockedLedger:
             self.file.seek(0)
             text = self.file.read()
             whole = text[: text.rfind(b"\n") + 1]
-            if len(whole) < len(text):
-                self.file.truncate(len(whole))
+            if len(whole) < len(text):  # a torn line, unless only its end is missing: in doubt it counts
+                if text.endswith(b"}"):
+                    self.file.write(b"\n")
+                    whole = text + b"\n"
+                else:
+                    self.file.truncate(len(whole))
             self.charges = self._read(whole)
         except BaseException:
             self.file.close()
@@ -594,12 +602,12 @@ def generated(count, seed, private):
     return world, torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
 
-def open_world(cfg, env, embed) -> World:
+def open_world(cfg, embed) -> World:
     """Prompts name shapes alone: how they look here is what only the private set knows."""
     if bool(cfg.public) != bool(cfg.private):
         raise ValueError("--public and --private belong together: two folders of shards")
     if cfg.public:
-        return open_folders(cfg, env, embed)
+        return open_folders(cfg, embed)
     public = generated(cfg.images, cfg.seed * 100 + 1, False)[1]
     private = generated(cfg.records, cfg.seed * 100 + 2, True)[1]
     world, test = generated(2 * cfg.prompts, cfg.seed * 100 + 3, True)
@@ -608,10 +616,12 @@ def open_world(cfg, env, embed) -> World:
     return World(public, embed.pictures(public), embed.pictures(private), test, prompts, embed.texts(prompts), shapes)
 
 
-def open_folders(cfg, env, embed) -> World:
+def open_folders(cfg, embed) -> World:
     def pictures(folder, split):
         source, cpu = data.Shards(folder, split), ddp.Env(0, 1, torch.device("cpu"))
-        held = data.load(source, np.arange(len(source)), cfg.image_size, cpu, 64, cfg.workers, cfg.max_bad)
+        held = data.load(source, np.arange(len(source)), cfg.image_size, cpu, cfg.memory_gb, cfg.workers, cfg.max_bad)
+        if not isinstance(held, dict):
+            raise ValueError(f"{folder}, {split}: {len(source):,} pictures do not fit into --memory_gb {cfg.memory_gb:g}")
         return source.classes, held["image"], held["label"]
 
     splits = {n.split("-")[0] for n in data.Shards(cfg.private).names}
@@ -620,13 +630,19 @@ def open_folders(cfg, env, embed) -> World:
     classes, private, _ = pictures(cfg.private, "train")
     _, test, labels = pictures(cfg.private, held_out)
     rows = np.random.default_rng(cfg.seed).permutation(len(test))[: cfg.prompts]
-    prompts = [f"a photo of a {classes[int(labels[r])].replace('_', ' ')}" for r in rows]
+    if classes:
+        prompts = [f"a photo of a {classes[int(labels[r])].replace('_', ' ')}" for r in rows]
+    else:
+        texts = [r["captions"][0] for r in data.records(data.Shards(cfg.private, held_out)) if r.get("captions")]
+        if not texts:
+            raise ValueError(f"{cfg.private}: the split {held_out} has neither classes nor captions to make prompts of")
+        prompts = [texts[i % len(texts)] for i in rows]
     banks = [read_bank(path) if path else embed.pictures(images)
              for path, images in ((cfg.public_bank, public), (cfg.private_bank, private))]  # fmt: skip
     if len(banks[0]) != len(public) or banks[0].shape[1] != banks[1].shape[1]:
         raise ValueError(f"--public_bank {tuple(banks[0].shape)} must have a row for each of {len(public):,} public pictures "
                          f"and as many columns as the private bank {tuple(banks[1].shape)}")  # fmt: skip
-    return World(public, *banks, test, prompts, embed.texts(prompts))
+    return World(public, *(unit(b).float() for b in banks), test, prompts, embed.texts(prompts))
 
 
 # 5. EVALUATE ---------------------------------------------------------------------------------------------------------------
@@ -666,7 +682,7 @@ def conditions(arm, world, cfg, ledger, random) -> torch.Tensor:
             rest = world.public_bank[nearest(query, world.public_bank, cfg.k)].double()
         else:
             rest = unit(query[None]).expand(cfg.k, -1)
-        if arm.eps == 0:
+        if arm.eps == 0 or cfg.lam == 0:
             out.append(rest)
             continue
         if math.isinf(arm.eps):
@@ -690,9 +706,10 @@ def evaluate(model, vae, judge, real, embed, world, arm, cfg, env, out) -> tuple
     if 0 < arm.eps < math.inf:
         name = f"ledger_{arm.eps:g}_{arm.queries}.jsonl"
         (out / name).unlink(missing_ok=True)  # the experiment is repeated; a service would never do that
-        bank = f"{len(world.private_bank)} records"
+        bank = hashlib.blake2b(world.private_bank.numpy().tobytes(), digest_size=12).hexdigest()
         ledger = Ledger(out / name, arm.eps, cfg.delta or 1 / len(world.private_bank), bank)
-    random = Random(None if cfg.secure else cfg.seed * 1000 + 7)
+    own = int.from_bytes(hashlib.blake2b(f"{cfg.seed} {arm}".encode(), digest_size=6).digest())  # each arm has its own noise
+    random = Random(None if cfg.secure else own)
     tokens = conditions(arm, world, cfg, ledger, random)
     shape = (vae.z, cfg.image_size // vae.factor, cfg.image_size // vae.factor)
     g = torch.Generator().manual_seed(cfg.seed + 1)
@@ -848,6 +865,12 @@ def check(cfg: Config) -> None:
             values = [0.0]
         if min(values) <= 0 or name == "queries" and any(v != int(v) for v in values):
             raise ValueError(f"--{name} {getattr(cfg, name)} must be a comma list of positive numbers")
+    if cfg.batch_size % cfg.accum:
+        raise ValueError(f"--batch_size {cfg.batch_size} must be a multiple of --accum {cfg.accum}")
+    if not cfg.public and (cfg.image_size != 32 or cfg.public_bank or cfg.private_bank):
+        raise ValueError("generated pictures have 32 pixels and are embedded here; --image_size and banks go with --public")
+    if not (cfg.plan or cfg.attack) and cfg.prompts > min(int(v) for v in cfg.queries.split(",")):
+        raise ValueError(f"the evaluation asks --prompts {cfg.prompts} times, more than --queries {cfg.queries} pays for")
     if cfg.clip and not cfg.tokenizer:
         raise ValueError("--clip needs --tokenizer, CLIP's merges file")
 
@@ -861,7 +884,7 @@ def run(cfg: Config) -> dict:
         return show_attack(cfg)
     env, out = ddp.start(cfg.seed), Path(cfg.out_dir)
     embed, vae = Embedder(cfg, env.device), (load_vae(cfg.vae) if cfg.vae else zoo.load_vae()).to(env.device)
-    world = open_world(cfg, env, embed)
+    world = open_world(cfg, embed)
     arms = make_arms(cfg, len(world.private_bank))
     model = train(cfg, env, vae, world)
     if not env.is_main:
@@ -960,11 +983,12 @@ PRESETS = {
     "smoke": dict(steps=4, batch_size=8, records=64, images=64, prompts=8, dim=32, depth=1, heads=2, sample_steps=2, q=0.5,
                   sigma=0.5, budgets="10", queries="8", log_every=2, save_every=2, out_dir="runs/dp_rdm_smoke"),
     "laptop": {},
-    "gpu": dict(steps=20_000, batch_size=512, records=200_000, images=200_000, prompts=2_000, dim=384, depth=12, heads=6,
-                lr=5e-4, ema_decay=0.999, dtype="bfloat16", q=0.01, sample_steps=50, save_every=1_000,
-                out_dir="runs/dp_rdm_gpu"),
+    "gpu": dict(steps=20_000, batch_size=512, queries="5000,50000", records=200_000, images=200_000, prompts=2_000,
+                dim=384, depth=12, heads=6, lr=5e-4, ema_decay=0.999, dtype="bfloat16", q=0.01, sample_steps=50,
+                save_every=1_000, out_dir="runs/dp_rdm_gpu"),
     # released: blurred ImageNet as public, MS-COCO as private; the number of updates is not known
     "paper": dict(public="data/imagenet_blurred", private="data/coco", clip="data/metaclip-vit-b-16", vae="data/sd-vae",
+                  tokenizer="data/bpe_simple_vocab_16e6.txt.gz", memory_gb=320.0,
                   image_size=256, steps=400_000, batch_size=1_280, lr=1e-4, warmup=100, ema_decay=0.9999, dtype="bfloat16",
                   dim=1152, depth=28, heads=16, q=0.01, sigma=0.05, max_noise=0.05, sample_steps=100, workers=12,
                   save_every=5_000, out_dir="runs/dp_rdm_coco"),

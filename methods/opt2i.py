@@ -11,15 +11,14 @@ Read first section 2, meta_prompt() and ChatClient in section 3, then run(); gen
 Symbols    p0 user prompt; f language model, g generator, S score; T iterations, n prompts each, m pictures each, k in history
 Run        python methods/opt2i.py --preset smoke                           (CPU, no files, under 30 s)
            python methods/opt2i.py                                          (CPU, no files, about 5 min)
-           python methods/opt2i.py --llm_url http://localhost:8000/v1 --prompts prompts.tsv --image_url http://localhost:9000/v1
-           python methods/opt2i.py --replay runs/opt2i/exchanges.jsonl      (no server: the answers of an earlier run)
+           python methods/opt2i.py --llm_url URL --image_url URL --score dcs --prompts prompts.tsv
+           python methods/opt2i.py --replay runs/opt2i/exchanges.jsonl --out_dir runs/again   (without a server)
 Data       generated prompts (common/scenes.py) with their questions; or PartiPrompts, DrawBench, COCO captions, DSG-1k
-Expect     laptop: see methods/RESULTS.md
+Expect     laptop: +21.7 DSG points on fresh seeds, as much as by paraphrasing with twice the pictures; see methods/RESULTS.md
 Differs    from the paper: offline the language model is a small stand-in, trained on paraphrases of generated captions and
            called so, the picture model an early stand-in, VQA a classifier of scenes: nothing reproduces the paper's table.
            Reported too: gains on fresh seeds, since the best of many on m seeds flatters itself. Our own messages.
-           from the DSG code: parents count transitively (--official_dsg: their own answers only), malformed cells and cycles
-           do not empty the graph. Left out: Promptist.
+           from the DSG code: parents count transitively (or --official_dsg); malformed cells and cycles do not empty a graph.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
            vae.py vit.py zoo.py and weights/   (copy these with this file)
 """
@@ -30,6 +29,7 @@ import base64
 import csv
 import gzip
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -40,8 +40,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,8 +107,8 @@ class Config:
     guidance: float = 3.0  # classifier-free guidance; the paper: 7.5
     sampler_steps: int = 16  # of the stand-in
     image_command: str = ""  # command that writes a picture: {prompt}, {seed} and {out} are filled in, one call a picture
-    image_url: str = ""  # base url of an OpenAI-style server with /images/generations
-    vqa_url: str = ""  # base url of an OpenAI-compatible server that sees pictures: answers the questions of real prompts
+    image_url: str = ""  # base url of an OpenAI-style server with /images/generations; key: IMAGE_API_KEY
+    vqa_url: str = ""  # base url of a server that sees pictures and answers DSG's questions; key: VQA_API_KEY
     clip: str = ""  # CLIP weights for dcs; "" = the stand-in
     tokenizer: str = ""  # CLIP's merges file
     prompts: str = "12"  # number of generated prompts, or a file: PartiPrompts tsv, DrawBench or COCO csv, DSG-1k csv
@@ -228,13 +228,20 @@ def paraphrase_prompt(prompt, n):
 def parse_candidates(text, limit=1000) -> list[str]:
     """The prompts in an answer, whatever it looks like: text between tags, also broken ones and in any case; else numbered
     lines. Without thoughts, quotes, repeats, placeholders of the message, empty ones and those of 77 words and more."""
-    text = re.sub(r"^.*</think(?:ing)?>", "", text[:200_000], flags=re.S | re.I)
-    found = re.findall(r"<\s*prompt\s*>?(.*?)(?=<\s*/?\s*prompt|\n[ \t]*\d+[.)]|\n[ \t]*\n|\Z)", text, flags=re.S | re.I)
-    found = [f for f in found if f.strip()] or re.findall(r"^[ \t]*\d+[ \t]*[.):](.+)$", text, flags=re.M)
+    text = text[:200_000].encode("utf-8", "replace").decode()  # lone surrogates cannot be written to a file
+    text = re.sub(r"[\0-\x08\x0b-\x1f]", " ", text)
+    close = max((m.end() for m in re.finditer(r"</think(?:ing)?>", text, flags=re.I)), default=0)
+    text = re.split(r"<think(?:ing)?>", text[close:], maxsplit=1, flags=re.I)[0]  # also of a thought that never ends
+    tags = list(re.finditer(r"<[ \t]{0,3}(/?)[ \t]{0,3}prompt[ \t]{0,3}>?", text, flags=re.I))
+    ends = [m.start() for m in tags[1:]] + [len(text)]
+    found = [re.split(r"\n[ \t]{0,9}(?:\d{1,4}[.)]|\n)", text[m.end() : end], maxsplit=1)[0]
+             for m, end in zip(tags[:limit], ends) if not m[1]]  # fmt: skip
+    found = [f for f in found if f.strip()] or re.findall(r"^[ \t]{0,9}\d{1,4}[ \t]{0,3}[.):](.+)$", text, flags=re.M)
     out, seen = [], set()
     for raw in found[:limit]:
-        p = re.sub(r"\s+", " ", re.sub(r"^\s*\d+\s*[.)]\s*", "", raw)).strip().strip("\"'“”‘’<>").strip()
-        if p and p.casefold() not in seen and len(p.split()) < 77 and not re.fullmatch(r"paraphrase \d+|\.+", p, flags=re.I):
+        p = re.sub(r"^\d{1,4}[.)] ", "", " ".join(raw.split())).strip().strip("\"'“”‘’<>").strip()
+        placeholder = re.fullmatch(r"paraphrase \d+|\.+", p, flags=re.I)
+        if p and p.casefold() not in seen and len(p.split()) < 77 and len(p) < 1000 and not placeholder:
             seen.add(p.casefold())
             out.append(p)
     return out
@@ -242,6 +249,13 @@ def parse_candidates(text, limit=1000) -> list[str]:
 
 class ServerError(ValueError):
     """A request that failed for good, with one sentence that says why."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected request would take the key to another host."""
+
+    def redirect_request(self, *args):
+        return None
 
 
 class ChatClient:
@@ -253,7 +267,9 @@ class ChatClient:
 
     def __init__(self, base_url, model="", key="", timeout=120.0, retries=5, pause=1.0, temperature=1.0, max_tokens=1024,
                  token_field="max_tokens", log=None, replay=None):  # fmt: skip
-        self.base, self.model, self.key, self.timeout = base_url.rstrip("/"), model, key or "none", timeout
+        if not key.isprintable():
+            raise ValueError("the key in the environment holds a line break or another character that no header can carry")
+        self.base, self.model, self.key, self.timeout = base_url.rstrip("/"), model, key.strip() or "none", timeout
         self.retries, self.pause, self.fold, self.log = retries, pause, False, log
         self.options = {"temperature": temperature, token_field: max_tokens}
         self.usage = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
@@ -261,22 +277,23 @@ class ChatClient:
 
     def request(self, path, body=None):
         """One exchange with retries -> parsed JSON object."""
+        opener = urllib.request.build_opener(_NoRedirect)
         data_ = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         for attempt in range(self.retries + 1):
             try:
                 self.usage["requests"] += 1
                 call = urllib.request.Request(self.base + path, data_, headers)
-                with urllib.request.urlopen(call, timeout=self.timeout) as r:
+                with opener.open(call, timeout=self.timeout) as r:
                     reply = json.loads(r.read(64 << 20))
                 if not isinstance(reply, dict):
                     raise ValueError("its answer is not an object")
                 return reply
-            except urllib.error.HTTPError as error:
-                problem = f"status {error.code}: {error.read(300).decode('utf-8', 'replace').strip()}"
+            except urllib.request.HTTPError as error:
+                problem = f"status {error.code}: {_start(error)}"
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
                     raise ServerError(f"{self.base}{path} refused the request with {problem}") from error
-            except (OSError, ValueError) as error:  # down, slow, cut off, not JSON
+            except (OSError, ValueError, http.client.HTTPException, RecursionError) as error:  # down, slow, cut off, not JSON
                 problem = f"{type(error).__name__}: {error}"
             if attempt < self.retries:
                 time.sleep(self.pause * 2**attempt)
@@ -323,13 +340,20 @@ class ChatClient:
         return text
 
 
+def _start(answer) -> str:
+    try:
+        return answer.read(300).decode("utf-8", "replace").strip()
+    except (OSError, http.client.HTTPException):
+        return "no text"
+
+
 def _content(reply) -> str:
     """choices[0].message.content of any answer, "" where it is missing or not a text."""
     try:
         text = reply["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
         return ""
-    return text if isinstance(text, str) else ""
+    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
 
 
 def _read_exchanges(path) -> dict[str, list[str]]:
@@ -344,16 +368,21 @@ def _read_exchanges(path) -> dict[str, list[str]]:
 
 
 class HttpProposer:
-    """f by a server. One more request if an answer holds too few prompts; then what is there."""
+    """f by a server. As long as an answer brings new prompts and some are missing, it is asked again; then what is there."""
 
     def __init__(self, client, cfg):
         self.client, self.cfg = client, cfg
 
     def _ask(self, messages, n):
         out = parse_candidates(self.client.chat(*messages))
-        if len(out) < n:
-            again = f"{messages[1]}\nGive exactly {n} prompts, each between <PROMPT> and </PROMPT>."
-            out = list(dict.fromkeys(out + parse_candidates(self.client.chat(messages[0], again))))
+        for attempt in range(2 + n // 5):
+            if len(out) >= n:
+                break
+            again = f"{messages[1]}\nGive {n - len(out)} other prompts ({attempt + 1}), between <PROMPT> and </PROMPT>."
+            new = [p for p in parse_candidates(self.client.chat(messages[0], again)) if p not in out]
+            out += new
+            if not new:
+                break
         return out[:n]
 
     def propose(self, prompt, history, n):
@@ -571,7 +600,7 @@ def read_tasks(path, limit) -> list[Task]:
         name = "Prompt" if "Prompt" in rows[0] else "caption"
         group = "image_id" if "image_id" in rows[0] else name
         return [Task(t) for t in {r[group]: r[name] for r in reversed(rows) if r[name]}.values()][::-1][:limit]
-    except (OSError, UnicodeDecodeError, EOFError, csv.Error, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, EOFError, csv.Error, zlib.error, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"--prompts {path} is not a table of PartiPrompts, DrawBench, COCO or DSG-1k "
                          f"({type(error).__name__}: {error})") from error  # fmt: skip
 
@@ -582,20 +611,21 @@ def make_generator(cfg, device):
     if cfg.image_command:
         return lambda prompt, count, seed: [by_command(cfg, prompt, seed * 1000 + j) for j in range(count)]
     if cfg.image_url:
-        client = ChatClient(cfg.image_url, "-", os.environ.get(cfg.llm_key, ""), cfg.timeout)
+        client = ChatClient(cfg.image_url, "-", os.environ.get("IMAGE_API_KEY", ""), cfg.timeout)
         return lambda prompt, count, seed: by_endpoint(client, prompt, count)
     painter = zoo.load_painter(cfg.painter).to(device)
-    return lambda prompt, count, seed: painter.draw([prompt] * count, cfg.guidance, cfg.sampler_steps, seed)
+    options = dict(guidance=cfg.guidance, steps=cfg.sampler_steps, part=cfg.batch_size)
+    return lambda prompt, count, seed: painter.draw([prompt] * count, seed=seed, **options)
 
 
 def by_command(cfg, prompt, seed):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "picture.png")
-        filled = [a.replace("{prompt}", prompt).replace("{seed}", str(seed)).replace("{out}", str(out))
-                  for a in shlex.split(cfg.image_command)]  # fmt: skip
+        values = {"{prompt}": prompt, "{seed}": str(seed), "{out}": str(out)}  # in one pass: a prompt may hold such a word
+        filled = [re.sub(r"\{prompt\}|\{seed\}|\{out\}", lambda m: values[m[0]], a) for a in shlex.split(cfg.image_command)]
         try:
             done = subprocess.run(filled, capture_output=True, text=True, timeout=cfg.timeout)  # no shell: a prompt is data
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
             raise ValueError(f"--image_command {filled[0]} cannot be run ({type(error).__name__})") from error
         if done.returncode or not out.exists():
             tail = (done.stderr.strip().splitlines() or [""])[-1]
@@ -625,7 +655,7 @@ class Scorer:
         if cfg.score == "dcs":
             self.clip = (load_clip(cfg.clip) if cfg.clip else zoo.load_clip()).to(device).eval()
             self.tok = Tokenizer.from_clip(cfg.tokenizer) if cfg.clip else zoo.load_tokenizer()
-        self.vqa = ChatClient(cfg.vqa_url, "", os.environ.get(cfg.llm_key, ""), cfg.timeout, temperature=0.0,
+        self.vqa = ChatClient(cfg.vqa_url, "", os.environ.get("VQA_API_KEY", ""), cfg.timeout, temperature=0.0,
                               max_tokens=16, token_field=cfg.token_field) if cfg.vqa_url else None  # fmt: skip
 
     def __call__(self, task, images):
@@ -693,10 +723,15 @@ def search(method, task, draw, scorer, proposer, cfg):
 
     def generate(p):
         counted[0] += cfg.images
-        return draw(p, cfg.images, cfg.seed)
+        try:
+            return draw(p, cfg.images, cfg.seed)
+        except (ValueError, data.BadSample) as error:  # refused or unreadable: a bad prompt, not the end of the run
+            if p == task.prompt:
+                raise
+            print(f"no picture for {p[:60]!r}: {error}", file=sys.stderr)
 
     def score(_, images):
-        return scorer(task, images)
+        return (0.0, []) if images is None else scorer(task, images)
 
     budget = cfg.steps * cfg.candidates
     if method == "opt2i":
@@ -708,8 +743,9 @@ def search(method, task, draw, scorer, proposer, cfg):
         best, trace = optimise(task.prompt, generate, score, lambda p, h, n: proposer.paraphrase(p, n), 1, budget,
                                cfg.history, cfg.target)  # fmt: skip
     else:  # the user prompt with as many other seeds: the best m pictures of all
-        first = Scored(task.prompt, *scorer(task, generate(task.prompt)))
-        single = []
+        images = generate(task.prompt)
+        first = Scored(task.prompt, *scorer(task, images))
+        single = [scorer(task, images[j : j + 1])[0] for j in range(cfg.images)]
         for i in range(budget):
             images = draw(task.prompt, cfg.images, cfg.seed + 1 + i)
             counted[0] += cfg.images
@@ -854,11 +890,11 @@ def train_lm(cfg: Config) -> dict:
         result = {"val_loss": loss_of(0, cfg.seed + 1).item()}
     if env.is_main:
         ckpt.export(out / "model.safetensors", model.state_dict(), lm=model.config)
-        kept = total = 0
+        kept, total, model = 0, 0, model.cpu()
         g = torch.Generator().manual_seed(0)
         for i in range(40):
             source = (scenes.caption, user_style)[i % 2](scenes.scene(i, 12345, (1, 3), grid=2))
-            ids = torch.tensor([lm_context(tok, source, source, "")] * 5).to(env.device)
+            ids = torch.tensor([lm_context(tok, source, source, "")] * 5)
             texts = [tok.decode(r) for r in model.write(ids, tok.end, g).tolist()]
             kept, total = kept + sum(same_meaning(t, source) for t in texts), total + 5
         result["kept"] = 100 * kept / total
@@ -897,8 +933,13 @@ def check(cfg: Config) -> None:
         raise ValueError("--clip needs --tokenizer, CLIP's merges file")
     if not cfg.prompts.isdigit() and not (cfg.llm_url or cfg.replay):
         raise ValueError("--prompts from a file need a language model: --llm_url or --replay; the stand-in only knows scenes")
-    if not cfg.prompts.isdigit() and not (cfg.image_command or cfg.image_url):
-        raise ValueError("--prompts from a file need a generator: --image_command or --image_url")
+    if cfg.prompts.isdigit() == bool(cfg.image_command or cfg.image_url):
+        raise ValueError("--prompts from a file need a generator of your own, --image_command or --image_url, and generated "
+                         "prompts the stand-in")  # fmt: skip
+    if not cfg.prompts.isdigit() and cfg.score == "dsg" and not cfg.vqa_url:
+        raise ValueError("--score dsg on prompts from a file needs --vqa_url, a server that sees pictures; or use --score dcs")
+    if cfg.replay and Path(cfg.replay).resolve().parent == Path(cfg.out_dir).resolve():
+        raise ValueError(f"--replay {cfg.replay} lies in --out_dir, whose results it would replace; choose another --out_dir")
 
 
 def run(cfg: Config) -> dict:
@@ -918,11 +959,11 @@ def run(cfg: Config) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     client = None
     if cfg.llm_url or cfg.replay:
-        log = out / f"exchanges{env.rank or ''}.jsonl"
+        log = out / "exchanges.jsonl"  # of all processes
         client = ChatClient(cfg.llm_url, cfg.llm_model, os.environ.get(cfg.llm_key, ""), cfg.timeout, 5, 1.0, cfg.temperature,
                             cfg.max_tokens, cfg.token_field, log, cfg.replay or None)  # fmt: skip
     config = out / "config.json"
-    if not (config.exists() and ckpt.same_config(json.loads(config.read_text()), cfg)) or not cfg.resume:
+    if env.is_main and not (config.exists() and ckpt.same_config(json.loads(config.read_text()), cfg) and cfg.resume):
         for old in out.glob("[0-9]*.json"):
             old.unlink()  # of other settings
     if env.is_main:
@@ -942,7 +983,7 @@ def run(cfg: Config) -> dict:
         return {}
     results = [json.loads((out / f"{i:03d}.json").read_text()) for i in range(len(tasks))]
     rows, result = summary(results, cfg)
-    proposer = "http" if cfg.llm_url else "replay" if cfg.replay else cfg.proposer
+    proposer = "replay" if cfg.replay else "http" if cfg.llm_url else cfg.proposer
     print(f"\n{len(tasks)} prompts, {cfg.score}, proposer: {proposer}, {cfg.images} pictures a prompt, {cfg.fresh} fresh ones")
     unit = "points" if cfg.score == "dsg" else "%"
     head = ["method", f"gain, {unit}", "gain on fresh seeds", "... if not perfect", "iterations", "pictures", "words"]
@@ -950,7 +991,7 @@ def run(cfg: Config) -> dict:
     paper = {"dsg": "OPT2I +10.9 to +24.9, paraphrasing +10.5 to +22.2",
              "dcs": "OPT2I +9.3 to +12.2, paraphrasing +8.0 to +11.4"}  # fmt: skip
     print(f"the paper, on the searched seeds, {unit}: {paper[cfg.score]}")
-    if all(t.scene is not None for t in tasks):
+    if all(t.scene is not None for t in tasks) and len(tasks) * cfg.fresh > 3:
         sets = set_metrics(tasks, results, draw, scorer.judge, cfg)
         result |= sets
         keys = ("fd", "precision", "recall", "diversity")
@@ -1001,7 +1042,7 @@ PRESETS = {
     # the paper's loop with a painter that is hardly ever wrong: more prompts, few of them with room
     "gpu": dict(prompts="200", steps=30, images=4, fresh=64, batch_size=1024, out_dir="runs/opt2i_gpu"),
     # PartiPrompts; model, prompts and scorer come by url
-    "paper": dict(prompts="data/partiprompts.tsv", steps=30, guidance=7.5, proposer="http", llm_url="http://localhost:8000/v1",
+    "paper": dict(prompts="data/partiprompts.tsv", steps=30, proposer="http", llm_url="http://localhost:8000/v1",
                   image_url="http://localhost:9000/v1", score="dcs", clip="data/clip-vit-large-patch14",
                   tokenizer="data/bpe_simple_vocab_16e6.txt.gz", limit=185, out_dir="runs/opt2i_p2"),
     "standin": dict(train_lm=True, steps=1_500, batch_size=64, out_dir="runs/standin_lm"),

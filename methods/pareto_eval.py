@@ -13,7 +13,7 @@ Read first section 2, then measure() in section 5 and run(); the generators of s
 Symbols    P prompts, n pictures of each, r real pictures of the same prompt, f feature; a point is (model, knob, value)
 Run        python methods/pareto_eval.py --preset smoke                      (CPU, no files, under 30 s)
            python methods/pareto_eval.py                                     (CPU, no files, about 5 min; a second run: seconds)
-           python methods/pareto_eval.py --points points.csv --prompts prompts.csv --real real --extractor inception --weights W
+           python methods/pareto_eval.py --points points.csv --prompts prompts.csv --real real --answers answers.csv
            python methods/pareto_eval.py --people DIR                        (the DSG score against human ratings)
 Data       generated (common/scenes.py) with the stand-in text-to-image models of common/weights; or any generator's pictures:
            points.csv (model, knob, value, folder), prompts.csv (id, prompt[, group]), folders with files named ID_anything.png
@@ -37,6 +37,7 @@ import io
 import json
 import math
 import sys
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -94,7 +95,7 @@ class Config:
     # pictures of another generator
     points: str = ""  # csv: model, knob, value, folder
     real: str = ""  # folder of real pictures; named like the others they also serve the conditional realism
-    answers: str = ""  # csv of a VQA model: file, question_id, answer[, dependency_id]: consistency by DSG
+    answers: str = ""  # csv of a VQA model: file (FOLDER/NAME), question_id, answer[, dependency_id]: consistency by DSG
     extractor: str = "judge"  # features: judge (of scenes), inception, dinov2, clip
     weights: str = ""  # file with the extractor's weights
     clip: str = ""  # CLIP weights for the CLIPScore of other generators' pictures
@@ -180,17 +181,16 @@ def top_m(score, prompt, m):
 
 # 3. MODULES: extractors, pictures -> features ----------------------------------------------------------------------------
 class Extractor:
-    """images (N, 3, S, S) in [-1, 1] or PIL -> features (N, D). name goes into every file that holds a number."""
+    """images (N, 3, S, S) in [-1, 1] or PIL -> features (N, D)."""
 
     def __init__(self, cfg, device):
-        self.name, self.device, self.cfg, needs = cfg.extractor, device, cfg, cfg.extractor != "judge"
-        if needs and not cfg.weights:
+        self.device, self.cfg = device, cfg
+        if cfg.extractor != "judge" and not cfg.weights:
             raise ValueError(f"--extractor {cfg.extractor} needs --weights, the file with its published weights")
         if cfg.extractor == "judge":
             net = zoo.load_judge()
         elif cfg.extractor == "inception":
             net = metrics.inception_features(cfg.weights, cfg.resize)
-            self.name = f"inception, {cfg.resize}"
         else:
             net = load_dino(cfg.weights) if cfg.extractor == "dinov2" else load_clip(cfg.weights)
         self.net = net.to(device).eval()
@@ -281,7 +281,7 @@ def make_prompts(cfg) -> list[Prompt]:
 
 
 def real_scenes(p: Prompt, count: int, seed: int) -> list[scenes.Scene]:
-    """Scenes that the prompt is true of, all else drawn anew."""
+    """Scenes that the prompt is true of, all else drawn anew; a region keeps its ground."""
     rng = np.random.default_rng((seed, int.from_bytes(hashlib.blake2b(p.id.encode(), digest_size=4).digest())))
     out, want = [], p.scene
 
@@ -373,15 +373,20 @@ class Folders:
     """Pictures of any generator: FOLDER/ID_anything.png, with ID from the prompts file. Marginal metrics use all of them."""
 
     def __init__(self, cfg, env, prompts):
-        self.cfg, self.prompts, self.extract = cfg, prompts, Extractor(cfg, env.device)
+        self.cfg, self.prompts, self.extract, self.single = cfg, prompts, Extractor(cfg, env.device), len(plan(cfg)) == 1
         self.clip = ClipScorer(cfg, env.device) if cfg.clip else None
         self.answers = read_answers(cfg.answers) if cfg.answers else {}
         self.index = {p.id: i for i, p in enumerate(prompts)}
 
+    def dsg(self, path):
+        """Score by the answers to FOLDER/NAME; to NAME alone only where there is one folder."""
+        found = self.answers.get(f"{path.parent.name}/{path.name}") or (self.single and self.answers.get(path.name))
+        return dsg_score(*(found or ({}, {})))
+
     def files(self, folder):
         """-> paths and prompt indices; -1 for a real picture that belongs to no prompt."""
         source, real = data.Folder(folder), str(folder) == self.cfg.real
-        prompt = [self.index.get(p.stem, self.index.get(p.stem.rpartition("_")[0], -1)) for p in source.files]
+        prompt = [next((self.index[name] for name in beginnings(p.stem) if name in self.index), -1) for p in source.files]
         strays = [p.name for p, i in zip(source.files, prompt) if i < 0]
         if strays and not real:
             raise ValueError(f"{folder}/{strays[0]} and {len(strays) - 1} more belong to no prompt of {self.cfg.prompts}; "
@@ -415,15 +420,19 @@ class Folders:
                 continue
             out["feature"].append(self.extract(images).float())
             texts = [self.prompts[p].text if p >= 0 else "" for p in prompt[rows_ok].tolist()]
-            out["clip"].append(
-                self.clip(images, texts).double() if self.clip else torch.full((len(images),), math.nan).double()
-            )
-            out["consistency"].append(torch.tensor([dsg_score(*self.answers.get(paths[i].name, ({}, {}))) for i in rows_ok],
-                                                   dtype=torch.float64))  # fmt: skip
+            out["clip"].append(self.clip(images, texts) if self.clip else torch.full((len(images),), math.nan))
+            out["consistency"].append(torch.tensor([self.dsg(paths[i]) for i in rows_ok], dtype=torch.float64))
         for text in bad[:5]:
             print(f"left out: {text}", file=sys.stderr)
         found = {k: torch.cat(v) for k, v in out.items()}
         return {**found, "clip": found["clip"].double(), "prompt": prompt[keep]}
+
+
+def beginnings(stem):
+    """ "a_b_3" -> "a_b_3", "a_b", "a": ids may hold underscores."""
+    while stem:
+        yield stem
+        stem = stem.rpartition("_")[0]
 
 
 def read_rows(path, needed) -> list[dict]:
@@ -431,7 +440,7 @@ def read_rows(path, needed) -> list[dict]:
     try:
         raw = Path(path).read_bytes()
         text = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as a text table ({type(error).__name__})") from error
     form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if str(path).removesuffix(".gz").endswith(".tsv") else {}
     try:
@@ -582,6 +591,8 @@ def cached(source, point, cfg, prompts, folder) -> dict[str, torch.Tensor]:
     said = [asdict(point) if point else "real", cfg.extractor, cfg.weights, cfg.resize, cfg.clip, cfg.answers, cfg.seed,
             [(p.id, p.text, p.group) for p in prompts]]  # fmt: skip
     where = point.folder if point else cfg.real
+    files = [Path(f) for f in (cfg.weights, cfg.clip, cfg.tokenizer, cfg.answers) if f and Path(f).is_file()]
+    said.append([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
     if where:  # pictures that were changed are read again
         said.append([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in data.Folder(where).files])
     else:
@@ -626,6 +637,10 @@ def check(cfg: Config) -> None:
         raise ValueError(
             f"--prompts {cfg.prompts} names a file; with the stand-in models it must be a number, or pass --points"
         )
+    if cfg.points and not cfg.clip and not cfg.answers:
+        raise ValueError("--points needs --answers (of a VQA model) or --clip (weights), or nothing measures the consistency")
+    if not cfg.points and cfg.top_m and cfg.at not in numbers(cfg, "guidance"):
+        raise ValueError(f"--at {cfg.at:g} must be one of --guidance {cfg.guidance}: --top_m is taken from those pictures")
     if cfg.clip and not cfg.tokenizer:
         raise ValueError("--clip needs --tokenizer, CLIP's merges file")
 
@@ -654,9 +669,10 @@ def run(cfg: Config) -> dict:
         dist.barrier()
     if not env.is_main:
         return {}
-    real, sets = cached(source, None, cfg, prompts, cache), {}
+    kept = replace(cfg, resume=True)  # what was just measured
+    real, sets = cached(source, None, kept, prompts, cache), {}
     for p in points:
-        sets[p] = cached(source, p, cfg, prompts, cache)
+        sets[p] = cached(source, p, kept, prompts, cache)
         if p.knob == "guidance" and p.value == cfg.at and not cfg.points:
             for m in numbers(cfg, "top_m"):
                 keep = top_m(sets[p]["clip"], sets[p]["prompt"], int(m))
@@ -670,20 +686,19 @@ def run(cfg: Config) -> dict:
 def report(cfg, prompts, real, sets, out) -> dict:
     """Tables, pictures and files from the measured sets {point: tensors}."""
     home = [i for i, p in enumerate(prompts) if cfg.points or not p.group]
-    count = min(int((s["prompt"] == p).sum()) for s in sets.values() for p in home)
+    count = max(1, min(int((s["prompt"] == p).sum()) for s in sets.values() for p in home))
     points, samples = list(sets), halves(home, cfg)
     names = list(dict.fromkeys(p.model for p in points))
+    if any(
+        s["consistency"].isnan().any() for s in sets.values()
+    ):  # one score for all points: CLIP's where an answer is missing
+        sets = {p: {**s, "consistency": s["clip"] / 100} for p, s in sets.items()}
     rows = {p: measure(sets[p], real, home, count, cfg) for p in points}
-    for p in points:  # without DSG answers, consistency is CLIP's
-        if math.isnan(rows[p]["consistency"]):
-            rows[p]["consistency"] = rows[p]["clip"] / 100
     spread = {p: [] for p in points}
     stable = {p: 0.0 for p in points}
     for half in tqdm(samples, desc="resampling", unit="half", dynamic_ncols=True):
         again = {p: measure(sets[p], real, half, count, cfg) for p in points}
         for p in points:
-            if math.isnan(again[p]["consistency"]):
-                again[p]["consistency"] = again[p]["clip"] / 100
             spread[p].append(again[p])
         for p, on in zip(points, fronts(points, [[again[p][a] for a in AXES] for p in points])):
             stable[p] += on / len(samples)
@@ -711,11 +726,14 @@ def report(cfg, prompts, real, sets, out) -> dict:
         summary.append([name, kind, *(f"{best[a]:.3f}" for a in AXES), f"{share} of {len(own)}", held, f"{volume:.4f}",
                         f"{exclusive:.4f}"])  # fmt: skip
         result |= {f"{name}_volume": volume, f"{name}_on_front": float(share)}
-    truth = measure(real, real, home, count, cfg)
+    own = real["prompt"] >= 0
+    spans = (
+        [diversity(real["feature"][real["prompt"] == p]) for p in home if (real["prompt"] == p).sum() > 1] if own.any() else []
+    )
     print(f"\n{len(home)} prompts, {count} pictures of each in set metrics, features: {cfg.extractor}, k = {cfg.k}")
     head = ["model", "given a", *(f"best {a}" for a in AXES), "on the front", "in 90 % of halves", "volume", "exclusive"]
     print(table(summary, head))
-    print(f"reference point of the volumes: 0, 0, 0; real pictures: diversity {truth['diversity']:.3f}")
+    print(f"reference point of the volumes: 0, 0, 0; real pictures: diversity {np.mean(spans or [math.nan]):.3f}")
     given = [i for i, p in enumerate(points) if task(p) == "text"]
     if given and (i := knee([P[j] for j in given])) is not None:
         print(f"knee of the front: {points[given[i]].model}, {points[given[i]].label}")
@@ -753,6 +771,7 @@ def claims(cfg, points, rows, error, names) -> list[list]:
 
 
 def write_front(path, cfg, points, rows, error, front, stable) -> None:
+    name = cfg.extractor + (f", {cfg.resize} resizing" if cfg.extractor == "inception" else "")
     with open(f"{path}.tmp", "w", newline="") as f:
         w = csv.writer(f)
         keys = list(next(iter(rows.values())))
@@ -760,7 +779,7 @@ def write_front(path, cfg, points, rows, error, front, stable) -> None:
                     "extractor", "k"])  # fmt: skip
         for p, on in zip(points, front):
             w.writerow([p.model, p.knob, p.value, cfg.seed, *rows[p].values(), *(error[p][k] for k in (*AXES, "clip", *SETS)),
-                        int(on), round(stable[p], 3), cfg.extractor, cfg.k])  # fmt: skip
+                        int(on), round(stable[p], 3), name, cfg.k])  # fmt: skip
     Path(f"{path}.tmp").replace(path)
 
 
@@ -806,8 +825,6 @@ def by_group(cfg, prompts, real, sets, count, out) -> dict:
     size = min(map(len, ids.values()))
     kept = [p for p in sets if p.knob != "top_m"]
     rows = {(p, g): measure(sets[p], real, ids[g][:size], count, cfg) for p in kept for g in groups}
-    for r in rows.values():
-        r["consistency"] = r["clip"] / 100 if math.isnan(r["consistency"]) else r["consistency"]
     at = {p.model: p for p in kept} | {p.model: p for p in kept if p.knob == "guidance" and p.value == cfg.at}
     lines, result = [], {}
     for model, p in at.items():
@@ -818,7 +835,7 @@ def by_group(cfg, prompts, real, sets, count, out) -> dict:
             result |= {f"{model}_{key}_gap": gap, f"{model}_{key}_worst": min(values.values())}
     print(f"\nper region, {size} prompts each\n" + table(lines, ["point", "metric", *groups, "worst", "gap"]))
     panels, text = [], [p for p in kept if task(p) == "text"]
-    for i, (x, y) in enumerate((("diversity", "consistency"), ("diversity", "realism"))):
+    for i, (x, y) in enumerate((("diversity", "consistency"), ("diversity", "realism")) if text else ()):
         series, paths, last = {}, {}, i == 1
         for g in groups:
             flat = [[rows[p, g][x], rows[p, g][y]] for p in text]
@@ -827,7 +844,8 @@ def by_group(cfg, prompts, real, sets, count, out) -> dict:
             paths[g] = sorted(q for q, o in zip(flat, on) if o)
         title = f"{y} against {x}, a front for each region"
         panels.append(plot.scatter(series, paths, (), title, x, y, (640 if last else 540, 440), legend=last))
-    plot.save(plot.row(panels), out / "regions.png")
+    if panels:
+        plot.save(plot.row(panels), out / "regions.png")
     return result
 
 
@@ -878,7 +896,8 @@ PRESETS = {
     # MSCOCO val 2014 as EvalGIM has it: 40,504 first captions; the pictures come by --points, from generators of your own
     "paper": dict(prompts="data/coco_val2014/prompts.csv", points="data/coco_val2014/points.csv",
                   real="data/coco_val2014/images", extractor="inception",
-                  weights="data/pt_inception-2015-12-05-6726825d.pth", halves=100, out_dir="runs/pareto_eval_coco"),
+                  weights="data/pt_inception-2015-12-05-6726825d.pth", clip="data/clip-vit-large-patch14",
+                  tokenizer="data/bpe_simple_vocab_16e6.txt.gz", halves=20, out_dir="runs/pareto_eval_coco"),
 }  # fmt: skip
 
 if __name__ == "__main__":

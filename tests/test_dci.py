@@ -286,7 +286,7 @@ def test_texts_without_replacement():
     got = M.draw_texts(items, [0, 0], "captions", 5, u)
     assert sorted(got[:5]) == list("abcde") and got[:5] != got[5:]
     assert M.draw_texts(items, [0, 1, 0], "first", 1, u) == ["a", "f", "a"]
-    assert set(M.draw_texts(items, [0] * 3, "swaps", 1, u)) <= {"x", "y"} and M.draw_texts(items, [1], "swaps", 1, u) == ["f"]
+    assert set(M.draw_texts(items, [0] * 3, "swaps", 1, u)) <= {"x", "y"}
 
 
 # Evaluation and training
@@ -467,7 +467,7 @@ def test_sugarcrepe_text_only_and_with_pictures(shared, tmp_path, clip):
         (["--steps", "0"], ["--steps 0"]),
         (["--accum", "3"], ["--accum 3"]),
         (["--data", "nowhere"], ["nowhere", "splits.json"]),
-        (["--init", "nowhere"], ["--tokenizer"]),
+        (["--init", "nowhere.safetensors"], ["nowhere.safetensors"]),
         (["--init", "nowhere", "--tokenizer", "nowhere"], ["nowhere"]),
         (["--context", "100"], ["--context 100"]),
         (["--batch_size", "400"], ["fewer than --batch_size 400"]),

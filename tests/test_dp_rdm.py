@@ -290,6 +290,8 @@ def test_ledger_counts_refuses_and_survives(tmp_path):
     for other in ((3.0, 1e-5, "bank a"), (2.0, 1e-6, "bank a"), (2.0, 1e-5, "bank b")):
         with pytest.raises(ValueError, match="belongs to another budget or bank"):
             M.Ledger(path, *other)
+    path.write_bytes(before[:-1])  # only the end of the line is missing: the charge counts
+    assert ledger.queries() == allowed and path.read_bytes() == before
     with open(path, "ab") as f:
         f.write(b'{"q": 0.01, "z"')  # the power went off: this answer was never given
     assert M.Ledger(path, 2.0, 1e-5, "bank a").queries() == allowed and path.read_bytes() == before
@@ -464,6 +466,8 @@ def test_banks_from_files(tmp_path):
         (["--budgets", "ten"], ["--budgets ten"]),
         (["--queries", "0"], ["--queries 0"]),
         (["--sigma", "0.01", "--queries", "1000"], ["neighbours", "the private set has 64"]),
+        (["--prompts", "9"], ["--prompts 9", "--queries 8"]),
+        (["--budgets", "0.001"], ["epsilon 0.001", "below"]),
         (["--public", "nowhere"], ["--private"]),
         (["--public", "nowhere", "--private", "nowhere"], ["nowhere", "data_prep/"]),
         (["--clip", "x"], ["--tokenizer"]),

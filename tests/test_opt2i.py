@@ -134,6 +134,9 @@ def test_the_message():
         ("<think>1. <PROMPT>no</PROMPT></think>\n1. <PROMPT>a cat</PROMPT>", ["a cat"]),
         ('1. <PROMPT>"a cat"</PROMPT> 2. <PROMPT>A CAT</PROMPT> <PROMPT>paraphrase 1</PROMPT> <PROMPT> </PROMPT>', ["a cat"]),
         (f"<PROMPT>{'word ' * 90}</PROMPT><PROMPT>a cat</PROMPT>", ["a cat"]),
+        ("<PROMPT>3.5 meter of rope</PROMPT>", ["3.5 meter of rope"]),
+        ("<think>1. <PROMPT>no</PROMPT> and it never ends", []),
+        ("<PROMPT>a \ud800 cat\0</PROMPT>", ["a ? cat"]),
         ("", []),
         ("nothing of use", []),
     ],
@@ -145,7 +148,7 @@ def test_answers_are_parsed(text, want):
 def test_hostile_answers_cost_little_time():
     began = time.perf_counter()
     for text in ("<PROMPT>" * 50_000, "1. " * 100_000, "<PROMPT>a</PROMPT>\n" * 20_000, "</think>" * 30_000, "\n" * 200_000,
-                 "<PROMPT " * 30_000 + ">", "x" * 5_000_000):  # fmt: skip
+                 "<PROMPT " * 30_000 + ">", "<prompt>x<" + " " * 199_000, "x" * 5_000_000):  # fmt: skip
         M.parse_candidates(text)
     assert len(M.parse_candidates("".join(f"<PROMPT>cat {i}</PROMPT>" for i in range(5000)))) <= 1000
     assert time.perf_counter() - began < 20
@@ -227,6 +230,18 @@ def cut_short(handler):
     handler.wfile.write(b'{"choices": [')
 
 
+def chunks_cut_short(handler):
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    handler.wfile.write(b"ff\r\nhalf")
+    handler.connection.close()
+
+
+def no_http(handler):
+    handler.wfile.write(b"garbage\r\n\r\n")
+
+
 def slow(handler):
     time.sleep(1.0)
     drop(handler)
@@ -248,6 +263,34 @@ def test_lasting_trouble_ends_at_once(trouble):
         with pytest.raises(M.ServerError, match=f"status {trouble[0]}"):
             client(server).chat("s", "u")
         assert len(server.seen) == 1
+
+
+def test_the_key_stays_with_its_server():
+    def elsewhere(handler):
+        handler.send_response(307)
+        handler.send_header("Location", "http://127.0.0.1:9/steal")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    with Server() as server:
+        server.plan[:] = [elsewhere]
+        with pytest.raises(M.ServerError, match="status 307"):
+            client(server).chat("s", "u")
+    with pytest.raises(ValueError, match="line break") as caught:
+        M.ChatClient("http://x", key="secret\nmore")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_refused_picture_costs_a_prompt_not_the_run():
+    task, cfg = M.Task("a small red star on a dark background"), M.Config(steps=1, candidates=3, images=2, target=2.0)
+
+    def draw(p, n, seed):
+        if p != task.prompt and "big" not in p:
+            raise M.ServerError("refused")
+        return torch.zeros(n, 3, 4, 4)
+
+    best, trace, _ = M.search("opt2i", task, draw, lambda t, x: (0.5, []), M.Grammar(0), cfg)
+    assert best.prompt == task.prompt and 0.0 in [s.score for s in trace[1]]
 
 
 def test_endless_trouble_ends_with_a_sentence():
@@ -298,7 +341,7 @@ def test_too_few_prompts_are_asked_for_once_more():
             (200, said("<PROMPT>one cat</PROMPT><PROMPT>a cat</PROMPT>")),
         ]
         got = M.HttpProposer(client(server), M.Config()).propose("cat", [M.Scored("cat", 0.5)], 4)
-        assert got == ["a cat", "one cat"] and len(server.seen) == 2
+        assert got == ["a cat", "one cat"] and len(server.seen) == 3  # the last one brought nothing new
 
 
 # Offline proposers
@@ -484,7 +527,9 @@ def test_a_run_with_a_server_and_its_replay(tmp_path):
         (["--candidates", "0"], ["--candidates 0"]),
         (["--proposer", "http"], ["--llm_url"]),
         (["--prompts", "file.csv"], ["--llm_url"]),
-        (["--prompts", "nowhere.csv", "--llm_url", "http://x", "--image_url", "http://y"], ["nowhere.csv"]),
+        (["--prompts", "nowhere.csv", "--llm_url", "http://x", "--image_url", "http://y"], ["--vqa_url", "--score dcs"]),
+        (["--prompts", "nowhere.csv", "--llm_url", "http://x", "--image_url", "http://y", "--score", "dcs"], ["nowhere.csv"]),
+        (["--image_url", "http://y"], ["a generator of your own"]),
         (["--replay", "nowhere.jsonl"], ["nowhere.jsonl"]),
         (["--clip", "x"], ["--tokenizer"]),
     ],

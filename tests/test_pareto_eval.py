@@ -218,7 +218,8 @@ def world(tmp_path):
         "id,prompt,group\n" + "".join(f'{i},"a thing, {i}",{"xy"[n % 2]}\n' for n, i in enumerate(ids))
     )
     (tmp_path / "points.csv").write_text("model,knob,value,folder\na,guidance,1,a1\na,guidance,7.5,a2\nb,guidance,1,b1\n")
-    lines = [f"{i}_{j}.png,{q},{'yes' if q < 2 or j else 'no'},{q - 1}" for i in ids for j in range(3) for q in (1, 2)]
+    lines = [f"{f}/{i}_{j}.png,{q},{'yes' if q < 2 or j else 'no'},{q - 1}" for f in ("a1", "a2", "b1") for i in ids for j in range(3)
+             for q in (1, 2)]  # fmt: skip
     (tmp_path / "answers.csv").write_text("file,question_id,answer,dependency_id\n" + "\n".join(lines) + "\n")
     return tmp_path
 
@@ -249,7 +250,16 @@ def test_folders_with_inception_features(world, tmp_path):
     (world / "points.csv").write_text("model,knob,value,folder\na,guidance,1,a1\n")
     done = inside(M, *flags(world, "--extractor", "inception", "--weights", tmp_path / "w.pth"))
     assert done.returncode == 0, done.stderr
-    assert list(csv.DictReader(open(world / "out/front.csv")))[0]["extractor"] == "inception"
+    assert list(csv.DictReader(open(world / "out/front.csv")))[0]["extractor"] == "inception, pytorch-fid resizing"
+
+
+def test_answers_of_one_folder_do_not_serve_another(world):
+    text = (world / "answers.csv").read_text()
+    (world / "answers.csv").write_text(text.replace("b1/p0_0.png,1,yes", "b1/p0_0.png,1,no"))
+    assert inside(M, *flags(world)).returncode == 0
+    rows = [float(r["consistency"]) for r in csv.DictReader(open(world / "out/front.csv"))]
+    assert rows[0] == rows[1] == pytest.approx(rows[2] + 0.5 / 18)
+    assert list(M.beginnings("a_b_3")) == ["a_b_3", "a_b", "a"]
 
 
 def test_wrong_folders(world):
@@ -295,6 +305,8 @@ def test_one_picture_and_too_few_for_the_neighbours(world):
         (["--prompts", "file.csv"], ["--prompts file.csv", "--points"]),
         (["--points", "file.csv"], ["--points needs --prompts"]),
         (["--clip", "weights"], ["--tokenizer"]),
+        (["--at", "4"], ["--at 4", "--guidance 1,3"]),
+        (["--points", "p.csv", "--prompts", "p.csv", "--real", "r"], ["--answers", "--clip"]),
         (["--people", "nowhere"], ["nowhere"]),
         (["--k", "0"], ["--k 0"]),
     ],
