@@ -10,11 +10,11 @@ Equations  Sec. 3, the loop -> optimise()     its message -> meta_prompt()     d
 Read first section 2, meta_prompt() and ChatClient in section 3, then run(); generators and scorers can be replaced
 Symbols    p0 user prompt; f language model, g generator, S score; T iterations, n prompts each, m pictures each, k in history
 Run        python methods/opt2i.py --preset smoke                           (CPU, no files, under 30 s)
-           python methods/opt2i.py                                          (CPU, no files, about 5 min)
+           python methods/opt2i.py                                          (CPU, no files; 6 min on one busy thread)
            python methods/opt2i.py --llm_url URL --image_url URL --score dcs --prompts prompts.tsv
            python methods/opt2i.py --replay runs/opt2i/exchanges.jsonl --out_dir runs/again   (without a server)
 Data       generated prompts (common/scenes.py) with their questions; or PartiPrompts, DrawBench, COCO captions, DSG-1k
-Expect     laptop: +21.7 DSG points on fresh seeds, as much as by paraphrasing with twice the pictures; see methods/RESULTS.md
+Expect     laptop: +17.9 +- 8.5 DSG points on fresh seeds, paraphrasing +17.5 with twice the pictures; 3 seeds, commit 62e44e7
 Differs    from the paper: offline the language model is a small stand-in, trained on paraphrases of generated captions and
            called so, the picture model an early stand-in, VQA a classifier of scenes: nothing reproduces the paper's table.
            Reported too: gains on fresh seeds, since the best of many on m seeds flatters itself. Our own messages.
@@ -1031,7 +1031,7 @@ def draw_sheet(task, first, best, draw, cfg, path) -> None:
         texts += [f"{100 * s.score:.0f}: {s.prompt}", *[""] * (len(images) - 1)]
     before = dict(first.elements)
     lines = [f"{e}  {100 * before.get(e, math.nan):.0f} -> {100 * v:.0f}" for e, v in best.elements] or [""]
-    sheet = plot.grid(cells, cfg.images, texts, None, task.prompt[:90], 170, 6)
+    sheet = plot.grid(cells, cfg.images, texts, None, "the user's prompt and the best one", 170, 6)
     plot.save(plot.below(sheet, lines), path)
 
 

@@ -117,6 +117,8 @@ def test_inverses():
     T = M.find_queries(10, 0.01, 0.85, 1 / 82800)
     assert M.epsilon(0.01, 0.85, T, 1 / 82800) <= 10 < M.epsilon(0.01, 0.85, T + 1, 1 / 82800)
     assert M.find_queries(1, 1, 0.1, 1e-5) == 0
+    with pytest.raises(ValueError, match="below what these orders certify"):
+        M.find_k(1e-3, 0.02, 0.1, 1000, 1 / 12_000)
 
 
 def test_closed_forms_and_order_of_the_bounds():
@@ -467,7 +469,6 @@ def test_banks_from_files(tmp_path):
         (["--queries", "0"], ["--queries 0"]),
         (["--sigma", "0.01", "--queries", "1000"], ["neighbours", "the private set has 64"]),
         (["--prompts", "9"], ["--prompts 9", "--queries 8"]),
-        (["--budgets", "0.001"], ["epsilon 0.001", "below"]),
         (["--public", "nowhere"], ["--private"]),
         (["--public", "nowhere", "--private", "nowhere"], ["nowhere", "data_prep/"]),
         (["--clip", "x"], ["--tokenizer"]),
