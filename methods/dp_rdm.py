@@ -17,7 +17,7 @@ Run        python methods/dp_rdm.py --preset smoke                        (CPU, 
            python methods/dp_rdm.py --attack                              (a planted record, and whether the bound holds)
 Data       generated (common/scenes.py): the public world has every colour, the private one a palette of its own; or shards by
            data_prep (--public, --private) with --vae and --clip
-Expect     laptop: Frechet distance 103 public only, 46 not private, 45 at epsilon 10 for 10,000 queries; 3 seeds, commit f1d5f2f
+Expect     laptop: Frechet distance 103 public only, 46 not private, 45 at epsilon 10, T = 10,000; 3 seeds, commit f1d5f2f
 Differs    from the paper: a small DiT for its 401 M UNet, condition dropout for guidance (there the null vector was never
            trained), stand-in CLIP and features. From the released code: too few neighbours are summed and divided by k (there
            missing ones become the last record of the set); a ledger; secure randomness; no tensors are logged.
