@@ -417,7 +417,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_smoke_in_one_and_two_processes_and_resume(tmp_path):
-    one = run("methods/dp_rdm.py", *SMALL, "--out_dir", tmp_path / "a")
+    one = run("methods/dp_rdm.py", *SMALL, "--out_dir", tmp_path / "a", OMP_NUM_THREADS="1")  # as torchrun's processes
     assert one.returncode == 0, one.stderr
     for words in ("public only", "not private", "epsilon 10", "spent by 8 queries", "above 1/10"):
         assert words in one.stdout
