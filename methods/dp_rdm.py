@@ -118,24 +118,24 @@ class Config:
 
 
 # 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
-def private_retrieve(query, bank, k, sigma, q=1.0, random=None):
+def private_retrieve(query, bank, k, sigma, q=1.0, random=None, norms=None):
     """Noisy mean of the k nearest unit embeddings of a fresh subsample: query (d,), bank (N, d) rows -> (d,), float64.
 
     S: every row on its own with chance q, drawn anew for THIS query; mean = 1/k sum over the k rows of S with the largest
     cosine. Rows are normalised BEFORE, the constant k divides also when S has fewer rows: then one record more or less changes
     the mean by 2/k at most. random: a Random; draws the subsample and one noise vector. ValueError for k > N, q outside (0, 1],
-    a zero or non-finite embedding. NOT re-normalised: the model is trained with noisy means."""
+    a zero or non-finite embedding. NOT re-normalised: the model is trained with noisy means. norms (N,): the rows' lengths."""
     N, d = bank.shape
     if not 1 <= k <= N or not 0 < q <= 1 or not sigma >= 0:
         raise ValueError(f"k {k} must be in 1 to N = {N}, q {q} in (0, 1], sigma {sigma} not negative")
     random = random or Random()
     rows = random.subsample(N, q)
-    best = nearest(unit(query[None])[0], bank, k, rows)
+    best = nearest(unit(query[None])[0], bank, k, rows, norms)
     mean = unit(bank[best]).sum(0) / k if len(best) else torch.zeros(d, dtype=torch.float64)
     return mean + sigma * random.normal(d) if sigma else mean
 
 
-def nearest(query, bank, k, rows=None, block=262_144):
+def nearest(query, bank, k, rows=None, norms=None, block=262_144):
     """Indices of the k rows (of `rows`, sorted, or all) with the largest cosine to the unit query; ties: the lowest index.
     Found in float32 by blocks, with all near ties, and ranked in float64 row by row: no score depends on the other rows."""
     rows = torch.arange(len(bank)) if rows is None else rows
@@ -145,7 +145,7 @@ def nearest(query, bank, k, rows=None, block=262_144):
     for part in rows.split(block):
         whole = len(part) == int(part[-1]) - int(part[0]) + 1  # a run of rows needs no copy
         chosen = bank[int(part[0]) : int(part[-1]) + 1] if whole else bank[part]
-        score = (chosen.float() @ query.float()) / chosen.float().norm(dim=1)
+        score = (chosen.float() @ query.float()) / (chosen.float().norm(dim=1) if norms is None else norms[part])
         kth = score.topk(min(k, len(part))).values[-1]
         best = torch.cat([best, part[~(score < kth - 1e-5)]])  # NaN too: unit() names it
     best = best.sort().values
