@@ -130,13 +130,13 @@ def lines(series: dict[str, tuple[list, list]], title: str = "", x: str = "step"
 
 
 def scatter(series: dict[str, list[tuple]], paths: dict[str, list[tuple]], front: list[tuple] = (), title: str = "",
-            x: str = "", y: str = "", size=(520, 420), legend: bool = True) -> Image.Image:  # fmt: skip
+            x: str = "", size=(520, 420), legend: bool = True) -> Image.Image:  # fmt: skip
     """series: name -> points (x, y, label, strong, (dx, dy)): one colour a name; points that are not strong are faint; dx, dy:
     half intervals, drawn as a cross. paths: name -> (x, y) joined by a thin line of that colour. front: (x, y) in order of x,
     joined by steps: below and left of them is dominated. Labels that would cover another are left out."""
     every = [p for points in series.values() for p in points if np.isfinite(p[0]) and np.isfinite(p[1])]
     xs, ys = (np.array([p[i] for p in every], float) for i in (0, 1))
-    axes = _Axes(xs, ys, title or y, x, "", size, list(series) if legend else [], margin=0.12)
+    axes = _Axes(xs, ys, title, x, "", size, list(series) if legend else [], margin=0.12)
     steps = []
     for (a, b), after in zip(front, [*front[1:], None]):
         steps += [(a, b)] if after is None else [(a, b), (a, after[1])]

@@ -9,7 +9,7 @@ Idea       A retrieval-conditioned diffusion model is trained on public pictures
 Equations  mean of neighbours + noise -> private_retrieve()     Renyi divergence of the sampled Gaussian -> rdp()
            epsilon by RDP -> epsilon()     ... by the privacy loss distribution -> epsilon_pld()     the meter -> Ledger
 Read first section 2, Ledger in section 3, then train() and run(); --plan answers what a budget buys without training
-Symbols    N private records, k neighbours, sigma noise on the MEAN, q its chance to be in a subsample, T queries, z = sigma
+Symbols    N private records, k neighbours, sigma noise on the MEAN, q a record's chance to be drawn, T queries, z = sigma
            k / 2 the noise multiplier, alpha order, delta <= 1/N, lambda share of the private part
 Run        python methods/dp_rdm.py --preset smoke                        (CPU, no data, under 30 s)
            python methods/dp_rdm.py                                       (CPU, no data; 7 min on one busy thread)
@@ -175,7 +175,8 @@ def rdp(q, z, alpha):
     (2 z^2)))^alpha] (Mironov, Talwar, Zhang 2019). Float or array of orders; sampled Gaussian, one record added or removed.
 
     Integer orders by the binomial sum, others by the trapezoid rule, which converges exponentially here. Both take 1 and the
-    first-order term off under the sum, so that a tiny q loses no digits."""
+    first-order term off under the sum, so that a tiny q loses no digits. Below z = 0.05, where epsilon is in the hundreds and
+    the rule would need millions of points, other orders get the chord between whole ones: log A is convex, so it is a bound."""
     orders = np.atleast_1d(np.asarray(alpha, float))
     if not (0 <= q <= 1 and z > 0 and (orders > 1).all()):
         raise ValueError(f"q {q} must be in [0, 1], the noise multiplier {z} above 0, the orders above 1")
@@ -184,7 +185,8 @@ def rdp(q, z, alpha):
     else:
         whole = orders == np.floor(orders)
         out = np.empty_like(orders)
-        out[whole], out[~whole] = _log_moment(_binomial, orders[whole], q, z), _log_moment(_quadrature, orders[~whole], q, z)
+        out[whole] = _log_moment(_binomial, orders[whole], q, z)
+        out[~whole] = _chord(orders[~whole], q, z) if z < 0.05 else _log_moment(_quadrature, orders[~whole], q, z)
         out = out / (orders - 1)
     return float(out[0]) if np.ndim(alpha) == 0 else out
 
@@ -208,6 +210,13 @@ def _binomial(orders, q, z):  # A = sum_j C(alpha, j) (1 - q)^(alpha - j) q^j e^
     rest = np.maximum(a - j, 0).astype(int)
     log_w = gamma[a.astype(int)] - gamma[j] - gamma[rest] + j * math.log(q) + (a - j) * math.log1p(-q)
     return np.where(j <= a, log_w, -np.inf), np.broadcast_to((j * j - j) / (2 * z * z), log_w.shape), 0.0
+
+
+def _chord(orders, q, z):
+    if not len(orders):
+        return orders
+    nodes = np.arange(1, math.ceil(orders.max()) + 1).astype(float)
+    return np.interp(orders, nodes, np.concatenate([[0.0], _log_moment(_binomial, nodes[1:], q, z)]))  # log A(1) = 0
 
 
 def _quadrature(orders, q, z):
@@ -394,8 +403,8 @@ class Ledger:
 
     charge(q, z) before every answer. Under a lock it reads all charges, refuses (BudgetExceeded) if epsilon with the new one
     is above the budget, else appends a line and syncs it to the disk: two processes cannot overspend together, and after
-    kill -9 a charge is there or its answer was never given. A torn last line is such a one, and is cut off. budget, delta
-    and bank (a fingerprint of the set) are written once; ValueError if they differ later."""
+    kill -9 a charge is there or its answer was never given. A torn last line is such a one, and is cut off; one that lacks
+    its end alone counts. budget, delta and bank (a fingerprint of the set) are written once; ValueError if they differ later."""
 
     def __init__(self, path, budget: float, delta: float, bank: str = ""):
         if not budget > 0 or not 0 < delta < 1:

@@ -1039,7 +1039,7 @@ def draw_sheet(task, first, best, draw, cfg, path) -> None:
 PRESETS = {
     "smoke": dict(prompts="2", steps=2, candidates=2, images=2, fresh=4, sampler_steps=2, out_dir="runs/opt2i_smoke"),
     "laptop": {},
-    # the paper's loop with a painter that is hardly ever wrong: more prompts, few of them with room
+    # the paper's number of iterations, more prompts
     "gpu": dict(prompts="200", steps=30, images=4, fresh=64, batch_size=1024, out_dir="runs/opt2i_gpu"),
     # PartiPrompts; model, prompts and scorer come by url
     "paper": dict(prompts="data/partiprompts.tsv", steps=30, proposer="http", llm_url="http://localhost:8000/v1",

@@ -23,7 +23,7 @@ Differs    from the paper: no code was published and only its abstract is known 
            Retrieval-augmented models enter as folders. Intervals: spread over random halves of the prompts, which is the
            standard error of the whole, and needs no repeated samples, which break nearest-neighbour metrics.
            from EvalGIM: the front is taken after rows without a value are dropped, not before; conditional diversity is there;
-           features are not half-precision; filtered sets are compared at equal sizes; DSG also per group; no copies are lost.
+           features are not half-precision; filtered sets are compared at equal sizes; DSG also per group; equal points stay.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py plot.py resnet.py scenes.py tokenizer.py vae.py vit.py
            zoo.py and weights/   (copy these with this file)
 """
@@ -812,7 +812,7 @@ def draw_fronts(path, points, rows, error, pairs, names) -> None:
         paths = {n: [flat[j] for j in order if (points[j].model, points[j].knob) == (n, knob[n])] for n in names}
         edge = sorted(q for q, o, p in zip(flat, on, points) if o and task(p) == "text")
         last = i == len(pairs) - 1
-        panels.append(plot.scatter(series, paths, edge, f"{y} against {x}", x, y, (620 if last else 520, 440), legend=last))
+        panels.append(plot.scatter(series, paths, edge, f"{y} against {x}", x, (620 if last else 520, 440), legend=last))
     plot.save(plot.row(panels), path)
 
 
@@ -843,7 +843,7 @@ def by_group(cfg, prompts, real, sets, count, out) -> dict:
             series[g] = [(*q, "", o, (0, 0)) for q, o in zip(flat, on)]
             paths[g] = sorted(q for q, o in zip(flat, on) if o)
         title = f"{y} against {x}, a front for each region"
-        panels.append(plot.scatter(series, paths, (), title, x, y, (640 if last else 540, 440), legend=last))
+        panels.append(plot.scatter(series, paths, (), title, x, (640 if last else 540, 440), legend=last))
     if panels:
         plot.save(plot.row(panels), out / "regions.png")
     return result

@@ -62,6 +62,13 @@ def test_renyi_divergence_limits_and_both_formulas():
         np.testing.assert_allclose(M.rdp(q, z, whole), by_integral, rtol=1e-9 if q > 1e-5 else 1e-5)
         grid = M.rdp(q, z, M.ORDERS)
         assert (np.diff(grid[np.argsort(M.ORDERS)]) >= -1e-15).all()
+    for q, z in ((0.01, 0.06), (0.3, 0.2)):  # tiny noise: the chord of a convex function is above it, and costs no memory
+        want = M._log_moment(M._quadrature, np.array([1.5, 3.7, 10.9]), q, z)
+        bound = M._chord(np.array([1.5, 3.7, 10.9]), q, z)
+        assert (bound >= want).all() and (bound < 2.1 * want).all()
+    assert math.isfinite(M.epsilon(0.01, 1e-4, 10, 1e-5)) and M.epsilon(0.01, 0.0499, 10, 1e-5) > M.epsilon(
+        0.01, 0.0501, 10, 1e-5
+    )
     for bad in ((2, 1.0, 2), (0.1, 0.0, 2), (0.1, 1.0, 1.0)):
         with pytest.raises(ValueError):
             M.rdp(*bad)
