@@ -440,6 +440,8 @@ def read_rows(path, needed) -> list[dict]:
     try:
         raw = Path(path).read_bytes()
         text = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; expected a table with the columns {', '.join(needed)}") from None
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as a text table ({type(error).__name__})") from error
     form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if str(path).removesuffix(".gz").endswith(".tsv") else {}
