@@ -404,7 +404,7 @@ class Ledger:
     charge(q, z) before every answer. Under a lock it reads all charges, refuses (BudgetExceeded) if epsilon with the new one
     is above the budget, else appends a line and syncs it to the disk: two processes cannot overspend together, and after
     kill -9 a charge is there or its answer was never given. A torn last line is such a one, and is cut off; one that lacks
-    its end alone counts. budget, delta and bank (a fingerprint of the set) are written once; ValueError if they differ later."""
+    only its end counts. budget, delta and bank (the set's fingerprint) are written once; ValueError if they differ later."""
 
     def __init__(self, path, budget: float, delta: float, bank: str = ""):
         if not budget > 0 or not 0 < delta < 1:
