@@ -360,7 +360,7 @@ def negatives(s: Scene, seed: int = 0) -> list[dict]:
     if len(set(pool) - set(shapes)):
         emit("replace_obj", things[:i] + [replace(t, shape=other(pool, shapes))] + things[i + 1 :])
     for kind, options in (("colour", tuple(COLOURS)), ("size", tuple(SIZES)), ("texture", TEXTURES)):
-        new = replace(t, **{kind: other(options, [getattr(t, kind)])})
+        new = replace(t, **{kind: other(options, [getattr(t, kind), "solid"])})  # captions do not name "solid": no wrong one
         emit("replace_att", things[:i] + [new] + things[i + 1 :])
     if len(things) > 1:
         a, b = things[:2]

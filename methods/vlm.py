@@ -1,0 +1,1568 @@
+"""Vision-language models: four ways to tie pictures to words, trained on the same pairs and measured by the same tests.
+
+Paper      Bordes, Pang, Ajay, Li, Bardes et al.: An Introduction to Vision-Language Modeling. 2024, arXiv 2405.17247
+Idea       A tutorial without experiments; this is the experiment. CONTRASTIVE models score a picture against a caption and
+           nothing more. MASKING hides words and patches and asks for them back, from the other side too. GENERATIVE models
+           write the caption, word after word. PRETRAINED BACKBONES keep a language model frozen and learn only how to show
+           it a picture. One data set, one tokenizer, one ViT, as many pictures seen; then one table, family by metric, with
+           chance and a blind reader in it, since much of what looks like seeing is guessing from words.
+Equations  2.2 InfoNCE -> infonce()     SigLIP -> siglip_loss()     Llip -> llip_scores()     2.3 FLAVA -> masked_ce(), Masked
+           2.4 CoCa -> caption_loss(), CoCa     classifier by Bayes -> bayes()     2.5 frozen LM -> Frozen     LoRA -> LoRA
+Read first section 2, the four classes of section 3 from forward() on, then evaluate() in section 5
+Symbols    f_img, f_txt unit embeddings (B, D); ids (B, L); counted (B, L): tokens in the loss; seen (B, N, W): encoded pictures
+Run        python methods/vlm.py --preset smoke                                 (CPU, no data, under 30 s)
+           python methods/vlm.py                                                (CPU, no data)
+           python methods/vlm.py --arms infonce,negclip,flip,llip,mask+boxes,frozen+lora
+           python methods/vlm.py --ask picture.png --question "Is there a star?"
+           torchrun --nproc_per_node=8 methods/vlm.py --preset paper --data data/coco --tokenizer MERGES
+Data       generated (common/scenes.py), or shards with captions by data_prep/captions.py, cc12m.py or coco.py (with boxes)
+Expect     see methods/RESULTS.md
+Differs    the tutorial has no numbers of its own; everything here is tiny. FLAVA: unimodal losses share the paired batch, codes
+           of patches are k-means centres, half of the matching captions are wrong. Llip's form is the usual one, the tutorial
+           gives none. The frozen encoder is the InfoNCE model's, the frozen language model ours, trained on text alone.
+           from benchmark code: ties never count as right, whatever the order; yes and no are compared by their
+           probabilities, so that garbage is not a yes (POPE); several processes give the loss of one.
+           Left out: MaskVLM, one token stream for both (CM3leon, Chameleon), Q-Former, RLHF, video.
+Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py
+           tokenizer.py vae.py vision.py vit.py zoo.py and weights/   (copy these with this file)
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import itertools
+import json
+import math
+import re
+import sys
+import zlib
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, torchrun and python -m all find common/
+
+from common import ckpt, cli, data, ddp, metrics, optim, plot, scenes, vae, zoo
+from common.dit import sincos_2d
+from common.log import RunLog, table, write_json
+from common.tokenizer import Tokenizer
+from common.vision import torchvision
+from common.vit import Block, TextTransformer, ViT
+
+
+# 1. CONFIG (presets stand in section 7) ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Config:
+    # run: the same names in all ten files
+    out_dir: str = "runs/vlm"  # one folder a run; each arm gets a sub-folder
+    seed: int = 0  # of weights, scenes, data order, questions and masks
+    steps: int = 400  # optimiser updates of each arm
+    batch_size: int = 64  # GLOBAL number of pictures, divided by the number of processes
+    accum: int = 1  # micro-batches an update; they are no negatives of each other
+    lr: float = 1e-3  # peak, AdamW
+    wd: float = 0.05  # weight decay
+    warmup: int = 30  # updates of linear warm-up, then half a cosine
+    grad_clip: float = 1.0  # largest gradient norm, 0 = off
+    ema_decay: float = 0.0  # not part of these methods
+    dtype: str = "float32"  # float32, or bfloat16 autocast
+    compile: bool = False  # torch.compile the model
+    data: str = ""  # folder of shards with captions; "" = generated scenes
+    workers: int = 0  # loader processes of each rank
+    log_every: int = 20  # updates between lines of log.jsonl
+    eval_every: int = 0  # not used: arms are evaluated at their end
+    save_every: int = 100  # updates between checkpoints
+    resume: bool = True  # continue from last.pt, exactly; --no-resume starts again
+    max_bad: float = 0.01  # share of damaged samples at which the run stops
+    # the methods
+    arms: str = "infonce,siglip,negclip,mask,coca,frozen"  # comma list of ARMS; what an arm needs is trained before it
+    lam_cap: float = 2.0  # CoCa: weight of the caption loss (open_clip's default), 1 of the contrastive one
+    mask_words: float = 0.15  # share of words that are hidden
+    mask_patches: float = 0.38  # share of patches, in blocks (FLAVA: 75 of 196)
+    codes: int = 64  # k-means centres that stand for patches (FLAVA: 8192 of a tokenizer)
+    wrong: float = 0.5  # share of wrong captions in image-text matching (FLAVA's code: 0.1)
+    mixtures: int = 8  # Llip: tokens of a picture that a caption mixes
+    drop_tokens: float = 0.5  # arm flip: share of patches that are dropped in training
+    noise: float = 0.0  # share of training pictures that get the caption of another one; arm filtered throws pairs away
+    keep: float = 0.5  # arm filtered: share of pairs with the highest CLIPScore that stay
+    lora: int = 8  # arm frozen+lora: rank of the language model's updates
+    shots: int = 2  # solved examples before a question, for the frozen family
+    vision: str = "infonce"  # encoder of the frozen family: the arm infonce's, or judge (stand-in)
+    # data and model
+    pairs: int = 6_000  # generated training pictures; a folder gives all it has
+    eval_images: int = 96  # pictures of the tests
+    asked: int = 1  # questions about a picture at each visit
+    kinds: str = "object,colour,place,relation,what colour,what shape,count"  # of questions; also texture, size, background
+    objects: int = 2  # most objects in a generated picture
+    region: str = "any"  # light and favourite shapes of the generated pictures, see common/scenes.py; "" = none
+    image_size: int = 32  # pixels
+    patch: int = 8  # pixels
+    width: int = 128  # of every transformer
+    depth: int = 4  # ViT
+    heads: int = 4  # attention
+    text_depth: int = 2  # half the layers of a text model: CoCa's halves, FLAVA's fusion
+    lm_depth: int = 3  # layers of the language model
+    embed_dim: int = 128  # shared space of the contrastive losses
+    context: int = 40  # longest text in tokens
+    vocab: int = 1_024  # of the tokenizer that is trained on the captions
+    tokenizer: str = ""  # CLIP's merges file in its place
+    memory_gb: float = 8.0  # pictures below this size are kept in memory
+    sugarcrepe: str = ""  # its csv (kind, file, caption, negative_caption), for rows whose pictures are among the test pictures
+    ask: str = ""  # a picture: answer --question with a trained model of out_dir, or the stand-in, and end
+    question: str = "what do you see?"  # for --ask
+
+
+# 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
+def infonce(f_img, f_txt, scale, f_neg=None):
+    """InfoNCE, CLIP's loss: the Boltzmann distribution of the energy E = -scale u.v over the batch. f_img, f_txt (b, D) unit
+    rows of this process; f_neg: hard negative captions, further columns for pictures only (NegCLIP). ln B at chance."""
+    label = torch.arange(len(f_img), device=f_img.device) + ddp.rank() * len(f_img)
+    texts = ddp.gather_rows(f_txt) if f_neg is None else torch.cat([ddp.gather_rows(f_txt), ddp.gather_rows(f_neg)])
+    return (F.cross_entropy(scale * f_img @ texts.T, label)
+            + F.cross_entropy(scale * f_txt @ ddp.gather_rows(f_img).T, label)) / 2  # fmt: skip
+
+
+def siglip_loss(logits, first=0):
+    """SigLIP: noise-contrastive estimation, a yes or no for every pair. logits (b, B) = scale u.v + bias of own pictures with
+    all captions, the first own caption in column `first`. Sum over captions, mean over pictures. The bias begins at -10,
+    or B^2 - B negatives would drive the first steps."""
+    own = torch.eye(*logits.shape, device=logits.device).roll(first, 1)
+    return -F.logsigmoid((2 * own - 1) * logits).sum(1).mean()
+
+
+def llip_scores(tokens, keys, f_txt, queries, tau=1.0):
+    """Llip: every caption mixes a picture's K tokens (b, K, D), keys (b, K, d), by attention of its query (B, d); so each pair
+    has a picture embedding of its own -> cosines (b, B)."""
+    mix = (torch.einsum("jd,ikd->ijk", queries, keys) / tau).softmax(2)
+    return torch.einsum("ijd,jd->ij", F.normalize(torch.einsum("ijk,ikd->ijd", mix, tokens), dim=2), f_txt)
+
+
+def masked_ce(logits, target):
+    """Cross-entropy at the hidden places, target (B, L) with -100 elsewhere; 0, not NaN, if nothing is hidden. The mean is over
+    the hidden places of all processes. In bits it is the distortion H(X|Z) of 2.3.3; how much is hidden bounds the rate."""
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=-100, reduction="sum")
+    count = ddp.all_sum((target != -100).sum().float().detach())
+    return loss * ddp.world_size() / count.clamp(min=1)
+
+
+def caption_loss(logits, ids, counted):
+    """- mean log p(c_t | c_<t, picture) over counted tokens: the logits at t - 1 predict token t."""
+    target = torch.where(counted, ids, -100)
+    return masked_ce(logits[:, :-1], target[:, 1:])
+
+
+def log_p(logits, ids, counted):
+    """Mean log-probability of each text's counted tokens (B,): the score of a generative model."""
+    logp = logits[:, :-1].float().log_softmax(2).gather(2, ids[:, 1:, None])[..., 0]
+    return (logp * counted[:, 1:]).sum(1) / counted[:, 1:].sum(1).clamp(min=1)
+
+
+def bayes(log_lik, log_prior=None):
+    """p(c|x) = p(c) p(x|c) / sum_j p(c_j) p(x|c_j) from log p(x|c) (N, C): a generative model as a classifier (2.4.3). Prior:
+    uniform. For diffusion models log p(x|c) ~ -E ||eps - eps_hat||^2, with the SAME t and eps for every class."""
+    return (log_lik if log_prior is None else log_lik + log_prior).softmax(1)
+
+
+def hide_words(ids, u, mask_id, special, share=0.15):
+    """BERT's rule: hides `share` of the words of ids (B, L), one at least, by u (B, L, 2) uniform in [0, 1): 80 % become
+    mask_id, 10 % a random word, 10 % stay. special (B, L): never hidden -> (ids, target with -100 elsewhere)."""
+    order = u[..., 0].masked_fill(special, 2.0)
+    hidden = (order < share) | (order == order.amin(1, keepdim=True)) & ~special
+    draw = u[..., 1]
+    noisy = torch.where(draw < 0.8, mask_id, torch.where(draw < 0.9, (draw * 1e6).long() % mask_id, ids))
+    return torch.where(hidden, noisy, ids), torch.where(hidden, ids, -100)
+
+
+def hide_patches(side, count, rng):
+    """BEiT's blocks on a (side, side) grid until exactly `count` patches are hidden -> bool (side * side,)."""
+    hidden, smallest = np.zeros((side, side), bool), max(1, count // 5)
+    while hidden.sum() < count:
+        area = rng.integers(smallest, max(smallest, count - hidden.sum()) + 1)
+        ratio = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+        h, w = (int(np.clip(round(math.sqrt(area * r)), 1, side)) for r in (ratio, 1 / ratio))
+        y, x = rng.integers(side - h + 1), rng.integers(side - w + 1)
+        block = np.argwhere(~hidden[y : y + h, x : x + w])[: count - hidden.sum()]  # the last block is cut
+        hidden[y + block[:, 0], x + block[:, 1]] = True
+    return hidden.reshape(-1)
+
+
+# 3. MODULES: one layer, one picture encoder, four families ---------------------------------------------------------------
+class Layer(Block):
+    """common/vit.py's block, which may also look at a context, has a mask, and keeps keys and values for generation."""
+
+    def __init__(self, width: int, heads: int, cross: bool = False):
+        super().__init__(width, heads, 4 * width)
+        self.norm_c = nn.LayerNorm(width) if cross else None
+        self.cross = nn.MultiheadAttention(width, heads, batch_first=True) if cross else None
+
+    def forward(self, x, causal=False, mask=None, context=None, cache=None):
+        """x (B, L, W); mask (B, 1, L, L') bool; context (B, N, W); cache: a dict, filled and used."""
+        q, k, v = self.attn.qkv(self.norm1(x)).unflatten(2, (3, self.attn.heads, -1)).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            k, v = (torch.cat([cache[n], t], 2) if n in cache else t for n, t in (("k", k), ("v", v)))
+            causal = causal and "k" not in cache  # later calls bring one token, which may see all before it
+            cache.update(k=k, v=v)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        x = x + self.attn.proj(a.transpose(1, 2).flatten(2))
+        if self.cross is not None:
+            x = x + self.cross(self.norm_c(x), context, context, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class Stack(nn.Module):
+    """Layers and a final norm; with vocab, word and position embeddings too, and logits by the same embedding."""
+
+    def __init__(self, cfg, depth: int, vocab: int = 0, cross: bool = False, context: int = 0):
+        super().__init__()
+        if vocab:
+            self.token_embed = nn.Embedding(vocab, cfg.width)
+            self.pos_embed = nn.Parameter(0.01 * torch.randn(context or cfg.context, cfg.width))
+            nn.init.normal_(self.token_embed.weight, std=0.02)
+        self.layers = nn.ModuleList(Layer(cfg.width, cfg.heads, cross) for _ in range(depth))
+        self.norm = nn.LayerNorm(cfg.width)
+
+    def embed(self, ids, first=0):
+        return self.token_embed(ids) + self.pos_embed[first : first + ids.shape[1]]
+
+    def forward(self, x, causal=False, mask=None, context=None, caches=None):
+        for i, layer in enumerate(self.layers):
+            x = layer(x, causal, mask, context, caches[i] if caches else None)
+        return self.norm(x)
+
+    def logits(self, x):
+        return x @ self.token_embed.weight.T
+
+
+class Vision(ViT):
+    """The ViT of all families: (B, 3, S, S) -> (B, 1 + registers + N, W). Patches pass a few convolutions instead of one linear
+    map (Xiao et al. 2021, arXiv 2106.14881), which saves a small model most of the pictures that it takes to see shapes.
+
+    hidden (B, N): patches whose pixels and token are taken away; keep (B, n): patches that stay (FLIP); layers: how many
+    blocks, without the final norm; default: all of them."""
+
+    def __init__(self, cfg, registers: int = 0, masks: bool = False):
+        super().__init__(cfg.image_size, cfg.patch, cfg.width, cfg.depth, cfg.heads, registers=registers)
+        widths = [3, *(max(16, cfg.width >> i) for i in range(round(math.log2(cfg.patch)) - 1, -1, -1))]
+        stages = [(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.GELU()) for a, b in itertools.pairwise(widths)]
+        self.patch_embed = nn.Sequential(*itertools.chain(*stages), nn.Conv2d(cfg.width, cfg.width, 1))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, cfg.width)) if masks else None
+        side = torch.arange(cfg.image_size // cfg.patch)  # places are heard from the first step on, as in MAE
+        self.pos_embed.data[0, 1:] = sincos_2d(cfg.width, side, side)[0]
+        if registers:
+            nn.init.trunc_normal_(self.register_tokens, std=0.02)
+
+    def forward(self, x, hidden=None, keep=None, layers=None):
+        if hidden is not None:
+            side = x.shape[-1] // self.patch
+            x = x * ~hidden.view(-1, 1, side, side).repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        x = x if hidden is None else torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
+        x = x + self.pos_embed[:, 1:]
+        x = x if keep is None else x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        extra = [self.register_tokens.expand(len(x), -1, -1)] if self.registers else []
+        x = torch.cat([first, *extra, x], 1)
+        for block in self.blocks[:layers]:
+            x = block(x)
+        return self.norm(x) if layers is None else x
+
+
+def full(x):
+    """At least float32, whatever the autocast."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit(x):
+    return F.normalize(full(x), dim=-1)
+
+
+def repeated(seen, texts):
+    """Each picture as often as it has texts in a row."""
+    return seen.repeat_interleave(len(texts) // len(seen), 0)
+
+
+def lengths(ids):
+    """(B, L) bool: places up to the end token, which has the largest id of a text."""
+    return torch.arange(ids.shape[1], device=ids.device)[None] <= ids.argmax(1)[:, None]
+
+
+class Contrastive(nn.Module):
+    """2.2: two towers. loss: infonce, siglip, or llip, where a caption mixes the class token and registers."""
+
+    def __init__(self, cfg, tok, loss: str):
+        super().__init__()
+        self.loss, D = loss, cfg.embed_dim
+        self.vision = Vision(cfg, cfg.mixtures - 1 if loss == "llip" else 0)
+        self.text = TextTransformer(len(tok), cfg.context, cfg.width, 2 * cfg.text_depth, cfg.heads, D, act="gelu")
+        self.img_proj = nn.Linear(cfg.width, D, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07 if loss == "infonce" else 10)))
+        self.bias = None if loss == "infonce" else nn.Parameter(torch.tensor(-10.0))
+        if loss == "llip":
+            self.query, self.key = nn.Linear(D, 64), nn.Linear(cfg.width, 64)
+        self.heads = ("cosine",)
+
+    def see(self, images, **options):
+        return self.vision(images, **options)
+
+    def cosines(self, seen, ids):
+        """All pictures with all texts (N, M)."""
+        f_txt = unit(self.text(ids))
+        if self.loss != "llip":
+            return unit(self.img_proj(seen[:, 0])) @ f_txt.T
+        tokens = seen[:, : 1 + self.vision.registers]
+        return llip_scores(full(self.img_proj(tokens)), full(self.key(tokens)), f_txt, full(self.query(f_txt)))
+
+    def forward(self, batch):
+        seen, scale = self.see(batch["image"], keep=batch.get("keep")), self.log_scale.exp()
+        if self.loss == "infonce":
+            f_img, f_txt = unit(self.img_proj(seen[:, 0])), unit(self.text(batch["ids"]))
+            loss = infonce(f_img, f_txt, scale, unit(self.text(batch["negative"])) if "negative" in batch else None)
+        else:
+            f_txt = ddp.gather_rows(unit(self.text(batch["ids"])))
+            if self.loss == "siglip":
+                cos = unit(self.img_proj(seen[:, 0])) @ f_txt.T
+            else:
+                tokens = seen[:, : 1 + self.vision.registers]
+                cos = llip_scores(full(self.img_proj(tokens)), full(self.key(tokens)), f_txt, full(self.query(f_txt)))
+            loss = siglip_loss(scale * cos + self.bias, ddp.rank() * len(seen))
+        return loss, {"scale": scale}
+
+
+class Masked(nn.Module):
+    """2.3, FLAVA-like: picture encoder, text encoder and a fusion of both. All six losses have weight 1: MIM + MLM (one side
+    alone), MMM of patches and of words (both sides masked), ITM (matching), GC (InfoNCE, nothing masked)."""
+
+    def __init__(self, cfg, tok, boxes: bool = False):
+        super().__init__()
+        W, vocab = cfg.width, len(tok) + 1
+        self.mask_id, self.heads = len(tok), ("contrastive", "matching")
+        self.vision, self.words = Vision(cfg, masks=True), Stack(cfg, cfg.text_depth, vocab)
+        self.img_in, self.txt_in, self.cls = nn.Linear(W, W), nn.Linear(W, W), nn.Parameter(torch.zeros(1, 1, W))
+        self.fusion = Stack(cfg, cfg.text_depth)
+        self.mim, self.mmm_img = nn.Linear(W, cfg.codes), nn.Linear(W, cfg.codes)
+        self.mlm, self.mmm_txt = nn.Linear(W, vocab), nn.Linear(W, vocab)
+        self.itm = nn.Sequential(nn.Linear(W, W), nn.Tanh(), nn.Linear(W, 2))
+        self.img_proj, self.txt_proj = (nn.Linear(W, cfg.embed_dim, bias=False) for _ in range(2))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.box = nn.Linear(W, 4) if boxes else None
+        patch = cfg.patch
+        self.register_buffer("codebook", torch.zeros(cfg.codes, 3 * patch * patch))
+
+    def see(self, images, **options):
+        return self.vision(images, **options)
+
+    def read(self, ids, valid):
+        return self.words(self.words.embed(ids), mask=valid[:, None, None])
+
+    def fuse(self, seen, words, valid):
+        """-> (B, 1 + 1 + N + L, W): the fusion's own class token, the picture's tokens, the words."""
+        x = torch.cat([self.cls.expand(len(seen), -1, -1), self.img_in(seen), self.txt_in(words)], 1)
+        ones = valid.new_ones(len(seen), 1 + seen.shape[1])
+        return self.fusion(x, mask=torch.cat([ones, valid], 1)[:, None, None])
+
+    def cosines(self, seen, ids):
+        words = self.read(ids, lengths(ids))
+        return unit(self.img_proj(seen[:, 0])) @ unit(self.txt_proj(words[:, 0])).T
+
+    def match(self, seen, ids):
+        """Log-odds that the text belongs to the picture (B,)."""
+        valid = lengths(ids)
+        return self.itm(self.fuse(seen, self.read(ids, valid), valid)[:, 0]).float().diff(dim=1)[:, 0]
+
+    def cloze(self, seen, ids, hidden):
+        """Word logits at all places of ids whose hidden places (B, L) are replaced by the mask."""
+        valid = lengths(ids)
+        words = self.read(ids.masked_fill(hidden, self.mask_id), valid)
+        return self.mmm_txt(self.fuse(seen, words, valid)[:, -ids.shape[1] :])
+
+    def targets(self, images, hidden):
+        """The nearest of the codebook's patches, -100 where nothing is hidden."""
+        p = self.vision.patch
+        patches = F.unfold(images, p, stride=p).transpose(1, 2)
+        return torch.where(hidden, torch.cdist(patches, self.codebook.expand(len(images), -1, -1)).argmin(2), -100)
+
+    def forward(self, batch):
+        images, ids, hidden = batch["image"], batch["ids"], batch["hidden"]
+        valid = lengths(ids)
+        codes = self.targets(images, hidden)
+        special = ~valid | (ids >= self.mask_id - 2)  # padding, start and end are never hidden
+        masked, target = hide_words(ids, batch["u"][:, : ids.shape[1]], self.mask_id, special, batch["share"])
+        seen_m, words_m = self.see(images, hidden=hidden), self.read(masked, valid)
+        fused = self.fuse(seen_m, words_m, valid)
+        N = seen_m.shape[1] - 1
+        parts = {"mim": masked_ce(self.mim(seen_m[:, 1:]), codes), "mlm": masked_ce(self.mlm(words_m), target),
+                 "mmm_img": masked_ce(self.mmm_img(fused[:, 2 : 2 + N]), codes),
+                 "mmm_txt": masked_ce(self.mmm_txt(fused[:, 2 + N :]), target)}  # fmt: skip
+        seen, words = self.see(images), self.read(ids, valid)
+        f_img, f_txt = unit(self.img_proj(seen[:, 0])), unit(self.txt_proj(words[:, 0]))
+        parts["gc"] = infonce(f_img, f_txt, self.log_scale.exp())
+        logits = self.match(seen, batch["maybe"])
+        parts["itm"] = F.binary_cross_entropy_with_logits(logits, batch["right"].float())
+        if "qa" in batch:  # a question is a text whose last words, the answer, are hidden
+            counted = batch["qa_counted"] & (batch["qa"] < self.mask_id - 2)
+            logits = self.cloze(repeated(seen, batch["qa"]), batch["qa"], counted)
+            parts["qa"] = masked_ce(logits, torch.where(counted, batch["qa"], -100))
+        if self.box is not None:
+            valid = lengths(batch["phrase"])
+            got = self.box(self.fuse(seen, self.read(batch["phrase"], valid), valid)[:, 0]).float().sigmoid()
+            parts["box"] = box_loss(got, batch["box"])
+        return sum(parts.values()), parts
+
+
+def box_loss(got, box):
+    """X-VLM's kind of loss: L1 of (cx, cy, w, h) in [0, 1] plus 1 - generalised IoU, mean over the batch."""
+    giou = torchvision.ops.generalized_box_iou_loss(corners(got), corners(box), reduction="mean")
+    return F.l1_loss(got, box) * 4 + giou
+
+
+def corners(box):
+    """(cx, cy, w, h) -> (x0, y0, x1, y1)"""
+    return torch.cat([box[..., :2] - box[..., 2:] / 2, box[..., :2] + box[..., 2:] / 2], -1)
+
+
+class CoCa(nn.Module):
+    """2.4: a text decoder in two halves. The lower one sees words only, and its class token, appended at the END, is the
+    caption's embedding; the upper one also attends to the picture, and writes. L = InfoNCE + lam_cap caption loss."""
+
+    def __init__(self, cfg, tok):
+        super().__init__()
+        self.lam_cap, self.heads = cfg.lam_cap, ("contrastive", "likelihood", "likelihood - blind")
+        self.vision = Vision(cfg)
+        self.lower, self.upper = Stack(cfg, cfg.text_depth, len(tok)), Stack(cfg, cfg.text_depth, cross=True)
+        self.cls = nn.Parameter(0.02 * torch.randn(1, 1, cfg.width))
+        queries = 1 + (cfg.image_size // cfg.patch) ** 2  # attention pooling: one query to compare, the others to be read
+        self.queries = nn.Parameter(0.02 * torch.randn(1, queries, cfg.width))
+        self.pool = nn.MultiheadAttention(cfg.width, cfg.heads, batch_first=True)
+        self.img_proj, self.txt_proj = (nn.Linear(cfg.width, cfg.embed_dim, bias=False) for _ in range(2))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def see(self, images):
+        tokens = self.vision(images)
+        return self.pool(self.queries.expand(len(images), -1, -1), tokens, tokens, need_weights=False)[0]
+
+    def caption_embedding(self, ids):
+        """-> unit embeddings (B, D) and the lower half's words (B, L, W). The class token does not see padding."""
+        B, L = ids.shape
+        x = torch.cat([self.lower.embed(ids), self.cls.expand(B, -1, -1)], 1)
+        mask = torch.ones(L + 1, L + 1, dtype=torch.bool, device=ids.device).tril()[None].repeat(B, 1, 1)
+        mask[:, L, :L] = lengths(ids)
+        x = self.lower(x, mask=mask[:, None])
+        return unit(self.txt_proj(x[:, L])), x[:, :L]
+
+    def cosines(self, seen, ids):
+        return unit(self.img_proj(seen[:, 0])) @ self.caption_embedding(ids)[0].T
+
+    def logits(self, seen, ids, caches=None, first=0):
+        """Next-word logits (B, L, vocab). caches: of both halves; first: number of words in them already."""
+        low, up = caches or (None, None)
+        x = self.lower(self.lower.embed(ids, first), causal=True, caches=low)
+        return self.lower.logits(self.upper(x, causal=True, context=seen[:, 1:], caches=up))
+
+    def caches(self):
+        return [[{} for _ in half.layers] for half in (self.lower, self.upper)]
+
+    def forward(self, batch):
+        seen, ids = self.see(batch["image"]), batch["ids"]
+        f_txt, words = self.caption_embedding(ids)
+        logits = self.lower.logits(self.upper(words, causal=True, context=seen[:, 1:]))
+        parts = {"contrastive": infonce(unit(self.img_proj(seen[:, 0])), f_txt, self.log_scale.exp()),
+                 "caption": caption_loss(logits, ids, lengths(ids))}  # fmt: skip
+        if "qa" in batch:
+            logits = self.logits(repeated(seen, batch["qa"]), batch["qa"])
+            parts["qa"] = caption_loss(logits, batch["qa"], batch["qa_counted"])
+        return parts["contrastive"] + self.lam_cap * (parts["caption"] + parts.get("qa", 0.0)), parts
+
+
+class LM(nn.Module):
+    """A causal language model of captions, questions and answers, packed one after the other. It never sees a picture."""
+
+    def __init__(self, cfg, tok):
+        super().__init__()
+        self.stack = Stack(cfg, cfg.lm_depth, len(tok), context=2 * cfg.context)
+
+    def forward(self, batch):
+        ids = batch["packed"]
+        logits = self.stack.logits(self.stack(self.stack.embed(ids), causal=True))
+        return caption_loss(logits, ids, torch.ones_like(ids, dtype=torch.bool)), {}
+
+
+class Frozen(nn.Module):
+    """2.5: patches of a frozen encoder, through a projector, stand as words before the text of a frozen language model.
+    L = - mean log p_LM(answer | projector(picture), prompt): gradients flow THROUGH the frozen weights to the projector.
+
+    Words keep the positions of their training, pictures have none, since the encoder's tokens carry their own. trained: what
+    learns beside the projector: "", "lora", or "all" of the language model, as in LLaVA's second stage."""
+
+    def __init__(self, cfg, tok, vision, width: int, stack: Stack, trained: str = ""):
+        super().__init__()
+        self.vision, self.stack = vision.requires_grad_(False).eval(), stack.requires_grad_(trained == "all")
+        self.heads = ("likelihood", "likelihood - blind")
+        self.projector = nn.Sequential(nn.Linear(width, cfg.width), nn.GELU(), nn.Linear(cfg.width, cfg.width))
+        if trained == "lora":
+            for layer in self.stack.layers:
+                layer.attn.qkv, layer.attn.proj = LoRA(layer.attn.qkv, cfg.lora), LoRA(layer.attn.proj, cfg.lora)
+
+    @torch.no_grad()
+    def features(self, images):
+        return self.vision(images)
+
+    def see(self, images):
+        return self.projector(self.features(images))
+
+    def logits(self, seen, ids, caches=None, first=0, before=None):
+        """Next-word logits (B, L, vocab). before: (x (1, P, W), words in it), solved examples in front of the picture."""
+        shift = before[1] if before else 0
+        x = self.stack.embed(ids, first + shift)
+        if not first:
+            start = [before[0].expand(len(ids), -1, -1)] if before else []
+            x = torch.cat([*start, seen, x], 1)
+        return self.stack.logits(self.stack(x, causal=True, caches=caches)[:, -ids.shape[1] :])
+
+    def examples(self, seen, rows):
+        """Solved examples for `before`: pictures (k, N, W) and one list of ids each -> (x, number of words)."""
+        parts, words = [], 0
+        for s, ids in zip(seen, rows):
+            ids = torch.tensor([ids], device=seen.device)
+            parts += [s[None], self.stack.embed(ids, words)]
+            words += ids.shape[1]
+        return torch.cat(parts, 1), words
+
+    def caches(self):
+        return [{} for _ in self.stack.layers]
+
+    def forward(self, batch):
+        seen, loss = self.projector(batch["features"] if "features" in batch else self.features(batch["image"])), 0.0
+        for ids, counted in ((batch["told"], batch["told_counted"]), (batch.get("qa"), batch.get("qa_counted"))):
+            if ids is not None:
+                loss = loss + caption_loss(self.logits(repeated(seen, ids), ids), ids, counted)
+        return loss, {}
+
+
+class Patches(nn.Module):
+    """LLaVA's choice: patch tokens of a ViT's penultimate layer, since the last one only serves the class token."""
+
+    def __init__(self, vision: Vision):
+        super().__init__()
+        self.vision = vision
+
+    def forward(self, images):
+        return self.vision(images, layers=len(self.vision.blocks) - 1)[:, 1:]
+
+
+class Cells(nn.Module):
+    """The stand-in classifier's features of the four cells, in place of a ViT's patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.judge = zoo.load_judge()
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in metrics.MEAN_STD["clip"])
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, images):
+        images = (images * self.std + self.mean) * 2 - 1
+        return self.judge.features(images, 2).unflatten(1, (4, -1))
+
+
+class LoRA(nn.Module):
+    """y = W0 x + b + (alpha / r) B A x, alpha = 2 r: A Kaiming-uniform, B = 0, W0 frozen; at first the same model."""
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__()
+        self.linear, self.scale = linear.requires_grad_(False), 2.0
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * x @ self.A.T @ self.B.T
+
+    def merged(self) -> nn.Linear:
+        self.linear.weight.data += self.scale * self.B.data @ self.A.data
+        return self.linear
+
+
+@torch.no_grad()
+def generate(model, seen, prompts, end, longest=24, before=None):
+    """Greedy continuation of prompts (B, P) of equal length with cached keys and values -> lists of ids without the end."""
+    options = {"before": before} if before else {}
+    caches, ids, out = model.caches(), prompts, []
+    for first in [0, *range(prompts.shape[1], prompts.shape[1] + longest - 1)]:
+        ids = model.logits(seen, ids, caches, first, **options)[:, -1].argmax(1, keepdim=True)
+        out.append(ids)
+        if (torch.cat(out, 1) == end).any(1).all():
+            break
+    return [row[: row.index(end)] if end in row else row for row in torch.cat(out, 1).tolist()]
+
+
+# 4. DATA: pictures with captions, questions, wrong captions; everything random is a function of (seed, position) -------------
+TELL = ("describe the picture:", "what do you see?", "caption:")  # instructions of the frozen family
+YES_NO = ("object", "colour", "texture", "size", "place", "relation", "background")
+OPEN = {"what colour": tuple(scenes.COLOURS), "what shape": scenes.SHAPES, "count": ("one", "two", "three")}
+
+
+@dataclass
+class Pairs:
+    """pictures: {image (N, 3, S, S) uint8, row (N,)}, or a source of them; for each row captions, names of the objects that are
+    known to be there, and the generated scene, if it is one. noisy: rows whose captions belong to another picture."""
+
+    pictures: object
+    captions: list[list[str]]
+    objects: list[list[str]]
+    scenes: list[scenes.Scene]
+    classes: list[str]
+    keys: list[str]
+    noisy: np.ndarray
+    kinds: tuple[str, ...] = ()  # of questions about generated scenes
+
+    def question(self, row, rng):
+        """-> (question, answer, kind), or None. Generated scenes: all kinds; pictures with boxes: is there such an object?"""
+        if self.scenes:
+            return ask(self.scenes[row], rng, self.kinds)
+        here, yes = set(self.objects[row]), rng.random() < 0.5
+        pool = sorted(here if yes else set(self.classes) - here) if here else []
+        return (existence(pool[rng.integers(len(pool))]), "yes" if yes else "no", "object") if pool else None
+
+    def negative(self, row, caption, rng):
+        """A caption that is wrong for the picture: exact for generated scenes, two words exchanged in others."""
+        if self.scenes:
+            wrong = counters(self.scenes[row], int(rng.integers(1 << 30)))
+            return wrong[rng.integers(len(wrong))]["caption"]
+        words = caption.split()
+        places = [i for i, w in enumerate(words) if len(w) > 3]
+        pairs = [(i, j) for i in places for j in places if i < j and words[i] != words[j]]
+        if pairs:
+            i, j = pairs[rng.integers(len(pairs))]
+            words[i], words[j] = words[j], words[i]
+        return " ".join(words) if pairs else "nothing"
+
+    def wrong(self, row, rng):
+        """Another picture's caption that is none of this one's."""
+        for _ in range(20):
+            other = self.captions[rng.integers(len(self.captions))]
+            text = other[rng.integers(len(other))]
+            if text not in self.captions[row]:
+                return text
+        return "nothing"
+
+    def only(self, rows) -> Pairs:
+        """The same with some rows of pictures; captions keep their numbers."""
+        return replace(self, pictures={k: v[rows] for k, v in self.pictures.items()})
+
+
+def existence(name):
+    return scenes._articles(f"Is there a {name}?")
+
+
+def ask(s: scenes.Scene, rng, kinds=(*YES_NO, *OPEN)) -> tuple[str, str, str]:
+    """A question about a scene: half of those with yes or no have the answer no, made by changing the one thing asked for."""
+    kinds = [k for k in kinds if k != "relation" or len(s.things) > 1]
+    kind, i, yes = kinds[rng.integers(len(kinds))], int(rng.integers(len(s.things))), rng.random() < 0.5
+    t, others = s.things[i], s.things[:i] + s.things[i + 1 :]
+
+    def other(options, taken):
+        options = [o for o in options if o not in taken]
+        return options[rng.integers(len(options))]
+
+    if kind == "count":
+        return "How many objects are there?", OPEN["count"][len(s.things) - 1], kind
+    if kind == "what shape" and any(o.colour == t.colour for o in others):
+        kind = "what colour"
+    if kind == "what colour":
+        return f"What colour is the {t.shape}?", t.colour, kind
+    if kind == "what shape":
+        return f"What shape is {t.colour}?", t.shape, kind
+    asked = s
+    if kind == "relation":
+        a, b = s.things[:2]
+        asked = s if yes else replace(s, things=(replace(a, cell=b.cell), replace(b, cell=a.cell), *s.things[2:]))
+    elif kind == "background":
+        asked = s if yes else replace(s, tone=other(scenes.TONES, [s.tone]))
+    elif not yes:
+        pool = {"object": (scenes.SHAPES, [x.shape for x in s.things]), "colour": (scenes.COLOURS, [t.colour]),
+                "size": (scenes.SIZES, [t.size]), "texture": (scenes.TEXTURES, [t.texture]),
+                "place": (range(s.grid**2), [t.cell])}[kind]  # fmt: skip
+        t = replace(t, **{{"object": "shape", "place": "cell"}.get(kind, kind): other(*pool)})
+        asked = replace(s, things=(*s.things[:i], t, *s.things[i + 1 :]))
+    about = {"relation": s.things[0].shape, "background": asked.tone}.get(kind, t.shape)
+    found = [q for q in scenes.questions(asked) if q["kind"] == kind and q["about"][0] == about]
+    return found[0]["text"], "yes" if yes else "no", kind
+
+
+def counters(s, seed):
+    """scenes.negatives without changes of size, which the captions here do not name: {kind, caption, scene}."""
+    made = [{**n, "caption": scenes.caption(n["scene"], brief=True)} for n in scenes.negatives(s, seed)]
+    return [n for n in made if n["caption"] != scenes.caption(s, brief=True)]
+
+
+def generated(count, seed, cfg, **options) -> Pairs:
+    options = {"objects": (1, cfg.objects), "pairs": "seen", "grid": 2, "region": cfg.region, **options}
+    world = scenes.Source(count, seed, cfg.image_size, brief=True, **options)
+    pictures = {"image": torch.from_numpy(world.images).permute(0, 3, 1, 2), "row": torch.arange(count)}
+    names = [[t.shape for t in s.things] for s in world.scenes]
+    keys, clean = [str(i) for i in range(count)], np.zeros(count, bool)
+    return Pairs(pictures, world.texts, names, world.scenes, list(scenes.SHAPES), keys, clean, tuple(cfg.kinds.split(",")))
+
+
+def prepared(split, cfg, env) -> Pairs:
+    """Shards with captions; boxes tell which objects are there."""
+    names = {n.split("-")[0] for n in data.Shards(cfg.data).names}
+    source = data.Shards(cfg.data, split if split in names else "val")
+    found = data.records(source)
+    rows = [i for i, r in enumerate(found) if r.get("captions")]
+    if not rows:
+        raise ValueError(f"--data {cfg.data}: no picture of the split {split} has a caption; see data_prep/captions.py")
+    rows = rows if split == "train" else rows[: cfg.eval_images]
+    gb = cfg.memory_gb if split == "train" else math.inf  # test pictures are few
+    pictures = data.load(source, rows, cfg.image_size, env, gb, cfg.workers, cfg.max_bad)
+    objects = [sorted({b["label"] for b in r.get("boxes") or []}) for r in found]
+    classes = sorted({name for names in objects for name in names})
+    captions = [r.get("captions") or [""] for r in found]
+    return Pairs(pictures, captions, objects, [], classes, [r["key"] for r in found], np.zeros(len(found), bool))
+
+
+def open_pairs(split, cfg, env) -> Pairs:
+    if split == "test":
+        return prepared("test", cfg, env) if cfg.data else generated(cfg.eval_images, 1_000_003, cfg)
+    pairs = prepared("train", cfg, env) if cfg.data else generated(cfg.pairs, cfg.seed, cfg)
+    rng = np.random.default_rng((cfg.seed, 31))
+    pairs.noisy = rng.random(len(pairs.captions)) < cfg.noise
+    rows = np.flatnonzero(pairs.noisy)
+    moved = [pairs.captions[r] for r in np.roll(rows, 1)]
+    pairs.captions = [list(c) for c in pairs.captions]
+    for row, texts in zip(rows, moved):
+        pairs.captions[row] = texts
+    return pairs
+
+
+def rows_of(tok, prompts, answers, context):
+    """Start, prompt, answer, end -> ids (B, L) and counted (B, L): True for the answer and the end. Long answers are cut."""
+    rows, flags = [], []
+    for prompt, answer in zip(prompts, answers):
+        p = tok.encode(prompt)[: context - 3]
+        a = tok.encode(answer)[: context - 2 - len(p)]
+        if not a:
+            raise ValueError(f"the answer {answer!r} has no token: nothing would be learned from {prompt!r}")
+        rows.append([tok.start, *p, *a, tok.end])
+        flags.append([False] * (1 + len(p)) + [True] * (len(a) + 1))
+    longest = -(-max(map(len, rows)) // 4) * 4  # few different shapes
+    pad = [longest - len(r) for r in rows]
+    ids = torch.tensor([r + [0] * n for r, n in zip(rows, pad)])
+    return ids, torch.tensor([f + [False] * n for f, n in zip(flags, pad)])
+
+
+def normalised(images):
+    """uint8 (B, 3, S, S) -> CLIP's input."""
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in metrics.MEAN_STD["clip"])
+    return (images.float() / 255 - mean) / std
+
+
+def make_batch(pairs: Pairs, part, arm, tok, cfg, micro, first, device):
+    """What one arm needs for pictures {image, row}; `first` is the number of the first of them in the global batch, so that the
+    draws do not depend on the number of processes."""
+    rows = part["row"].tolist()
+    rngs = [np.random.default_rng((cfg.seed, 21, micro, first + i)) for i in range(len(rows))]
+    captions = [pairs.captions[r][g.integers(len(pairs.captions[r]))] for r, g in zip(rows, rngs)]
+    out = {"image": normalised(part["image"].to(device))} if "image" in part else {"features": part["features"]}
+    out["ids"] = rows_of(tok, [""] * len(rows), captions, cfg.context)[0]
+    family = ARMS[arm].family
+    if family in ("mask", "coca", "frozen") and pairs.classes:
+        asked = [pairs.question(r, g) or ("", "no", "") for r, g in zip(rows, rngs) for _ in range(cfg.asked)]
+        out["qa"], out["qa_counted"] = rows_of(tok, [q for q, _, _ in asked], [a for _, a, _ in asked], cfg.context)
+        out["qa_counted"] &= torch.tensor([[bool(q)] for q, _, _ in asked])  # a picture of which nothing is known
+    if family == "frozen":
+        tell = [TELL[g.integers(len(TELL))] for g in rngs]
+        out["told"], out["told_counted"] = rows_of(tok, tell, captions, cfg.context)
+    if family == "lm":  # words are quickly learned: few texts do
+        out = {"packed": torch.tensor([packed(pairs, tok, g, 2 * cfg.context) for g in rngs[::4]])}
+    if arm == "negclip":
+        wrong = [pairs.negative(r, c, g) for r, c, g in zip(rows, captions, rngs)]
+        out["negative"] = rows_of(tok, [""] * len(rows), wrong, cfg.context)[0]
+    patches = (cfg.image_size // cfg.patch) ** 2
+    if arm == "flip":
+        keep = max(1, round(patches * (1 - cfg.drop_tokens)))
+        out["keep"] = torch.from_numpy(np.stack([np.sort(g.permutation(patches)[:keep]) for g in rngs]))
+    if family == "mask":
+        count = max(1, round(cfg.mask_patches * patches))
+        out["hidden"] = torch.from_numpy(np.stack([hide_patches(cfg.image_size // cfg.patch, count, g) for g in rngs]))
+        out["u"] = torch.from_numpy(np.stack([g.random((cfg.context, 2)) for g in rngs]))
+        out["right"] = torch.tensor([g.random() >= cfg.wrong for g in rngs])
+        maybe = [c if ok else pairs.wrong(r, g) for c, ok, r, g in zip(captions, out["right"], rows, rngs)]
+        out["maybe"] = rows_of(tok, [""] * len(rows), maybe, cfg.context)[0]
+        out["share"] = torch.tensor(cfg.mask_words)
+    if arm == "mask+boxes":
+        chosen = [int(g.integers(len(pairs.scenes[r].things))) for r, g in zip(rows, rngs)]
+        out["box"] = torch.stack([box_of(pairs.scenes[r], i, cfg.image_size) for r, i in zip(rows, chosen)])
+        names = [scenes.name(pairs.scenes[r].things[i], False, False) for r, i in zip(rows, chosen)]
+        out["phrase"] = rows_of(tok, [""] * len(rows), names, cfg.context)[0]
+    return {k: v.to(device) for k, v in out.items()}
+
+
+def packed(pairs, tok, rng, length):
+    """Captions under an instruction, questions with answers: whole texts one after the other, the last one cut."""
+    out = []
+    while len(out) < length:
+        row = int(rng.integers(len(pairs.captions)))
+        asked = pairs.question(row, rng) if rng.random() < 0.5 else None
+        captions = pairs.captions[row]
+        prompt, text = asked[:2] if asked else (TELL[rng.integers(len(TELL))], captions[rng.integers(len(captions))])
+        out += [tok.start, *tok.encode(prompt), *tok.encode(text), tok.end]
+    return out[:length]
+
+
+def box_of(s, i, size):
+    """Box of the i-th object as (cx, cy, w, h), shares of the picture."""
+    objects = [n["box"] for n in scenes.tree(s, size) if n["parent"] == 0]
+    x0, y0, x1, y1 = (v / size for v in objects[i])
+    return torch.tensor([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dtype=torch.float32)
+
+
+def codebook(pairs, cfg, iters=10):
+    """k-means centres (codes, 3 p p) of the training pictures' patches: the discrete codes of MIM, without a tokenizer."""
+    part = pairs.pictures if isinstance(pairs.pictures, dict) else next(data.parts_of(pairs.pictures, cfg.image_size))
+    x = F.unfold(normalised(part["image"][:1000]), cfg.patch, stride=cfg.patch).transpose(1, 2).flatten(0, 1)
+    rng = np.random.default_rng((cfg.seed, 41))
+    x = x[rng.permutation(len(x))[:20_000]]
+    centres = x[: cfg.codes].clone()
+    for _ in range(iters):
+        own = torch.cdist(x, centres).argmin(1)
+        sums = torch.zeros_like(centres).index_add_(0, own, x)
+        count = own.bincount(minlength=len(centres))[:, None]
+        centres = torch.where(count > 0, sums / count.clamp(min=1), centres)
+    return centres
+
+
+# 5. EVALUATE: benchmarks as pure functions, then all of them for one model -------------------------------------------------
+def prefers(right, wrong):
+    """ARO, SugarCrepe: share of pictures that score the true caption above the wrong one, and share of ties. Strict, so that a
+    model that gives everything the same score gets 0, not 100."""
+    return (right > wrong).float().mean().item(), (right == wrong).float().mean().item()
+
+
+def winoground(scores):
+    """scores (N, 2, 2), [n, caption, picture] -> shares: text (both pictures prefer their caption), image (both captions prefer
+    their picture), group (both). Chance 1/4, 1/4, 1/6."""
+    text = (scores[:, 0, 0] > scores[:, 1, 0]) & (scores[:, 1, 1] > scores[:, 0, 1])
+    image = (scores[:, 0, 0] > scores[:, 0, 1]) & (scores[:, 1, 1] > scores[:, 1, 0])
+    return tuple(x.float().mean().item() for x in (text, image, text & image))
+
+
+def plain_answer(text):
+    """Lower case, no articles and punctuation, number words as digits."""
+    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
+    digits = {w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+    return " ".join(digits.get(w, w) for w in words if w not in ("a", "an", "the"))
+
+
+def vqa_accuracy(given, answers):
+    """One answer: exact match. Several people's: leave each out, min(1, matches among the others / 3), mean (VQA's official
+    score: 0, .3, .6, .9, 1 for 0, 1, 2, 3, 4 of ten; often misquoted as min(1, n / 3))."""
+    same = [plain_answer(given) == plain_answer(a) for a in answers]
+    if len(same) == 1:
+        return float(same[0])
+    return float(np.mean([min(1.0, (sum(same) - s) / 3) for s in same]))
+
+
+def yes_or_no(text):
+    """Free text -> "yes", "no" or "" (neither, or unclear): its first word that is one of the two."""
+    words = re.findall(r"[a-z]+", text.lower())
+    return "" if "not" in words[:2] or "nothing" in words[:1] else next((w for w in words[:3] if w in ("yes", "no")), "")
+
+
+def pope_score(said, truth):
+    """said, truth: lists of bool -> accuracy, precision, recall, F1 (yes is positive) and the share of yes."""
+    said, truth = np.array(said, bool), np.array(truth, bool)
+    hits = (said & truth).sum()
+    precision, recall = hits / max(1, said.sum()), hits / max(1, truth.sum())
+    f1 = 2 * precision * recall / max(1e-9, precision + recall)
+    out = {"accuracy": (said == truth).mean(), "precision": precision, "recall": recall, "F1": f1, "yes": said.mean()}
+    return {k: float(v) for k, v in out.items()}
+
+
+def pope_questions(objects, classes, setting, rng):
+    """objects: names in each picture -> [(picture, name, is it there)], as many that are not there as are, at most 3 each.
+    Absent ones: random, popular (the most frequent in all pictures), adversarial (most often together with the present one)."""
+    often, together = Counter(n for names in objects for n in set(names)), Counter()
+    for names in objects:
+        together.update((a, b) for a in set(names) for b in set(names) if a != b)
+    out = []
+    for i, names in enumerate(objects):
+        asked, absent = sorted(set(names))[:3], sorted(set(classes) - set(names))
+        for name in asked:
+            if not absent:
+                break
+            order = [absent[j] for j in rng.permutation(len(absent))]  # ties in random order
+            weight = {"random": [0 for _ in order], "popular": [often[a] for a in order],
+                      "adversarial": [together[name, a] for a in order]}[setting]  # fmt: skip
+            foil = order[int(np.argmax(weight))]
+            absent.remove(foil)
+            out += [(i, name, True), (i, foil, False)]
+    return out
+
+
+def selective(confidence, right, risk=0.05, cost=1.0):
+    """-> (coverage: largest share of questions that can be answered, surest first, with at most `risk` of them wrong;
+    effective reliability at that threshold: mean of +1 right, -cost wrong, 0 not answered)."""
+    order = np.argsort(-np.asarray(confidence), kind="stable")
+    right = np.asarray(right, float)[order]
+    error = np.cumsum(1 - right) / np.arange(1, len(right) + 1)
+    count = int(np.flatnonzero(error <= risk)[-1]) + 1 if (error <= risk).any() else 0
+    return count / len(right), float((right[:count] - cost * (1 - right[:count])).sum() / len(right))
+
+
+def ngrams(words, n):
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+def bleu4(given, references):
+    """Corpus BLEU-4 in [0, 1]: clipped n-gram precision, brevity penalty with the closest reference length."""
+    hits, total, long, short = np.zeros(4), np.zeros(4), 0, 0
+    for text, refs in zip(given, references):
+        words, refs = text.split(), [r.split() for r in refs]
+        long, short = long + min((abs(len(r) - len(words)), len(r)) for r in refs)[1], short + len(words)
+        for n in range(1, 5):
+            best = Counter()
+            for r in refs:
+                best |= ngrams(r, n)
+            mine = ngrams(words, n)
+            hits[n - 1] += sum((mine & best).values())
+            total[n - 1] += sum(mine.values())
+    if hits.min() == 0:
+        return 0.0
+    return float(np.exp(np.log(hits / total).mean()) * min(1.0, math.exp(1 - long / max(1, short))))
+
+
+def rouge_l(text, refs, beta=1.2):
+    """F of the longest common subsequence, with the best precision and the best recall over the references."""
+    words, precision, recall = text.split(), 0.0, 0.0
+    for ref in (r.split() for r in refs):
+        row = [0] * (len(ref) + 1)
+        for w in words:
+            before = 0
+            for j, r in enumerate(ref, 1):
+                before, row[j] = row[j], before + 1 if w == r else max(row[j], row[j - 1])
+        precision, recall = max(precision, row[-1] / max(1, len(words))), max(recall, row[-1] / max(1, len(ref)))
+    return 0.0 if not precision * recall else (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
+
+
+def cider_d(given, references):
+    """CIDEr-D, mean over pictures, 10 for a caption that equals its only reference. n-grams of every picture weigh nothing:
+    sets of one picture score 0, and templates score low however right they are."""
+    refs = [[[ngrams(r.split(), n) for n in range(1, 5)] for r in some] for some in references]
+    seen = Counter(g for some in refs for g in {g for r in some for grams in r for g in grams})
+    size = math.log(max(1, len(references)))
+
+    def vector(grams):
+        return {g: c * (size - math.log(max(1, seen[g]))) for g, c in grams.items()}
+
+    total = 0.0
+    for text, some in zip(given, refs):
+        mine = [vector(ngrams(text.split(), n)) for n in range(1, 5)]
+        for ref in some:
+            theirs = [vector(grams) for grams in ref]
+            away = len(text.split()) - sum(ref[0].values())
+            for a, b in zip(mine, theirs):
+                dot = sum(min(v, b[g]) * b[g] for g, v in a.items() if g in b)
+                norm = math.sqrt(sum(v * v for v in a.values()) * sum(v * v for v in b.values()))
+                total += 10 / 4 * dot / max(norm, 1e-12) * math.exp(-(away**2) / 72) / len(some)
+    return total / max(1, len(given))
+
+
+WORDS = {other: word for word, others in scenes.SYNONYMS.items() for other in others}  # "scarlet" -> "red"
+
+
+def facts(text):
+    """What a generated caption claims: (colour, shape), (texture, shape) and (shape, relation, shape)."""
+    words = [WORDS.get(w, w) for w in text.lower().split()]
+    out, shapes, held = set(), [], []
+    for w in words:
+        held += [w] if w in scenes.COLOURS or w in scenes.TEXTURES else []
+        if w in scenes.SHAPES:
+            out |= {(h, w) for h in held if h != "solid"}
+            shapes, held = [*shapes, w], []
+    if len(shapes) == 2:
+        between = f" {' '.join(words[words.index(shapes[0]) : words.index(shapes[1])])} "
+        out |= {(shapes[0], rel, shapes[1]) for rel in ("left of", "right of", "above", "below") if f" {rel} " in between}
+    return out
+
+
+def true_facts(s):
+    """All facts of a scene, relations in both directions."""
+    out = {(t.colour, t.shape) for t in s.things} | {(t.texture, t.shape) for t in s.things if t.texture != "solid"}
+    related = [(a, b, scenes.relation(a, b, s.grid)) for a in s.things for b in s.things if a != b]
+    return out | {(a.shape, rel.removeprefix("to the "), b.shape) for a, b, rel in related}
+
+
+def attribute_f1(given, world):
+    """Precision over what captions claim; recall over colours and textures of the scene -> F1 in [0, 1]."""
+    claims = [(facts(text), true_facts(s)) for text, s in zip(given, world)]
+    precision = sum(len(a & b) for a, b in claims) / max(1, sum(len(a) for a, _ in claims))
+    named = [(a, {f for f in b if len(f) == 2}) for a, b in claims]
+    recall = sum(len(a & b) for a, b in named) / max(1, sum(len(b) for _, b in named))
+    return 2 * precision * recall / max(1e-9, precision + recall)
+
+
+def chair(given, objects, classes):
+    """CHAIR_i: share of mentioned objects that are not there; CHAIR_s: share of captions with one. A silent model scores 0, so
+    look at the length too."""
+    plain = [" ".join(WORDS.get(w, w) for w in text.lower().split()) for text in given]
+    mentions = [[c for c in classes if re.search(rf"\b{re.escape(c)}s?\b", text)] for text in plain]
+    wrong = [sum(m not in set(here) for m in some) for some, here in zip(mentions, objects)]
+    return sum(wrong) / max(1, sum(map(len, mentions))), float(np.mean([w > 0 for w in wrong]))
+
+
+class Scorer:
+    """score(pictures, texts) for every head of every family, in blocks; all benchmarks go through it."""
+
+    def __init__(self, model, tok, cfg, device, block=512):
+        self.model, self.tok, self.cfg, self.device, self.block = model, tok, cfg, device, block
+        self.prompt = TELL[0] if isinstance(model, Frozen) else ""
+        S = cfg.image_size
+        self.blank = model.see(torch.zeros(1, 3, S, S, device=device))  # mean grey: what the blind reader sees
+
+    def see(self, images):
+        return torch.cat([self.model.see(normalised(i.to(self.device))) for i in images.split(256)])
+
+    def ids(self, texts, prompts=None):
+        ids, counted = rows_of(self.tok, prompts or [self.prompt] * len(texts), texts, self.cfg.context)
+        return ids.to(self.device), counted.to(self.device)
+
+    def likelihood(self, seen, ids, counted, **options):
+        """Mean log p of the counted words (n,), seen (n or 1, N, W)."""
+        return torch.cat([
+            log_p(self.model.logits(seen.expand(len(ids), -1, -1)[i : i + self.block], ids[i : i + self.block], **options),
+                  ids[i : i + self.block], counted[i : i + self.block]) for i in range(0, len(ids), self.block)])  # fmt: skip
+
+    def pairs(self, seen, texts) -> dict[str, torch.Tensor]:
+        """Picture n with text n -> (n,), by every head of the model."""
+        (ids, counted), out = self.ids(texts), {}
+        parts = range(0, len(ids), 64)
+        for head in self.model.heads:
+            if head == "likelihood":
+                out[head] = self.likelihood(seen, ids, counted)
+            elif head == "likelihood - blind":
+                out[head] = out["likelihood"] - self.likelihood(self.blank, ids, counted)
+            elif head == "matching":
+                out[head] = torch.cat([self.model.match(seen[i : i + 64], ids[i : i + 64]) for i in parts])
+            else:
+                out[head] = torch.cat([self.model.cosines(seen[i : i + 64], ids[i : i + 64]).diagonal() for i in parts])
+        return {head: v.float().cpu() for head, v in out.items()}
+
+    def matrix(self, seen, texts) -> dict[str, torch.Tensor]:
+        """All pictures with all texts -> (N, M), by every head."""
+        (ids, counted), out = self.ids(texts), {}
+        for head in self.model.heads:
+            if head == "likelihood":
+                out[head] = torch.stack([self.likelihood(s[None], ids, counted) for s in seen])
+            elif head == "likelihood - blind":
+                out[head] = out["likelihood"] - self.likelihood(self.blank, ids, counted)
+            elif head == "matching":
+                out[head] = torch.stack([self.model.match(s.expand(len(ids), -1, -1), ids) for s in seen])
+            else:
+                out[head] = self.model.cosines(seen, ids)
+        return {head: v.float().cpu() for head, v in out.items()}
+
+    def answers(self, seen, questions, candidates, **options):
+        """The likeliest of each question's candidates -> (indices, their probabilities among the candidates)."""
+        owner = [i for i, some in enumerate(candidates) for _ in some]
+        ids, counted = self.ids([c for some in candidates for c in some], [questions[i] for i in owner])
+        own = torch.tensor(owner, device=self.device)
+        if isinstance(self.model, Masked):
+            counted = counted & (ids < self.model.mask_id - 2)
+            parts = []
+            for i in range(0, len(ids), self.block):
+                x, c = ids[i : i + self.block], counted[i : i + self.block]
+                logits = self.model.cloze(seen.expand(len(questions), -1, -1)[own[i : i + self.block]], x, c)
+                parts.append((logits.float().log_softmax(2).gather(2, x[..., None])[..., 0] * c).sum(1))
+            total = torch.cat(parts)
+        else:
+            total = self.likelihood(seen.expand(len(questions), -1, -1)[own], ids, counted, **options) * counted.sum(1)
+        groups = total.split([len(c) for c in candidates])
+        best = [g.softmax(0).max(0) for g in groups]
+        return [int(b.indices) for b in best], [float(b.values) for b in best]
+
+    def write(self, seen, prompts, **options):
+        """Greedy texts: prompts of equal length are continued together."""
+        rows = [[self.tok.start, *self.tok.encode(p)] for p in prompts]
+        out = [""] * len(rows)
+        for size in sorted({len(r) for r in rows}):
+            some = [i for i, r in enumerate(rows) if len(r) == size]
+            ids = torch.tensor([rows[i] for i in some], device=self.device)
+            texts = generate(self.model, seen[some], ids, self.tok.end, self.cfg.context - size, **options)
+            for i, text in zip(some, texts):
+                out[i] = self.tok.decode(text)
+        return out
+
+
+@torch.no_grad()
+def evaluate(model, tok, test: Pairs, cfg, env) -> dict:
+    """Flat dict of percentages; what a family cannot do is not there. Every process does the whole: it takes seconds."""
+    model.eval()
+    score = Scorer(model, tok, cfg, env.device)
+    rows, seen, out = test.pictures["row"].tolist(), score.see(test.pictures["image"]), {}
+    world = [test.scenes[r] for r in rows] if test.scenes else []
+    captions = [test.captions[r] for r in rows]
+    records = [{"captions": [scenes.caption(s, brief=True)]} for s in world] or [{"captions": c} for c in captions]
+    texts, match = metrics.caption_matches(records)
+    for head, scores in score.matrix(seen, texts).items():
+        out[f"{head}: text to image R@1"] = recall_at_1(scores.T, match)
+        out[f"{head}: image to text R@1"] = recall_at_1(scores, match.T)
+    if world:
+        out |= zero_shot(score, cfg) | compositional(score, cfg)
+    if cfg.sugarcrepe:
+        out |= sugarcrepe(score, seen, [test.keys[r] for r in rows], cfg)
+    if not isinstance(model, Contrastive) and test.classes:
+        out |= questions(score, test, rows, seen, cfg)
+    if hasattr(model, "caches"):
+        given = score.write(seen, [score.prompt] * len(seen))
+        out |= captioning(given, test, rows)
+    if isinstance(model, Masked) and model.box is not None and world:
+        out["box IoU > 0.5"] = grounding(score, world, seen, cfg)
+    model.train()
+    return out
+
+
+def recall_at_1(scores, match):
+    """Share of queries whose best right item beats every wrong one, in percent: ties never help."""
+    best = scores.masked_fill(~match, -torch.inf).amax(1)
+    return 100 * (best > scores.masked_fill(match, -torch.inf).amax(1)).float().mean().item()
+
+
+def zero_shot(score, cfg) -> dict:
+    """Colour and shape of a single object among 72 classes, two templates averaged; pairs that were trained on, and pairs that
+    were not. Contrastive heads average embeddings' scores, generative ones log-likelihoods (Bayes with a uniform prior)."""
+    names, out = [f"{c} {s}" for c in scenes.COLOURS for s in scenes.SHAPES], {}
+    for pairs, name in (("seen", "zero-shot"), ("held_out", "zero-shot, unseen pairs")):
+        single = generated(min(64, cfg.eval_images), 2_000_003, cfg, objects=(1, 1), pairs=pairs)
+        seen = score.see(single.pictures["image"])
+        label = torch.tensor([names.index(f"{s.things[0].colour} {s.things[0].shape}") for s in single.scenes])
+        both = [score.matrix(seen, [f.format(n) for n in names]) for f in ("a {}", "there is a {}")]
+        out |= {f"{head}: {name}": metrics.accuracy(bayes(both[0][head] + both[1][head]), label) for head in both[0]}
+    return out
+
+
+def compositional(score, cfg) -> dict:
+    """ARO's and SugarCrepe's form by kind, Winoground's form from the same records: each wrong caption has its own picture."""
+    world = generated(cfg.eval_images, 3_000_017, cfg, objects=(2, 2))
+    made = [(i, n) for i, s in enumerate(world.scenes) for n in counters(s, i)]
+    kinds = {"replace": ("replace_obj", "replace_att"), "swap": ("swap_att", "swap_obj"), "add": ("add_obj",)}
+    chosen = [m for group in kinds.values() for m in [m for m in made if m[1]["kind"] in group][: cfg.eval_images]]
+    counter = torch.from_numpy(scenes.render([n["scene"] for _, n in chosen], cfg.image_size)).permute(0, 3, 1, 2)
+    texts = [[scenes.caption(world.scenes[i], brief=True) for i, _ in chosen], [n["caption"] for _, n in chosen]]
+    seen, out = [score.see(world.pictures["image"])[[i for i, _ in chosen]], score.see(counter)], {}
+    results = [[score.pairs(x, t) for x in seen] for t in texts]  # [caption][picture]
+    group_of = {kind: group for group, members in kinds.items() for kind in members}
+    groups = [group_of[n["kind"]] for _, n in chosen]
+    for head in score.model.heads:
+        s = torch.stack([torch.stack([r[head] for r in row], 1) for row in results], 1)
+        for group in kinds:
+            own = torch.tensor([g == group for g in groups])
+            out[f"{head}: {group}"] = 100 * prefers(s[own, 0, 0], s[own, 1, 0])[0]
+        swapped = torch.tensor([g == "swap" for g in groups])
+        for name, value in zip(("text", "image", "group"), winoground(s[swapped])):
+            out[f"{head}: pairs, {name}"] = 100 * value
+        out[f"{head}: ties"] = 100 * prefers(s[:, 0, 0], s[:, 1, 0])[1]
+        if head == "likelihood":  # what the words alone give away
+            blind = [score.likelihood(score.blank, *score.ids(t)).cpu() for t in texts]
+            for group in kinds:
+                own = torch.tensor([g == group for g in groups])
+                out[f"{head}: blind {group}"] = 100 * prefers(blind[0][own], blind[1][own])[0]
+    return out
+
+
+def sugarcrepe(score, seen, keys, cfg) -> dict:
+    """Rows of the released table whose picture is among the test pictures, by kind."""
+    try:
+        raw = Path(cfg.sugarcrepe).read_bytes()
+        raw = gzip.decompress(raw) if cfg.sugarcrepe.endswith(".gz") else raw
+        place = {k: i for i, k in enumerate(keys)}
+        rows = [r for r in csv.DictReader(raw.decode("utf-8").splitlines()) if Path(r["file"]).stem in place]
+        true, wrong, kinds = ([r[k] for r in rows] for k in ("caption", "negative_caption", "kind"))
+    except (ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"--sugarcrepe {cfg.sugarcrepe}: no table of kind, file, caption, negative_caption ({error})"
+        ) from error
+    if not rows:
+        raise ValueError(f"--sugarcrepe {cfg.sugarcrepe}: none of its pictures, COCO's val2017, is among the test pictures")
+    own = seen[[place[Path(r["file"]).stem] for r in rows]]
+    a, b, out = score.pairs(own, true), score.pairs(own, wrong), {"SugarCrepe rows": float(len(rows))}
+    for head in a:
+        out[f"{head}: SugarCrepe"] = 100 * prefers(a[head], b[head])[0]
+        for kind in sorted(set(kinds)):
+            mine = torch.tensor([k == kind for k in kinds])
+            out[f"{head}: SugarCrepe {kind}"] = 100 * prefers(a[head][mine], b[head][mine])[0]
+    return out
+
+
+def asked_of(test, rows, per_picture=4):
+    """Questions about the test pictures, the same for every model: [(place, question, answer, kind)]."""
+    out = []
+    for place, row in enumerate(rows):
+        rng = np.random.default_rng((7, row))
+        made = dict.fromkeys(q for q in (test.question(row, rng) for _ in range(per_picture)) if q)
+        out += [(place, *q) for q in made]
+    return out
+
+
+def questions(score, test, rows, seen, cfg) -> dict:
+    """VQA with fixed candidates and in free text, blind baselines, solved examples first, selective prediction; POPE."""
+    asked = asked_of(test, rows)
+    kinds = [k for _, _, _, k in asked]
+    candidates = [OPEN.get(k, ("yes", "no")) for k in kinds]
+    places, text = [p for p, *_ in asked], [q for _, q, _, _ in asked]
+    out, own = {}, seen[places]
+
+    def add(name, right):
+        for group, pick in (("yes/no", lambda k: k not in OPEN), ("open", lambda k: k in OPEN)):
+            mine = [r for r, k in zip(right, kinds) if pick(k)]
+            if mine:
+                out[f"{name}, {group}"] = 100 * float(np.mean(mine))
+
+    def constrained(x, **options):
+        best, sure = score.answers(x, text, candidates, **options)
+        return [vqa_accuracy(c[b], [a]) for c, b, (_, _, a, _) in zip(candidates, best, asked)], sure
+
+    right, sure = constrained(own)
+    add("VQA", right)
+    out |= {f"VQA {k}": 100 * float(np.mean([r for r, q in zip(right, kinds) if q == k])) for k in sorted(set(kinds))}
+    add("VQA blind", constrained(score.blank)[0])
+    common = {k: Counter(a for *_, a, q in asked if q == k).most_common(1)[0][0] for k in set(kinds)}
+    add("VQA majority", [float(common[k] == a) for *_, a, k in asked])
+    coverage, reliability = selective(sure, right)
+    out |= {"answered at 5 % risk": 100 * coverage, "reliability": 100 * reliability}
+    if hasattr(score.model, "caches"):
+        free = score.write(own, text)
+        add("VQA free", [vqa_accuracy(f, [a]) for f, (_, _, a, _) in zip(free, asked)])
+        unclear = [not yes_or_no(f) for f, k in zip(free, kinds) if k not in OPEN]
+        out["VQA free, unclear"] = 100 * float(np.mean(unclear))
+    if isinstance(score.model, Frozen) and cfg.shots and test.scenes:
+        solved = generated(cfg.shots, 4_000_037, cfg)
+        done = [solved.question(i, np.random.default_rng((8, i))) for i in range(cfg.shots)]
+        ids = [[score.tok.start, *score.tok.encode(q), *score.tok.encode(a), score.tok.end] for q, a, _ in done]
+        before = score.model.examples(score.see(solved.pictures["image"]), ids)
+        add("VQA few-shot", constrained(own, before=before)[0])
+    objects = [test.objects[r] for r in rows]
+    for setting in ("random", "popular", "adversarial"):
+        made = pope_questions(objects, test.classes, setting, np.random.default_rng(9))
+        if made:
+            where, names, truth = zip(*made)
+            best, _ = score.answers(seen[list(where)], [existence(n) for n in names], [("yes", "no")] * len(made))
+            said = pope_score([b == 0 for b in best], truth)
+            out |= {f"POPE {setting} {k}": 100 * v for k, v in said.items() if k in ("accuracy", "F1", "yes")}
+    return out
+
+
+def captioning(given, test, rows) -> dict:
+    references, objects = [test.captions[r] for r in rows], [test.objects[r] for r in rows]
+    plain = [" ".join(re.findall(r"\w+", g.lower())) for g in given]
+    references = [[" ".join(re.findall(r"\w+", c.lower())) for c in some] for some in references]
+    out = {"attribute F1": 100 * attribute_f1(given, [test.scenes[r] for r in rows])} if test.scenes else {}
+    out |= {"CIDEr-D": cider_d(plain, references), "BLEU-4": 100 * bleu4(plain, references),
+            "ROUGE-L": 100 * float(np.mean([rouge_l(g, r) for g, r in zip(plain, references)]))}  # fmt: skip
+    if test.classes:
+        out |= dict(zip(("CHAIR_i", "CHAIR_s"), (100 * v for v in chair(given, objects, test.classes))))
+    return out | {"words": float(np.mean([len(g.split()) for g in given])), "distinct": 100 * len(set(given)) / len(given)}
+
+
+def grounding(score, world, seen, cfg) -> float:
+    """Boxes of named objects with an IoU above one half, in percent."""
+    things = [(i, j) for i, s in enumerate(world) for j in range(len(s.things))]
+    ids, _ = score.ids([scenes.name(world[i].things[j], False, False) for i, j in things])
+    valid, model = lengths(ids), score.model
+    got = model.box(model.fuse(seen[[i for i, _ in things]], model.read(ids, valid), valid)[:, 0]).sigmoid()
+    box = torch.stack([box_of(world[i], j, cfg.image_size) for i, j in things]).to(got.device)
+    return 100 * (torchvision.ops.box_iou(corners(got), corners(box)).diagonal() > 0.5).float().mean().item()
+
+
+# 6. TRAIN ----------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Arm:
+    family: str
+    text: str
+    needs: tuple = ()  # arms that are trained first
+
+
+ARMS = {
+    "infonce": Arm("contrastive", "two towers, InfoNCE"),
+    "siglip": Arm("contrastive", "two towers, a yes or no for every pair"),
+    "llip": Arm("contrastive", "the caption mixes the picture's tokens"),
+    "negclip": Arm("contrastive", "InfoNCE with a hard negative caption each"),
+    "flip": Arm("contrastive", "InfoNCE, part of the patches dropped"),
+    "filtered": Arm("contrastive", "InfoNCE on the pairs with the highest CLIPScore of the arm infonce", ("infonce",)),
+    "mask": Arm("mask", "FLAVA-like: MIM, MLM, MMM, ITM, GC"),
+    "mask+boxes": Arm("mask", "... and the box of a named object"),
+    "coca": Arm("coca", "InfoNCE and a caption decoder"),
+    "lm": Arm("lm", "the language model, text alone"),
+    "frozen": Arm("frozen", "a projector into the frozen language model", ("infonce", "lm")),
+    "frozen+lora": Arm("frozen", "... and low-rank updates of it", ("infonce", "lm")),
+    "frozen+all": Arm("frozen", "... and all of its weights: only the picture encoder stays frozen", ("infonce", "lm")),
+}
+
+
+def build(cfg, tok, env):
+    """The model of the arm cfg.arms; what it needs is read from the folders beside its own."""
+    arm, root = ARMS[cfg.arms], Path(cfg.out_dir).parent
+
+    def trained(name, model):
+        model.load_state_dict(vae.read_tensors(root / name / "model.safetensors")[0])
+        return model
+
+    if arm.family == "contrastive":
+        model = Contrastive(cfg, tok, cfg.arms if cfg.arms in ("siglip", "llip") else "infonce")
+    elif arm.family == "mask":
+        model = Masked(cfg, tok, cfg.arms == "mask+boxes")
+    elif arm.family == "coca":
+        model = CoCa(cfg, tok)
+    elif arm.family == "lm":
+        model = LM(cfg, tok)
+    else:
+        stack = trained("lm", LM(cfg, tok)).stack
+        if cfg.vision == "judge":
+            vision, width = Cells(), zoo.load_judge().body.out_dim
+        else:
+            vision, width = Patches(trained("infonce", Contrastive(cfg, tok, "infonce")).vision), cfg.width
+        ddp.reseed(cfg.seed, 0, 1)
+        model = Frozen(cfg, tok, vision, width, stack, cfg.arms.removeprefix("frozen").removeprefix("+"))
+    return model.to(env.device)
+
+
+def make_tokenizer(pairs, cfg):
+    if cfg.tokenizer:
+        return Tokenizer.from_clip(cfg.tokenizer)
+    rng = np.random.default_rng((cfg.seed, 51))
+    asked = [pairs.question(int(r), rng) for r in rng.integers(0, len(pairs.captions), 2_000)] if pairs.classes else []
+    texts = [c for some in pairs.captions for c in some] + [f"{q} {a}" for q, a, _ in filter(None, asked)] + 20 * list(TELL)
+    texts += 2 * [w for some in OPEN.values() for w in some] + [existence(c) for c in 2 * pairs.classes] + ["yes", "no"] * 2
+    return Tokenizer.train(texts, cfg.vocab)
+
+
+@torch.no_grad()
+def best_pairs(pairs, tok, cfg, env):
+    """Rows with the highest CLIPScore under the arm infonce, share --keep of them -> rows, precision in percent (we know which
+    captions are wrong), that of a random choice."""
+    model = build(replace(cfg, arms="infonce"), tok, env).eval()
+    model.load_state_dict(vae.read_tensors(Path(cfg.out_dir).parent / "infonce" / "model.safetensors")[0])
+    score, rows = Scorer(model, tok, cfg, env.device), pairs.pictures["row"].tolist()
+    cos = score.pairs(score.see(pairs.pictures["image"]), [pairs.captions[r][0] for r in rows])["cosine"]
+    best = cos.argsort(descending=True, stable=True)[: max(cfg.batch_size, round(cfg.keep * len(rows)))].sort().values
+    good = ~pairs.noisy[rows]
+    return best, 100 * float(good[best].mean()), 100 * float(good.mean())
+
+
+def train(cfg: Config) -> dict:
+    """One arm (cfg.arms names it), in cfg.out_dir. Returns its metrics."""
+    env, out, arm = ddp.start(cfg.seed), Path(cfg.out_dir), ARMS[cfg.arms]
+    pairs, test, extra = open_pairs("train", cfg, env), open_pairs("test", cfg, env), {}
+    tok = make_tokenizer(pairs, cfg)
+    if cfg.arms == "mask+boxes" and not pairs.scenes:
+        raise ValueError("the arm mask+boxes needs generated scenes, whose objects have one name each; leave --data out")
+    if cfg.arms == "filtered":
+        if not isinstance(pairs.pictures, dict):
+            raise ValueError(f"the arm filtered keeps pictures in memory, more than --memory_gb {cfg.memory_gb}")
+        best, extra["kept pairs that are right"], extra["pairs that are right"] = best_pairs(pairs, tok, cfg, env)
+        pairs = pairs.only(best)
+    ddp.reseed(cfg.seed, 0, 0)
+    model = build(cfg, tok, env)
+    if arm.family == "mask":
+        model.codebook.copy_(codebook(pairs, cfg))
+    if arm.family == "frozen" and isinstance(pairs.pictures, dict):  # nothing changes a picture: look at each once
+        parts = [model.features(normalised(x.to(env.device))) for x in pairs.pictures["image"].split(256)]
+        pairs.pictures = {"features": torch.cat(parts), "row": pairs.pictures["row"]}
+    wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
+    rate = cfg.lr * (3 if cfg.arms in ("frozen", "frozen+lora") else 1)  # few new weights between frozen ones
+    opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), rate, (0.9, 0.98), fused=True)
+    start, _ = ckpt.resume(out / "last.pt", cfg, model=model, opt=opt) if cfg.resume else (0, {})
+    size = cfg.batch_size // cfg.accum
+    stream = data.endless(pairs.pictures, cfg.image_size, size, env, cfg.seed, start * cfg.accum, cfg.workers, cfg.max_bad)
+    log, first = RunLog(cfg, env, cfg.arms, start), env.rank * env.share(size)
+    for step in range(start, cfg.steps):
+        ddp.reseed(cfg.seed, env.rank, step)
+        optim.set_lr(opt, optim.warmup_cosine(step, cfg.steps, cfg.warmup, rate))
+        for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
+            batch = make_batch(pairs, next(stream), cfg.arms, tok, cfg, micro, first, env.device)
+            with torch.autocast(env.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+                loss, parts = wrapped(batch)
+            (loss / cfg.accum).backward()
+        if cfg.grad_clip:
+            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.grad_clip)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        if hasattr(model, "log_scale"):
+            model.log_scale.data.clamp_(max=math.log(100))
+        done, last = step + 1, step + 1 == cfg.steps
+        due = done % cfg.log_every == 0 or last
+        if due or done % cfg.save_every == 0:
+            ddp.check_finite({"loss": loss.item()}, step)
+        if due:
+            log.write(step, **ddp.mean({"loss": loss, **parts}), lr=opt.param_groups[0]["lr"])
+        log.tick(step)
+        leave = (due or env.world == 1) and ddp.interrupted()
+        if env.is_main and (done % cfg.save_every == 0 or last or leave):
+            ckpt.save(out / "last.pt", done, cfg, model=model, opt=opt)
+        if leave:
+            log.close()
+            raise KeyboardInterrupt
+    result = extra if arm.family == "lm" else {**evaluate(model, tok, test, cfg, env), **extra}
+    result["trained parameters, millions"] = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    log.write(cfg.steps - 1, **result)
+    if env.is_main:
+        ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms)
+        tok.save(out / "merges.txt")
+        plot.save(plot.lines(log.history("loss", *parts), cfg.arms), out / "curves.png")
+        if hasattr(model, "caches"):
+            draw_answers(model, tok, test, cfg, env, out / "samples" / "answers.png")
+    log.finish(result)
+    return result
+
+
+@torch.no_grad()
+def draw_answers(model, tok, test, cfg, env, path):
+    """Twelve test pictures: what the model writes, a question and its answer; green: all of the caption is true."""
+    model.eval()
+    score = Scorer(model, tok, cfg, env.device)
+    rows, images = test.pictures["row"].tolist()[:12], test.pictures["image"][:12]
+    seen = score.see(images)
+    given = score.write(seen, [score.prompt] * len(rows))
+    asked = [test.question(r, np.random.default_rng((7, r))) for r in rows]
+    said = score.write(seen, [q[0] if q else score.prompt for q in asked])
+    labels = [f"{g} | {q[0]} {a}" if q else g for g, q, a in zip(given, asked, said)]
+    right = [bool(test.scenes and facts(g)) and facts(g) <= true_facts(test.scenes[r]) for g, r in zip(given, rows)]
+    marks = [plot.GREEN if ok else None for ok in right]
+    title = f"{cfg.arms}: caption | question and answer; green: nothing wrong in the caption"
+    plot.save(plot.grid(list(images.permute(0, 2, 3, 1).cpu().numpy()), 6, labels, marks, title, 170, 7), path)
+
+
+def check(cfg: Config) -> None:
+    """One sentence for what a user can get wrong."""
+    for arm in cfg.arms.split(","):
+        if arm not in ARMS:
+            raise ValueError(f"--arms {cfg.arms}: {arm!r} is unknown; choose from {', '.join(ARMS)}")
+    for kind in cfg.kinds.split(","):
+        if kind not in (*YES_NO, *OPEN):
+            raise ValueError(f"--kinds {cfg.kinds}: {kind!r} is unknown; choose from {', '.join((*YES_NO, *OPEN))}")
+    if cfg.objects > 3:
+        raise ValueError(f"--objects {cfg.objects} is more than the three that a generated picture may hold")
+    choices = {"dtype": ("float32", "bfloat16"), "vision": ("infonce", "judge"), "region": ("", "any", *scenes.REGIONS)}
+    for name, known in choices.items():
+        if getattr(cfg, name) not in known:
+            raise ValueError(f"--{name} {getattr(cfg, name)!r} is unknown; choose from {', '.join(map(repr, known))}")
+    for name in ("steps", "batch_size", "accum", "log_every", "save_every", "pairs", "eval_images", "patch", "width", "depth",
+                 "heads", "text_depth", "lm_depth", "embed_dim", "codes", "mixtures", "lora", "asked", "objects"):  # fmt: skip
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name} {getattr(cfg, name)} must be at least 1")
+    for name in ("noise", "keep", "mask_words", "mask_patches", "wrong", "drop_tokens"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise ValueError(f"--{name} {getattr(cfg, name)} must be a share from 0 to 1")
+    if cfg.batch_size % cfg.accum:
+        raise ValueError(f"--batch_size {cfg.batch_size} is no multiple of --accum {cfg.accum}")
+    if cfg.image_size % cfg.patch or cfg.context < 8:
+        raise ValueError(f"--image_size {cfg.image_size} must be a multiple of --patch {cfg.patch}, --context at least 8")
+    if cfg.sugarcrepe and not Path(cfg.sugarcrepe).is_file():
+        raise ValueError(f"--sugarcrepe {cfg.sugarcrepe} does not exist")
+    if cfg.data and cfg.vision == "judge":
+        raise ValueError("--vision judge knows generated pictures only; leave --data out")
+
+
+def run(cfg: Config) -> dict:
+    """All arms with what they need, each in its own folder; finished arms are kept. Prints one table, family by metric."""
+    if cfg.ask:
+        return {"answer": answer_once(cfg)}
+    check(cfg)
+    out, scores, wanted = Path(cfg.out_dir), {}, []
+    for arm in cfg.arms.split(","):
+        needs = [n for n in ARMS[arm].needs if not (n == "infonce" and cfg.vision == "judge" and arm != "filtered")]
+        wanted += [a for a in (*needs, arm) if a not in wanted]
+    for arm in wanted:
+        steps = min(cfg.steps, 1_000) if arm == "lm" else cfg.steps  # the grammar of captions is soon learned
+        one = replace(cfg, arms=arm, out_dir=str(out / arm), steps=steps)
+        done = Path(one.out_dir, "metrics.json")
+        old = json.loads(Path(one.out_dir, "config.json").read_text()) if done.exists() else {}
+        if cfg.resume and old and ckpt.same_config(old, one) and old["data"] == one.data:
+            scores[arm] = json.loads(done.read_text())
+        else:
+            scores[arm] = train(one)
+    result = {f"{arm} {k}": v for arm, s in scores.items() for k, v in s.items()}
+    if ddp.rank() == 0:
+        report(cfg, scores)
+        write_json(out / "metrics.json", result)
+    return result
+
+
+def report(cfg, scores) -> None:
+    heads = {f"{arm}, {h}" if h != "cosine" else arm: {k.split(": ", 1)[1]: v for k, v in s.items() if k.startswith(f"{h}: ")}
+             for arm, s in scores.items() for h in dict.fromkeys(k.split(": ")[0] for k in s if ": " in k)}  # fmt: skip
+    chance = {"zero-shot": 100 / 72, "zero-shot, unseen pairs": 100 / 72, "replace": 50.0, "swap": 50.0, "add": 50.0,
+              "pairs, text": 25.0, "pairs, image": 25.0, "pairs, group": 100 / 6, "SugarCrepe": 50.0}  # fmt: skip
+    columns = ("zero-shot", "zero-shot, unseen pairs", "text to image R@1", "image to text R@1", "replace", "swap", "add",
+               "pairs, text", "pairs, image", "pairs, group", "SugarCrepe")  # fmt: skip
+    columns = [c for c in columns if any(c in h for h in heads.values())]
+    rows = [[name, *[h.get(c) for c in columns]] for name, h in heads.items()]
+    blind = [[f"{name}, blind", *[h.get(f"blind {c}") for c in columns]] for name, h in heads.items() if "blind swap" in h]
+    rows += [*blind, ["chance", *[chance.get(c) for c in columns]]]
+    print("\nwhich belongs to which, percent\n" + table(rows, ["", *columns]))
+    columns = ["VQA, yes/no", "VQA blind, yes/no", "VQA majority, yes/no", "VQA, open", "VQA blind, open", "VQA majority, open",
+               "VQA free, open", "VQA few-shot, open", "POPE adversarial accuracy", "answered at 5 % risk"]  # fmt: skip
+    rows = [[arm, *[s.get(c) for c in columns]] for arm, s in scores.items() if "VQA, yes/no" in s]
+    if rows:
+        print("\nquestions, percent\n" + table(rows, ["", *columns]))
+    columns = ["attribute F1", "CIDEr-D", "BLEU-4", "ROUGE-L", "CHAIR_i", "words", "distinct"]
+    rows = [[arm, *[s.get(c) for c in columns]] for arm, s in scores.items() if "CIDEr-D" in s]
+    if rows:
+        print("\ncaptions\n" + table(rows, ["", *columns]))
+    names = ("kept pairs that are right", "pairs that are right", "box IoU > 0.5")
+    more = [[arm, k, s[k]] for arm, s in scores.items() for k in names if k in s]
+    if more:
+        print("\n" + table(more, ["", "", "percent"]))
+    print(f"\npictures, curves and weights: {cfg.out_dir}")
+
+
+@torch.no_grad()
+def answer_once(cfg) -> str:
+    """--ask: a picture of your own, a question, the answer of a trained arm or of the stand-in."""
+    img = data.decode_image(Path(cfg.ask).read_bytes(), cfg.ask)
+    for arm in ("frozen+all", "frozen+lora", "frozen", "coca"):
+        folder = Path(cfg.out_dir, arm)
+        if (folder / "metrics.json").exists():
+            saved = json.loads((folder / "config.json").read_text())
+            old = Config(**{k: v for k, v in saved.items() if k in Config.__dataclass_fields__})
+            old, tok = replace(old, out_dir=str(folder)), Tokenizer.load(folder / "merges.txt")
+            env = ddp.start(cfg.seed)
+            model = build(old, tok, env).eval()
+            model.load_state_dict(vae.read_tensors(folder / "model.safetensors")[0])
+            score = Scorer(model, tok, old, env.device)
+            part = data.stack([data.squeezed(old.image_size)({"image": img, "row": 0})])
+            text = score.write(score.see(part["image"]), [cfg.question])[0]
+            print(f"{arm}: {text}")
+            return text
+    raise ValueError(f"--ask: {cfg.out_dir} holds no trained arm that writes; train coca or frozen first")
+
+
+# 7. MAIN -----------------------------------------------------------------------------------------------------------------
+PRESETS = {
+    "smoke": dict(steps=4, batch_size=8, pairs=64, eval_images=12, width=32, depth=2, heads=2, text_depth=1, lm_depth=1,
+                  embed_dim=32, warmup=1, log_every=2, save_every=2, codes=16, out_dir="runs/vlm_smoke"),
+    "laptop": {},
+    # the VQA model of common/weights: what opt2i.py and pareto_eval.py ask about pictures of the painters
+    "standin": dict(arms="frozen+all", vision="judge", region="", objects=3, kinds=",".join((*YES_NO, *OPEN)), pairs=20_000,
+                    steps=6_000, batch_size=64, width=96, lm_depth=2, asked=2, warmup=200, save_every=1_000, log_every=50,
+                    out_dir="runs/standin_vqa"),
+    "gpu": dict(steps=6_000, batch_size=512, pairs=100_000, eval_images=1_000, width=384, depth=8, heads=6, text_depth=3,
+                lm_depth=6, embed_dim=256, patch=4, warmup=300, dtype="bfloat16", out_dir="runs/vlm_gpu",
+                arms="infonce,siglip,llip,negclip,flip,mask,mask+boxes,coca,frozen,frozen+lora,frozen+all"),
+    # photographs of Flickr8k by data_prep/captions.py, or of COCO by coco.py
+    "photos": dict(image_size=64, vocab=4_096, context=48, eval_images=200, arms="infonce,siglip,mask,coca,frozen",
+                   out_dir="runs/vlm_photos"),
+    # the tutorial has no settings: ViT-B/16 on COCO's 118,000 pictures, 20 epochs
+    "paper": dict(steps=2_300, batch_size=1_024, data="data/coco", image_size=224, patch=16, width=768, depth=12, heads=12,
+                  text_depth=6, lm_depth=12, embed_dim=512, context=77, lr=5e-4, warmup=300, dtype="bfloat16", workers=12,
+                  eval_images=5_000, codes=8_192, arms="infonce,siglip,llip,negclip,mask,coca,frozen,frozen+lora",
+                  out_dir="runs/vlm_paper"),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    cli.main(run, Config, PRESETS)

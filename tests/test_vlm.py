@@ -1,0 +1,630 @@
+"""methods/vlm.py: the losses of four families, masks, causality, generation, frozen weights, the benchmarks' definitions, two
+processes, resume, wrong input."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from common import ddp, scenes
+from data_prep import captions as prep
+from methods import vlm as M
+from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
+
+CFG = M.Config(**M.PRESETS["smoke"])
+ENV = ddp.Env(0, 1, torch.device("cpu"))
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
+
+
+@pytest.fixture(scope="module")
+def world():
+    pairs = M.generated(64, 0, CFG)
+    return pairs, M.make_tokenizer(pairs, CFG)
+
+
+def model_of(arm, tok, seed=0, cfg=CFG):
+    torch.manual_seed(seed)
+    if arm in ("mask", "mask+boxes"):
+        model = M.Masked(cfg, tok, arm == "mask+boxes")
+        model.codebook.normal_()
+    elif arm == "coca":
+        model = M.CoCa(cfg, tok)
+    elif arm == "frozen":
+        model = M.Frozen(cfg, tok, M.Patches(M.Vision(cfg)), cfg.width, M.LM(cfg, tok).stack)
+    else:
+        model = M.Contrastive(cfg, tok, arm)
+    return model.eval()
+
+
+def batch_of(world, arm, count=8, micro=0, cfg=CFG):
+    pairs, tok = world
+    part = {k: v[:count] for k, v in pairs.pictures.items()}
+    return M.make_batch(pairs, part, arm, tok, cfg, micro, 0, "cpu")
+
+
+# Contrastive ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N, chance, start", [(8, 2.0794, 10.0004), (64, 4.1589, 10.0029), (256, 5.5452, 10.0116)])
+def test_losses_of_constant_and_of_orthogonal_embeddings(N, chance, start):
+    same = torch.ones(N, 4, dtype=torch.float64) / 2
+    assert M.infonce(same, same, 14.0).item() == pytest.approx(chance, abs=1e-4)
+    logits = 10 * torch.eye(N, dtype=torch.float64) * 0 - 10  # u.v = 0 for all pairs, the bias alone
+    assert M.siglip_loss(logits).item() == pytest.approx(start, abs=1e-4)
+    assert M.siglip_loss(torch.zeros(N, N)).item() == pytest.approx(N * math.log(2), rel=1e-5)
+
+
+def test_contrastive_losses_equal_loops_and_do_not_see_the_order():
+    u, v, order = unit(6, 5, seed=1), unit(6, 5, seed=2), torch.randperm(6)
+    s = 3 * u @ v.T
+    want = -sum((s[i, i] - s[i].logsumexp(0)) + (s[i, i] - s[:, i].logsumexp(0)) for i in range(6)) / 12
+    torch.testing.assert_close(M.infonce(u, v, 3.0), want)
+    torch.testing.assert_close(M.infonce(u[order], v[order], 3.0), want)
+    slow = -sum(F.logsigmoid(s[i, j] if i == j else -s[i, j]) for i in range(6) for j in range(6)) / 6
+    torch.testing.assert_close(M.siglip_loss(s), slow)
+    torch.testing.assert_close(M.siglip_loss(s[order][:, order]), slow)
+    torch.testing.assert_close(M.siglip_loss(s[2:4], 2) + M.siglip_loss(s[:2]) + M.siglip_loss(s[4:], 4), 3 * slow)
+
+
+def test_hard_negatives_are_columns_for_pictures_only():
+    u, v, n = unit(4, 5, seed=1), unit(4, 5, seed=2), unit(4, 5, seed=3).requires_grad_()
+    plain, hard = M.infonce(u, v, 3.0), M.infonce(u, v, 3.0, n)
+    assert hard > plain
+    rows = torch.cat([3 * u @ v.T, 3 * u @ n.T], 1)
+    label = torch.arange(4)
+    torch.testing.assert_close(hard, (F.cross_entropy(rows, label) + F.cross_entropy(3 * v @ u.T, label)) / 2)
+    hard.backward()  # a negative is pushed away from every picture, never drawn to one
+    torch.testing.assert_close(n.grad, 3 * rows.softmax(1)[:, 4:].T @ u / 8)
+
+
+def test_llip_equals_loops_and_one_token_is_siglip():
+    t, k, f, q = torch.randn(3, 4, 5), torch.randn(3, 4, 2), unit(6, 5).float(), torch.randn(6, 2)
+    got = M.llip_scores(t, k, f, q, tau=0.7)
+    for i in range(3):
+        for j in range(6):
+            w = torch.stack([(q[j] * k[i, m]).sum() / 0.7 for m in range(4)]).softmax(0)
+            u = sum(w[m] * t[i, m] for m in range(4))
+            assert got[i, j].item() == pytest.approx((F.normalize(u, dim=0) * f[j]).sum().item(), abs=1e-5)
+    torch.testing.assert_close(M.llip_scores(t[:, :1], k[:, :1], f, q), F.normalize(t[:, 0], dim=1) @ f.T)
+
+
+# Masking -------------------------------------------------------------------------------------------------------------------
+
+
+def test_masked_loss_counts_hidden_places_only_and_is_no_nan():
+    logits, target = torch.randn(2, 5, 7), torch.full((2, 5), -100)
+    assert M.masked_ce(logits, target).item() == 0
+    target[0, 1], target[1, 4] = 3, 6
+    first = M.masked_ce(logits, target)
+    torch.testing.assert_close(
+        first, (F.cross_entropy(logits[0, 1], torch.tensor(3)) + F.cross_entropy(logits[1, 4], torch.tensor(6))) / 2
+    )
+    logits[0, 0], logits[1, 3] = 99.0, -99.0
+    torch.testing.assert_close(M.masked_ce(logits, target), first)
+
+
+def test_words_are_hidden_by_berts_rule():
+    g = torch.Generator().manual_seed(0)
+    ids, special = torch.randint(0, 500, (4000, 12), generator=g), torch.zeros(4000, 12, dtype=torch.bool)
+    special[:, 0] = special[:, 8:] = True
+    noisy, target = M.hide_words(ids, torch.rand(4000, 12, 2, generator=g), 500, special)
+    hidden = target != -100
+    assert not (hidden & special).any() and hidden.any(1).all() and torch.equal(target[hidden], ids[hidden])
+    assert torch.equal(noisy[~hidden], ids[~hidden])
+    # 15 % of 7 words, and one where none was drawn
+    assert hidden.sum(1).float().mean().item() == pytest.approx(7 * 0.15 + 0.85**7, abs=0.03)
+    kinds = noisy[hidden]
+    assert (kinds == 500).float().mean().item() == pytest.approx(0.8, abs=0.02)
+    assert (kinds == ids[hidden]).float().mean().item() == pytest.approx(0.1, abs=0.02)
+    none = M.hide_words(ids[:2], torch.rand(2, 12, 2), 500, torch.ones(2, 12, dtype=torch.bool))
+    assert (none[1] == -100).all()  # nothing can be hidden: no loss, no crash
+
+
+@pytest.mark.parametrize("side, count", [(4, 6), (14, 75), (8, 64), (2, 1)])
+def test_patches_are_hidden_in_blocks_of_an_exact_number(side, count):
+    for seed in range(20):
+        assert M.hide_patches(side, count, np.random.default_rng(seed)).sum() == count
+    grid = np.mean([M.hide_patches(14, 75, np.random.default_rng(s)).reshape(14, 14) for s in range(300)], 0)
+    if side == 14:  # blocks: a neighbour of a hidden patch is hidden far more often than chance
+        h = M.hide_patches(14, 75, np.random.default_rng(1)).reshape(14, 14)
+        assert (h[:, 1:] & h[:, :-1]).sum() / h[:, 1:].sum() > 0.6 and grid.min() > 0  # and none is never hidden
+
+
+def test_flavas_matching_batch_has_no_true_caption_among_the_wrong_ones(world):
+    pairs, tok = world
+    for micro in range(10):
+        b = batch_of(world, "mask", 32, micro)
+        for i, (right, ids) in enumerate(zip(b["right"], b["maybe"])):
+            assert right == (tok.decode(ids) in [tok.decode(tok(c)[0]) for c in pairs.captions[i]])
+    assert 0.3 < np.mean([batch_of(world, "mask", 32, m)["right"].float().mean() for m in range(10)]) < 0.7
+
+
+def test_the_masked_model_learns_from_masked_inputs_and_compares_unmasked_ones(world):
+    model, b = model_of("mask", world[1]), batch_of(world, "mask")
+    _, parts = model(b)
+    assert set(parts) == {"mim", "mlm", "mmm_img", "mmm_txt", "gc", "itm", "qa"}
+    other = {**b, "hidden": b["hidden"].flip(1), "u": b["u"].flip(0)}
+    again = model(other)[1]
+    assert torch.equal(parts["gc"], again["gc"]) and torch.equal(parts["itm"], again["itm"])  # nothing masked
+    assert not torch.equal(parts["mim"], again["mim"]) and not torch.equal(parts["mlm"], again["mlm"])
+    swapped = {**b, "maybe": b["maybe"].flip(0), "right": ~b["right"]}
+    again = model(swapped)[1]
+    assert all(
+        torch.equal(parts[k], again[k]) for k in ("mim", "mlm", "mmm_img", "mmm_txt", "gc")
+    )  # MMM ignores ITM's negatives
+    codes = model.targets(b["image"], b["hidden"])
+    assert ((codes == -100) == ~b["hidden"]).all() and codes.max() < CFG.codes
+
+
+def test_padding_does_not_change_what_the_masked_model_reads(world):
+    model, tok = model_of("mask", world[1]), world[1]
+    ids = tok(["a red star"], 12)
+    seen = model.see(torch.randn(1, 3, 32, 32))
+    short = ids[:, : int(ids.argmax(1)) + 1]
+    torch.testing.assert_close(model.match(seen, ids), model.match(seen, short), atol=1e-5, rtol=1e-4)
+
+
+# Generation ----------------------------------------------------------------------------------------------------------------
+
+
+def test_causality_and_the_shift_of_captions(world):
+    tok = world[1]
+    for arm in ("coca", "frozen"):
+        model = model_of(arm, tok)
+        seen = model.see(torch.randn(2, 3, 32, 32))
+        ids = torch.randint(1, 400, (2, 9))
+        logits = model.logits(seen, ids)
+        changed = ids.clone()
+        changed[:, 5] = 7
+        other = model.logits(seen, changed)
+        torch.testing.assert_close(logits[:, :5], other[:, :5], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(logits[:, 5:], other[:, 5:], atol=1e-5)
+    counted = torch.tensor([[False, False, True, True]])
+    ids, logits = torch.tensor([[1, 2, 3, 4]]), torch.randn(1, 4, 6)
+    want = -(logits[0, 1].log_softmax(0)[3] + logits[0, 2].log_softmax(0)[4]) / 2
+    torch.testing.assert_close(M.caption_loss(logits, ids, counted), want)
+    torch.testing.assert_close(M.log_p(logits, ids, counted)[0], -want)
+
+
+def test_cocas_lower_half_sees_no_picture_and_its_class_token_no_padding(world):
+    tok, model = world[1], model_of("coca", world[1])
+    ids = tok(["a red star", "a blue ring above a green heart"], 14)
+    f, words = model.caption_embedding(ids)
+    longer = torch.cat([ids, torch.zeros(2, 6, dtype=torch.long)], 1)
+    torch.testing.assert_close(model.caption_embedding(longer)[0], f, atol=1e-5, rtol=1e-5)
+    assert words.shape == (2, 14, CFG.width)
+    seen = model.see(torch.randn(2, 3, 32, 32))
+    assert not torch.allclose(model.logits(seen, ids), model.logits(seen.flip(0), ids), atol=1e-5)  # the upper half does see it
+    loss, parts = model(batch_of(world, "coca"))
+    torch.testing.assert_close(loss, parts["contrastive"] + CFG.lam_cap * (parts["caption"] + parts["qa"]))
+
+
+@pytest.mark.parametrize("arm", ["coca", "frozen"])
+def test_generation_with_a_cache_equals_generation_without(world, arm):
+    tok, model = world[1], model_of(arm, world[1])
+    seen = model.see(torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(3)))
+    prompt = tok(["what do you see?"] * 5, 12)[:, :5]
+    got = M.generate(model, seen, prompt, tok.end, 10)
+    ids = prompt
+    for _ in range(10):
+        ids = torch.cat([ids, model.logits(seen, ids)[:, -1:].argmax(2)], 1)
+    for row, slow in zip(got, ids[:, 5:].tolist()):
+        slow = slow[: slow.index(tok.end)] if tok.end in slow else slow
+        assert row == slow
+        again = model.logits(seen[:1] * 0 + seen[got.index(row)], torch.tensor([[*prompt[0].tolist(), *row]]))
+        assert again[0, 4:-1].argmax(1).tolist() == row  # teacher forcing gives the same words
+
+
+def test_generation_stops_at_the_end_token(world):
+    class Fixed:
+        def caches(self):
+            return []
+
+        def logits(self, seen, ids, caches, first):
+            nxt = {0: 5, 3: 6, 4: world[1].end}.get(first, 9)
+            return F.one_hot(torch.full(ids.shape, nxt), 2000).float()
+
+    assert M.generate(Fixed(), None, torch.zeros(2, 3, dtype=torch.long), world[1].end) == [[5, 6], [5, 6]]
+
+
+def test_examples_in_front_equal_one_long_sequence(world):
+    tok, model = world[1], model_of("frozen", world[1])
+    seen = model.see(torch.randn(3, 3, 32, 32))
+    a, b, q = [tok.start, 5, 6, tok.end], [tok.start, 7, tok.end], torch.tensor([[tok.start, 8, 9]])
+    before = model.examples(seen[:2], [a, b])
+    assert before[0].shape[1] == 2 * seen.shape[1] + 7 and before[1] == 7
+    got = model.logits(seen[2:], q, before=before)
+    words = model.stack.embed(torch.tensor([[*a, *b, *q[0].tolist()]]))
+    x = torch.cat([seen[:1], words[:, :4], seen[1:2], words[:, 4:7], seen[2:], words[:, 7:]], 1)
+    torch.testing.assert_close(got, model.stack.logits(model.stack(x, causal=True))[:, -3:])
+
+
+# Frozen backbones ------------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_projector_learns_through_the_frozen_language_model(world):
+    tok = world[1]
+    model, b = model_of("frozen", tok).train(), batch_of(world, "frozen")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    opt = torch.optim.AdamW(M.optim.decay_groups(model, 0.0), 1e-2)
+    held = {id(p) for g in opt.param_groups for p in g["params"]}
+    assert held == {id(p) for p in model.projector.parameters()}
+    losses = []
+    for _ in range(15):
+        loss, _ = model(b)
+        loss.backward()
+        assert model.projector[0].weight.grad.abs().sum() > 0
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2
+    for k, v in model.state_dict().items():
+        assert torch.equal(v, before[k]) != k.startswith("projector"), k
+
+
+def test_the_loss_of_the_frozen_family_counts_answers_only(world):
+    pairs, tok = world
+    ids, counted = M.rows_of(tok, ["Is there a star?"], ["yes"], 40)
+    assert tok.decode(ids[0][counted[0]]) == "yes" and counted.sum() == 2  # the answer and the end
+    assert tok.decode(ids[0][: int(ids.argmax(1)) + 1]).endswith("yes")
+    with pytest.raises(ValueError, match="no token"):
+        M.rows_of(tok, ["Is there a star?"], [""], 40)
+    long, flags = M.rows_of(tok, ["a " * 100], ["red"], 12)
+    assert long.shape[1] == 12 and flags.any(), "an answer survives a long prompt"
+
+
+def test_lora_is_the_same_model_at_first_and_when_merged():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(6, 10)
+    x, before = torch.randn(3, 6), linear(torch.zeros(3, 6)) * 0
+    before = linear(x).detach()
+    lora = M.LoRA(linear, 4)
+    assert torch.equal(lora(x), before)
+    trained = [p for p in lora.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == 4 * (6 + 10) and not linear.weight.requires_grad
+    torch.nn.init.normal_(lora.B)
+    after = lora(x)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(lora.merged()(x), after)
+
+
+def test_bayes():
+    p = M.bayes(torch.randn(5, 7))
+    torch.testing.assert_close(p.sum(1), torch.ones(5))
+    assert torch.equal(M.bayes(torch.tensor([[1.0, 0.0]])).argmax(1), torch.tensor([0]))
+    assert M.bayes(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.1, 0.9]]).log()).argmax(1) == 1
+
+
+# Benchmarks ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_constant_scorer_gets_nothing():
+    same = torch.ones(10)
+    assert M.prefers(same, same) == (0.0, 1.0)
+    assert M.winoground(torch.ones(10, 2, 2)) == (0.0, 0.0, 0.0)
+    assert M.recall_at_1(torch.ones(4, 4), torch.eye(4, dtype=torch.bool)) == 0
+
+
+def test_random_scores_are_at_chance():
+    g = torch.Generator().manual_seed(0)
+    text, image, group = M.winoground(torch.rand(40_000, 2, 2, generator=g))
+    assert (text, image, group) == (
+        pytest.approx(0.25, abs=0.01),
+        pytest.approx(0.25, abs=0.01),
+        pytest.approx(1 / 6, abs=0.01),
+    )
+    assert M.prefers(torch.rand(40_000, generator=g), torch.rand(40_000, generator=g))[0] == pytest.approx(0.5, abs=0.01)
+    perfect = torch.eye(2).expand(3, 2, 2)
+    assert M.winoground(perfect) == (1, 1, 1) and M.winoground(1 - perfect) == (0, 0, 0)
+
+
+def test_vqa_accuracy_of_ten_people():
+    for same, want in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)):
+        assert M.vqa_accuracy("Red", ["red"] * same + ["blue"] * (10 - same)) == pytest.approx(want)
+    assert (
+        M.vqa_accuracy("the two.", ["2"]) == 1 and M.vqa_accuracy("none", ["0"]) == 1 and M.vqa_accuracy("red", ["blue"]) == 0
+    )
+
+
+@pytest.mark.parametrize("text, want", [("yes", "yes"), ("No.", "no"), ("not sure", ""), ("nothing", ""), ("Yes, it is", "yes"), ("", ""),
+                                        ("a red star", ""), ("no, there is none", "no"), ("know", ""), ("noyes", "")])  # fmt: skip
+def test_yes_or_no(text, want):
+    assert M.yes_or_no(text) == want
+
+
+def test_pope():
+    truth = [True, False] * 50
+    always = M.pope_score([True] * 100, truth)
+    assert always["accuracy"] == 0.5 and always["precision"] == 0.5 and always["recall"] == 1 and always["yes"] == 1
+    assert always["F1"] == pytest.approx(2 / 3)
+    objects = [["cat", "dog"], ["cat", "dog"], ["cat", "sofa"], ["bird"], []]
+    classes = ["bird", "cat", "dog", "sofa", "tree"]
+    for setting in ("random", "popular", "adversarial"):
+        asked = M.pope_questions(objects, classes, setting, np.random.default_rng(0))
+        assert Counter(t for *_, t in asked) == {True: 7, False: 7}
+        assert all((name in objects[i]) == there for i, name, there in asked) and len(set(asked)) == len(asked)
+    popular = M.pope_questions(objects, classes, "popular", np.random.default_rng(0))
+    assert [n for i, n, t in popular if i == 3 and not t] == ["cat"]
+    foe = M.pope_questions([["dog"], *objects], classes, "adversarial", np.random.default_rng(0))
+    assert [n for i, n, t in foe if i == 0 and not t] == ["cat"]  # most often beside a dog
+    full = M.pope_questions([classes], classes, "random", np.random.default_rng(0))
+    assert full == []  # nothing is absent
+    assert M.existence("orange") == "Is there an orange?" and M.existence("cat") == "Is there a cat?"
+
+
+def test_selective_prediction():
+    sure, right = [0.9, 0.8, 0.7, 0.6], [1, 1, 0, 1]
+    assert M.selective(sure, right, risk=0.0) == (0.5, 0.5)
+    assert M.selective(sure, right, risk=0.25) == (1.0, 0.5)  # three right, one wrong
+    assert M.selective(sure, [0, 0, 0, 0]) == (0.0, 0.0)
+
+
+def test_caption_scores():
+    a, b, c = "a red star above a ring", "the big dog sleeps on grass", "two birds fly over the sea"
+    assert M.bleu4([a, b], [[a], [b]]) == pytest.approx(1) and M.bleu4(["a red star above"], [[a]]) == pytest.approx(
+        math.exp(1 - 6 / 4)
+    )
+    assert M.rouge_l(a, [b, a]) == pytest.approx(1) and M.rouge_l("x", [a]) == 0
+    p, r = 2 / 3, 2 / 6  # "red ... star" of six words
+    assert M.rouge_l("red blue star", [a]) == pytest.approx(2.44 * p * r / (r + 1.44 * p))
+    assert M.cider_d([a, b, c], [[a], [b], [c]]) == pytest.approx(10)
+    assert M.cider_d([a], [[a]]) == 0  # one picture: every n-gram is in every picture
+    assert M.cider_d([a, a, a], [[a], [a], [a]]) == 0
+    assert 0 < M.cider_d([f"{a} {a}", b, c], [[a], [b], [c]]) < 10  # clipping and the length penalty
+    assert M.bleu4(["star star star star"], [[a]]) == 0
+
+
+def test_facts_f1_and_chair():
+    s = scenes.Scene(
+        (scenes.Thing("star", "red", "large", "striped", 0), scenes.Thing("ring", "blue", "small", "solid", 1)),
+        "dark",
+        "plain",
+        grid=2,
+    )
+    assert M.facts("a banded scarlet star to the left of a blue hoop") == {
+        ("striped", "star"),
+        ("red", "star"),
+        ("blue", "ring"),
+        ("star", "left of", "ring"),
+    }
+    for v in range(12):
+        assert M.facts(scenes.caption(s, v, brief=True)) <= M.true_facts(s)
+    perfect = M.attribute_f1([scenes.caption(s, brief=True)], [s])
+    assert perfect == 1 and M.attribute_f1(["a red ring"], [s]) == 0
+    assert M.attribute_f1(["a red star to the right of a blue ring"], [s]) == pytest.approx(2 * (2 / 3) ** 2 / (4 / 3))
+    assert M.chair(["a star", ""], [["star"], ["ring"]], scenes.SHAPES) == (0.0, 0.0)
+    assert M.chair(["a star and a moon", "a hoop"], [["star"], ["ring"]], scenes.SHAPES) == (pytest.approx(1 / 3), 0.5)
+
+
+# Data ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_questions_are_true_and_balanced():
+    pairs, answers, kinds = M.generated(400, 5, replace(CFG, kinds=",".join((*M.YES_NO, *M.OPEN)))), Counter(), Counter()
+    rng = np.random.default_rng(0)
+    for row in range(400):
+        for _ in range(8):
+            q, a, kind = pairs.question(row, rng)
+            s = pairs.scenes[row]
+            kinds[kind] += 1
+            if kind in M.OPEN:
+                assert a in M.OPEN[kind]
+                continue
+            answers[a] += 1
+            found = [f for o in (s, *[n["scene"] for n in scenes.negatives(s)]) for f in scenes.questions(o) if f["text"] == q]
+            if found:
+                assert scenes.answer(s, found[0]) == (a == "yes"), (s, q, a)
+            else:
+                assert a == "no"
+    assert abs(answers["yes"] / sum(answers.values()) - 0.5) < 0.05
+    assert set(kinds) == {*M.YES_NO, *M.OPEN}
+
+
+def test_wrong_captions_are_true_of_their_own_picture():
+    for seed in range(40):
+        s = scenes.scene(seed, 3, (2, 2), grid=2)
+        for n in M.counters(s, seed):
+            assert n["caption"] != scenes.caption(s, brief=True) and n["caption"] == scenes.caption(n["scene"], brief=True)
+            if n["kind"] != "add_obj":  # three things in a caption: facts() reads relations of two
+                assert M.facts(n["caption"]) <= M.true_facts(n["scene"])
+            assert not M.facts(n["caption"]) <= M.true_facts(s), (n["kind"], n["caption"], scenes.caption(s, brief=True))
+            assert not np.array_equal(*scenes.render([s, n["scene"]], 32))
+
+
+def test_training_and_test_pictures_are_disjoint_and_noise_is_known():
+    cfg = replace(CFG, pairs=200, noise=0.4)
+    train, test = M.open_pairs("train", cfg, ENV), M.open_pairs("test", cfg, ENV)
+    seen = {s for s in train.scenes}
+    assert sum(s in seen for s in test.scenes) <= 1  # the world is finite; equal draws are chance
+    clean = M.generated(200, 0, cfg)
+    moved = [a != b for a, b in zip(train.captions, clean.captions)]
+    assert moved == train.noisy.tolist() and 0.3 < np.mean(moved) < 0.5
+    assert all(not scenes.held_out(t.shape, t.colour) for s in train.scenes for t in s.things)
+
+
+def test_the_draws_of_a_batch_do_not_depend_on_how_it_is_split(world):
+    pairs, tok = world
+    for arm in ("negclip", "flip", "mask", "frozen", "mask+boxes"):
+        whole = batch_of(world, arm)
+        part = {k: v[4:8] for k, v in pairs.pictures.items()}
+        half = M.make_batch(pairs, part, arm, tok, CFG, 0, 4, "cpu")
+        for k, v in half.items():
+            if v.ndim:
+                n = min(v.shape[1], whole[k].shape[1]) if v.ndim > 1 else None
+                assert torch.equal(v[:, :n] if n else v, whole[k][4:8, :n] if n else whole[k][4:8]), (arm, k)
+
+
+def test_boxes():
+    s = scenes.Scene((scenes.Thing("square", "red", "large", "solid", 3),), "dark", "plain", grid=2)
+    box = M.box_of(s, 0, 64)
+    assert (
+        box[0] == pytest.approx(0.75, abs=0.03)
+        and box[1] == pytest.approx(0.75, abs=0.03)
+        and box[2] == pytest.approx(0.4, abs=0.05)
+    )
+    torch.testing.assert_close(M.corners(torch.tensor([0.5, 0.5, 0.2, 0.4])), torch.tensor([0.4, 0.3, 0.6, 0.7]))
+    b = torch.tensor([[0.5, 0.5, 0.2, 0.4]])
+    assert M.box_loss(b, b).item() == pytest.approx(0, abs=1e-5) and M.box_loss(b, b + 0.2) > 0.5
+
+
+# Runs ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", ["infonce", "siglip", "llip", "negclip", "flip", "mask", "mask+boxes", "coca"])
+def test_every_family_overfits_one_batch(world, arm):
+    kind = {"negclip": "infonce", "flip": "infonce"}.get(arm, arm)
+    model, b = model_of(kind, world[1]).train(), batch_of(world, arm)
+    opt, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
+    for _ in range(40):
+        loss, _ = model(b)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0], losses[::10]
+
+
+FAMILIES = ["infonce", "siglip", "llip", "negclip", "mask", "coca", "frozen"]
+
+
+def _grads(env):
+    pairs, out = M.generated(64, 0, CFG), {}
+    tok = M.make_tokenizer(pairs, CFG)
+    for arm in FAMILIES:
+        model = model_of({"negclip": "infonce"}.get(arm, arm), tok).double()
+        b = 8 // env.world
+        part = {k: v[:8][env.rank * b : (env.rank + 1) * b] for k, v in pairs.pictures.items()}
+        batch = M.make_batch(pairs, part, arm, tok, CFG, 0, env.rank * b, "cpu")
+        wrapped = ddp.wrap(model, env)  # it must outlive its forward
+        loss, _ = wrapped({k: v.double() if v.is_floating_point() else v for k, v in batch.items()})
+        loss.backward()
+        out[f"{arm} loss"] = torch.tensor(ddp.mean({"loss": loss})["loss"])
+        out |= {f"{arm} {k}": p.grad for k, p in model.named_parameters() if p.grad is not None}
+    return out
+
+
+def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path):
+    two, one = in_processes(2, _grads, path=tmp_path), _grads(ENV)
+    for rank in two:
+        assert set(rank) == set(one) and len({k.split()[0] for k in one}) == len(FAMILIES)
+        for k, want in one.items():
+            # logits and cross-entropies of the masked and generative losses are float32, as in training
+            torch.testing.assert_close(rank[k], want, atol=2e-6, rtol=1e-4, msg=lambda m, k=k: f"{k}: {m}")
+
+
+SMALL = ["--preset", "smoke"]
+
+
+def test_smoke_makes_its_files_and_the_table(tmp_path):
+    done = run("methods/vlm.py", *SMALL, "--out_dir", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    for arm in ("infonce", "siglip", "negclip", "mask", "coca", "lm", "frozen"):
+        for name in ("config.json", "log.jsonl", "metrics.json", "curves.png", "last.pt", "model.safetensors"):
+            assert (tmp_path / "r" / arm / name).exists(), (arm, name)
+    assert (tmp_path / "r/coca/samples/answers.png").exists()
+    assert all(w in done.stdout for w in ("coca, likelihood - blind", "chance", "VQA blind, yes/no", "attribute F1"))
+    flat = json.loads((tmp_path / "r/metrics.json").read_text())
+    assert all(isinstance(v, float) for v in flat.values()) and "frozen VQA few-shot, open" in flat
+    again = run("methods/vlm.py", *SMALL, "--out_dir", tmp_path / "r")
+    assert again.stdout == done.stdout and "step/s" not in again.stderr  # finished arms are kept
+    asked = inside(
+        M, *SMALL, "--out_dir", tmp_path / "r", "--ask", tmp_path / "r/coca/curves.png", "--question", "Is there a star?"
+    )
+    assert asked.returncode == 0, asked.stderr
+
+
+@pytest.mark.parametrize("arm", ["mask", "frozen+lora"])
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path, arm):
+    args = [*SMALL, "--arms", arm, "--steps", "8", "--save_every", "2"]
+    whole = run("methods/vlm.py", *args, "--out_dir", tmp_path / "a", OMP_NUM_THREADS="1")
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, "methods/vlm.py", *args, "--out_dir", str(tmp_path / "b")]
+    p = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    while not (tmp_path / "b" / arm / "last.pt").exists() and p.poll() is None:
+        time.sleep(0.02)
+    os.kill(p.pid, signal.SIGKILL)
+    p.wait()
+    assert not (tmp_path / "b" / arm / "metrics.json").exists()
+    assert run("methods/vlm.py", *args, "--out_dir", tmp_path / "b", OMP_NUM_THREADS="1").returncode == 0
+    for name in (f"{arm}/model.safetensors", "metrics.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_two_processes_train_the_arms_of_one(tmp_path):
+    args = [*SMALL, "--arms", "mask,frozen"]
+    one = run("methods/vlm.py", *args, "--out_dir", tmp_path / "one", OMP_NUM_THREADS="1")
+    two = torchrun(2, "methods/vlm.py", *args, "--out_dir", tmp_path / "two")
+    assert one.returncode == two.returncode == 0, two.stderr
+    for arm in ("infonce", "mask", "lm", "frozen"):
+        logs = [[json.loads(x) for x in (tmp_path / n / arm / "log.jsonl").read_text().splitlines()] for n in ("one", "two")]
+        for a, b in zip(*logs):
+            if "loss" in a:
+                assert a["loss"] == pytest.approx(b["loss"], rel=2e-4), (arm, a, b)
+
+
+def test_training_on_pictures_in_shards(tmp_path):
+    world = M.generated(40, 3, CFG)
+    (tmp_path / "p").mkdir()
+    lines = ["image,caption"]
+    for i, x in enumerate(world.pictures["image"]):
+        Image.fromarray(x.permute(1, 2, 0).numpy()).resize((48, 40)).save(tmp_path / f"p/{i}.png")
+        lines += [f"{i}.png,{c}" for c in world.captions[i][:2]]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    prep.run(prep.Config(table=str(tmp_path / "t.csv"), images=str(tmp_path / "p"), out=str(tmp_path / "d"), val=4, test=8))
+    done = inside(
+        M,
+        *SMALL,
+        "--data",
+        tmp_path / "d",
+        "--out_dir",
+        tmp_path / "r",
+        "--arms",
+        "infonce,negclip,mask,coca,frozen",
+        "--steps",
+        "2",
+    )
+    assert done.returncode == 0, done.stderr
+    flat = json.loads((tmp_path / "r/metrics.json").read_text())
+    assert "coca CIDEr-D" in flat and "infonce cosine: text to image R@1" in flat and not any("VQA" in k for k in flat)
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--arms", "clip"], ["clip", "infonce"]),
+    (["--noise", "2"], ["noise", "share"]),
+    (["--steps", "0"], ["steps", "1"]),
+    (["--patch", "7"], ["patch", "multiple"]),
+    (["--data", "/none"], ["/none"]),
+    (["--sugarcrepe", "/none.csv", "--arms", "infonce"], ["/none.csv"]),
+    (["--ask", "/none.png"], ["/none.png"]),
+    (["--batch_size", "9", "--accum", "2"], ["accum"]),
+    (["--tokenizer", "/none.txt"], ["/none.txt"]),
+    (["--heads", "3"], ["heads"]),
+    (["--vision", "resnet"], ["vision", "judge"]),
+    (["--dtype", "half"], ["dtype", "bfloat16"]),
+])  # fmt: skip
+def test_wrong_input(tmp_path, args, words):
+    user_error(inside(M, *SMALL, "--out_dir", tmp_path / "r", *args), *words)
+
+
+def test_ask_without_a_model(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "p.png")
+    shutil.rmtree(tmp_path / "r", ignore_errors=True)
+    done = inside(M, *SMALL, "--out_dir", tmp_path / "r", "--ask", tmp_path / "p.png")
+    assert done.returncode in (0, 2) and "Traceback" not in done.stderr
