@@ -10,6 +10,16 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "hard: minutes long; runs only with -m hard")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "hard" not in config.getoption("-m"):
+        config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("hard")])
+        items[:] = [i for i in items if not i.get_closest_marker("hard")]
+
+
 @pytest.fixture(scope="session")
 def shared():
     """Folder with the small real data sets; tests that need it are skipped without it."""
