@@ -60,8 +60,9 @@ def main(run, Config, presets=None, argv=None) -> None:
     except RuntimeError as error:  # how gloo and NCCL say that another process is gone
         if os.environ.get("TRACEBACK") or not re.search(r"gloo|nccl|connection (closed|reset)", str(error), re.IGNORECASE):
             raise
+        text = str(error).strip().splitlines()[0][:160]
         print("error: another process of this run has died or cannot be reached; the last checkpoint is whole: start all "
-              f"processes again to go on from it ({str(error).strip().splitlines()[0][:160]})", file=sys.stderr, flush=True)  # fmt: skip
+              f"processes again to go on from it ({text})", file=sys.stderr, flush=True)  # fmt: skip
         os._exit(1)  # leaving in order would wait for the dead one
     except KeyboardInterrupt:
         sys.exit(130)

@@ -102,7 +102,7 @@ TEN = {
          Claim("... against paraphrasing", "opt2i_fresh_gain", "paraphrase_fresh_gain", "a little more"))),
     "dp_rdm": Paper(
         "DP-RDM: Adapting Diffusion Models to Private Domains Without Fine-Tuning", "2403.14421",
-        "private retrieval with a provable budget", "dp_rdm_samples.png",
+        "private retrieval with a provable budget", "dp_rdm_budget.png",
         (Claim("epsilon 10, 10,000 queries, against public retrieval: Frechet distance, lower is better",
                "epsilon 10, 10,000 queries fd", "public only fd", "-3.5 (FID, MS-COCO)"),)),
     "dci": Paper(
@@ -251,7 +251,8 @@ def embedded(path: Path, width: int = 1100) -> str:
 
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:72rem;padding:0 1rem;color:#23262d}
-h2{margin-top:3rem;border-top:1px solid #dee0e4;padding-top:1rem}pre{overflow-x:auto;background:#f6f7f8;padding:.8rem;font-size:13px}
+h2{margin-top:3rem;border-top:1px solid #dee0e4;padding-top:1rem}
+pre{overflow-x:auto;background:#f6f7f8;padding:.8rem;font-size:13px}
 table{border-collapse:collapse}td,th{padding:.25rem .6rem;border-bottom:1px solid #dee0e4;text-align:left;vertical-align:top}
 .wide{overflow-x:auto}figure{display:inline-block;margin:.5rem 1rem .5rem 0;max-width:100%;vertical-align:top}
 figure img{max-width:100%;height:auto}figcaption{font-size:13px;color:#667}nav a{margin-right:1rem}"""

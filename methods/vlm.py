@@ -1411,8 +1411,12 @@ def train(cfg: Config) -> dict:
     result["trained parameters, millions"] = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     log.write(cfg.steps - 1, **result)
     if env.is_main:
-        ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms)
         tok.save(out / "merges.txt")
+        size = dict(vocab=len(tok), context=2 * cfg.context, width=cfg.width, depth=cfg.lm_depth, heads=cfg.heads)
+        stand_in = (
+            dict(text=size, merges=(out / "merges.txt").read_text()) if cfg.vision == "judge" else {}
+        )  # for common/zoo.py
+        ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms, **stand_in)
         plot.save(plot.lines(log.history("loss", *parts), cfg.arms), out / "curves.png")
         if hasattr(model, "caches"):
             draw_answers(model, tok, test, cfg, env, out / "samples" / "answers.png")

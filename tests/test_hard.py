@@ -16,7 +16,6 @@ import tarfile
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -101,8 +100,20 @@ TRAIN = ["methods/vlm.py", "--preset", "smoke", "--arms", "infonce"]
 def launch(folder, *more, nodes=(), processes=2):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     where = nodes or (f"--master_port={free_port()}",)
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *where, *TRAIN, "--out_dir", str(folder), *more]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={processes}",
+        *where,
+        *TRAIN,
+        "--out_dir",
+        str(folder),
+        *more,
+    ]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
+    )
 
 
 def children(pid):
@@ -210,7 +221,22 @@ def vlm_module():
 def mutations(blob: bytes, count: int, seed: int):
     """Damaged copies: bytes changed, cut off, left out, repeated, swapped for special ones."""
     rng = random.Random(seed)
-    special = [b"\0", b"\xff\xff\xff\xff", b"{", b'"', b"[" * 50, b"-1", b"NaN", b"1e999", b"null", b"../../", b"\n", b",", b"\t", b"\x80"]
+    special = [
+        b"\0",
+        b"\xff\xff\xff\xff",
+        b"{",
+        b'"',
+        b"[" * 50,
+        b"-1",
+        b"NaN",
+        b"1e999",
+        b"null",
+        b"../../",
+        b"\n",
+        b",",
+        b"\t",
+        b"\x80",
+    ]
     for _ in range(count):
         out = bytearray(blob)
         for _ in range(rng.choice((1, 1, 2, 8))):
@@ -244,12 +270,15 @@ def seeds(folder):
     (folder / "pictures/1.png").write_bytes(png.getvalue())
     dci.write_toy(folder / "dci", 1, 1, 0)
     entry = next((folder / "dci/complete").glob("000000*.json"))
-    ckpt.export(folder / "clip.safetensors", vit.CLIP(vit.ViT(32, 8, 16, 1, 2, out_dim=8), vit.TextTransformer(600, 12, 16, 1, 2, 8)).state_dict())
+    ckpt.export(
+        folder / "clip.safetensors",
+        vit.CLIP(vit.ViT(32, 8, 16, 1, 2, out_dim=8), vit.TextTransformer(600, 12, 16, 1, 2, 8)).state_dict(),
+    )
 
     def all_of(source):
         return [source.read(s, r) for s, n in enumerate(source.sizes) for r in range(n)]
 
-    table = b"image,caption\n1.png,a star\n1.png,\"a, ring\"\n"
+    table = b'image,caption\n1.png,a star\n1.png,"a, ring"\n'
     prompts = b"Prompt\tCategory\tChallenge\tNote\na red star\tA\tB\tC\na ring above a star\tA\tB\tC\n"
     return {
         "png": (png.getvalue(), folder / "x.png", lambda p: data.decode_image(p.read_bytes(), "x.png")),
@@ -270,7 +299,21 @@ def seeds(folder):
     }  # fmt: skip
 
 
-READERS = ("png", "tar", "manifest", "safetensors", "weights", "clip", "merges", "clip merges", "captions", "coco", "dci", "prompts", "points")
+READERS = (
+    "png",
+    "tar",
+    "manifest",
+    "safetensors",
+    "weights",
+    "clip",
+    "merges",
+    "clip merges",
+    "captions",
+    "coco",
+    "dci",
+    "prompts",
+    "points",
+)
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -1,0 +1,68 @@
+"""python -m methods: the list, the runner, the report, and that the tables of README and RESULTS are those of results.json."""
+
+import importlib
+import json
+import re
+
+import pytest
+
+from tests.helpers import ROOT, run, user_error
+
+M = importlib.import_module("methods.__main__")
+
+
+def test_tables_are_those_of_the_results():
+    results = json.loads((ROOT / "methods/results.json").read_text())
+    assert set(results) <= set(M.TEN) == {p.stem for p in (ROOT / "methods").glob("[a-z]*.py")}
+    ten, claims = M.tables(results)
+    assert f"<!-- the ten -->\n{ten}\n<!-- end of the ten -->" in (ROOT / "README.md").read_text()
+    assert f"<!-- claims -->\n{claims}\n<!-- end of claims -->" in (ROOT / "methods/RESULTS.md").read_text()
+    for name, paper in M.TEN.items():
+        assert (ROOT / "methods/figures" / paper.figure).exists(), name
+        for run_ in results.get(name, {"runs": {}})["runs"].values():
+            assert set(run_) == {k for c in paper.claims for k in (c.method, c.base) if k}, name
+
+
+def test_measured_by_hand():
+    claim = M.Claim("x", "a", "b")
+    assert M.measured(claim, {}) == "" and M.measured(claim, {"0": {"a": 3.0, "b": 1.0}}) == "+2.0 (1 seed)"
+    runs = {"0": {"a": 3.0, "b": 1.0}, "1": {"a": 4.0, "b": 1.0}, "2": {"a": 2.0, "b": 1.0}}
+    assert M.measured(claim, runs) == "+2.0 ± 2.5 (3 seeds)"  # 4.303 x 1 / sqrt(3)
+    assert M.measured(M.Claim("x", "a", "", digits=2), runs) == "+3.00 ± 2.48 (3 seeds)"
+
+
+def test_marks():
+    assert M.replaced("a\n<!-- t -->\nold\n<!-- end of t -->\nb", "t", "new") == "a\n<!-- t -->\nnew\n<!-- end of t -->\nb"
+    with pytest.raises(ValueError, match="marks"):
+        M.replaced("nothing", "t", "new")
+
+
+def test_all_runs_resumes_and_reports(tmp_path):
+    before = [(ROOT / p).read_bytes() for p in ("README.md", "methods/RESULTS.md", "methods/results.json")]
+    args = ["-m", "methods", "all", "--preset", "smoke", "--seeds", "2", "--only", "dp_rdm", "--out", tmp_path]
+    first = run(*args)
+    assert first.returncode == 0, first.stderr
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("printed.txt")}
+    assert len(times) == 2 and not list(tmp_path.rglob("*.tmp"))
+    again = run(*args)
+    assert again.returncode == 0 and times == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("printed.txt")}
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 3 and "seed 1," in page and str(tmp_path) not in page
+    assert not re.search(r"(src|href)\s*=\s*['\"]?(https?:|/|\.)", page)  # everything is in the page
+    assert before == [(ROOT / p).read_bytes() for p in ("README.md", "methods/RESULTS.md", "methods/results.json")]
+
+
+def test_a_failure_is_named_and_the_rest_goes_on(tmp_path):
+    done = run("-m", "methods", "all", "--preset", "nonsense", "--seeds", "1", "--only", "dci,vlm", "--out", tmp_path)
+    user_error(done, "2 of 2 runs failed", "dci, seed 0", "vlm, seed 0")
+
+
+@pytest.mark.parametrize(
+    "args, words", [(["all", "--only", "clip"], ["clip", "vlm"]), (["all", "--seeds", "0"], ["seeds", "1"])]
+)
+def test_wrong_input(args, words):
+    user_error(run("-m", "methods", *args), *words)
+
+
+def test_help_and_unknown():
+    assert "python -m methods all" in run("-m", "methods", "--help").stdout and run("-m", "methods", "some").returncode == 2
