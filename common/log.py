@@ -112,9 +112,12 @@ class RunLog:
             self.file.close()
 
     def finish(self, metrics: dict) -> None:
+        """All processes call it; afterwards each may read what the run has written."""
         if self.main:
             self.close()
             write_json(self.dir / "metrics.json", metrics)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
 
 
 def table(rows: list[list], head: list[str]) -> str:

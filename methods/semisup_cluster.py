@@ -688,6 +688,13 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--tau_t {cfg.tau_t} must lie between 0 and --tau {cfg.tau}, and --eps {cfg.eps} above 0")
     if not 0 <= cfg.pretrain + cfg.finetune <= 1 or min(cfg.pretrain, cfg.finetune, cfg.freeze, cfg.queue, cfg.local_crops) < 0:
         raise ValueError("--pretrain and --finetune are shares that leave room for phase B; no number may be negative")
+    if cfg.local_crops and cfg.local_size > cfg.image_size:
+        raise ValueError(f"--local_size {cfg.local_size} must not be above --image_size {cfg.image_size}")
+    for arm in cfg.method.split(","):
+        if not phases(arm, cfg.labels.split(",")[0], cfg):
+            raise ValueError(
+                f"--stage {cfg.stage} is no phase of --method {arm}; its phases: {', '.join(p for _, p in ARMS[arm])}"
+            )
     for field in ("global_scale", "local_scale"):
         try:
             low, high = bounds(getattr(cfg, field))
@@ -751,13 +758,14 @@ PRESETS = {
     # CIFAR-100 as in the paper's Table 1: WRN-28-8, LARS, K = 100; lengths, rates and crops are ours
     "gpu": dict(steps=30_000, batch_size=256, lr=0.8, lr_end=8e-4, wd=1e-5, warmup=1_000, dtype="bfloat16", labels="4,25,100",
                 method="sup,suave", pretrain=0.5, finetune=0.05, image_size=32, local_size=18, local_crops=4, queue=3840,
-                ema_decay=0.996, global_scale="0.2,1", local_scale="0.08,0.5", backbone="wide", width=8, depth=28, hidden=2048,
-                embed_dim=128, optimiser="lars", log_every=50, save_every=1_000, out_dir="runs/semisup_cluster_cifar100"),
+                ema_decay=0.996, eps=0.05, global_scale="0.2,1", local_scale="0.08,0.5", backbone="wide", width=8, depth=28,
+                hidden=2048, embed_dim=128, optimiser="lars", log_every=50, save_every=1_000,
+                out_dir="runs/semisup_cluster_cifar100"),
     # ImageNet, ResNet-50, values of the released scripts: phase B of Suave from an 800-epoch SwAV, 10 % of the labels
     "paper": dict(steps=500_000, batch_size=256, lr=0.4, lr_end=1e-3, wd=1e-6, warmup=25_000, dtype="bfloat16", workers=12,
                   log_every=100, save_every=5_000, method="suave", stage="semi", pretrain=0.0, labels="128", queue=3840,
-                  image_size=224, local_size=96, local_crops=8, canvas=320, global_scale="0.14,1", local_scale="0.05,0.14",
-                  backbone="resnet50", hidden=2048, embed_dim=128, optimiser="lars", out_dir="runs/semisup_cluster_in1k"),
+                  eps=0.05, image_size=224, local_size=96, local_crops=8, canvas=320, global_scale="0.14,1",
+                  local_scale="0.05,0.14", backbone="resnet50", hidden=2048, embed_dim=128, optimiser="lars", out_dir="runs/semisup_cluster_in1k"),
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ Idea       A tutorial without experiments; this is the experiment. CONTRASTIVE m
            nothing more. MASKING hides words and patches and asks for them back, from the other side too. GENERATIVE models
            write the caption, word after word. PRETRAINED BACKBONES keep a language model frozen and learn only how to show
            it a picture. One data set, one tokenizer, one ViT, as many pictures seen; then one table, family by metric, with
-           chance and a blind reader in it, since much of what looks like seeing is guessing from words.
+           chance and a blind reader (a grey picture) in it, since much of what looks like seeing is guessing from words.
 Equations  2.2 InfoNCE -> infonce()     SigLIP -> siglip_loss()     Llip -> llip_scores()     2.3 FLAVA -> masked_ce(), Masked
-           2.4 CoCa -> caption_loss(), CoCa     classifier by Bayes -> bayes()     2.5 frozen LM -> Frozen     LoRA -> LoRA
+           2.4 CoCa -> caption_loss(), CoCa     2.5 frozen language model -> Frozen     low-rank updates -> LoRA
 Read first section 2, the four classes of section 3 from forward() on, then evaluate() in section 5
 Symbols    f_img, f_txt unit embeddings (B, D); ids (B, L); counted (B, L): tokens in the loss; seen (B, N, W): encoded pictures
-Run        python methods/vlm.py --preset smoke                                 (CPU, no data, under 30 s)
-           python methods/vlm.py                                                (CPU, no data)
+Run        python methods/vlm.py [--preset smoke]                               (CPU, no data)
            python methods/vlm.py --arms infonce,negclip,flip,llip,mask+boxes,frozen+lora
            python methods/vlm.py --ask picture.png --question "Is there a star?"
            torchrun --nproc_per_node=8 methods/vlm.py --preset paper --data data/coco --tokenizer MERGES
@@ -19,12 +18,12 @@ Data       generated (common/scenes.py), or shards with captions by data_prep/ca
 Expect     see methods/RESULTS.md
 Differs    the tutorial has no numbers of its own; everything here is tiny. FLAVA: unimodal losses share the paired batch, codes
            of patches are k-means centres, half of the matching captions are wrong. Llip's form is the usual one, the tutorial
-           gives none. The frozen encoder is the InfoNCE model's, the frozen language model ours, trained on text alone.
-           from benchmark code: ties never count as right, whatever the order; yes and no are compared by their
-           probabilities, so that garbage is not a yes (POPE); several processes give the loss of one.
-           Left out: MaskVLM, one token stream for both (CM3leon, Chameleon), Q-Former, RLHF, video.
-Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py
-           tokenizer.py vae.py vision.py vit.py zoo.py and weights/   (copy these with this file)
+           gives none. The frozen encoder is the InfoNCE model's, the language model ours, trained on text alone. One generator
+           of negatives teaches negclip and makes the tests. mask, coca and frozen are taught answers too.
+           from benchmark code: ties never count as right; yes and no are compared by their probabilities, so that garbage is
+           not a yes (POPE). Left out: MaskVLM, CM3leon, Chameleon, classifiers by Bayes, Q-Former, RLHF, video.
+Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
+           vae.py vision.py vit.py zoo.py and weights/   (copy these with this file)
 """
 
 from __future__ import annotations
@@ -45,6 +44,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, torchrun and python -m all find common/
 
@@ -64,7 +64,7 @@ class Config:
     seed: int = 0  # of weights, scenes, data order, questions and masks
     steps: int = 400  # optimiser updates of each arm
     batch_size: int = 64  # GLOBAL number of pictures, divided by the number of processes
-    accum: int = 1  # micro-batches an update; they are no negatives of each other
+    accum: int = 1  # micro-batches an update; no negatives of each other, words are averaged in each
     lr: float = 1e-3  # peak, AdamW
     wd: float = 0.05  # weight decay
     warmup: int = 30  # updates of linear warm-up, then half a cosine
@@ -113,18 +113,25 @@ class Config:
     tokenizer: str = ""  # CLIP's merges file in its place
     memory_gb: float = 8.0  # pictures below this size are kept in memory
     sugarcrepe: str = ""  # its csv (kind, file, caption, negative_caption), for rows whose pictures are among the test pictures
-    ask: str = ""  # a picture: answer --question with a trained model of out_dir, or the stand-in, and end
+    ask: str = ""  # a picture: answer --question with a trained model of out_dir, and end
     question: str = "what do you see?"  # for --ask
 
 
 # 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
 def infonce(f_img, f_txt, scale, f_neg=None):
     """InfoNCE, CLIP's loss: the Boltzmann distribution of the energy E = -scale u.v over the batch. f_img, f_txt (b, D) unit
-    rows of this process; f_neg: hard negative captions, further columns for pictures only (NegCLIP). ln B at chance."""
+    rows of this process; f_neg: hard negative captions, further columns for pictures only (NegCLIP). Chance: ln B, without
+    negatives."""
     label = torch.arange(len(f_img), device=f_img.device) + ddp.rank() * len(f_img)
     texts = ddp.gather_rows(f_txt) if f_neg is None else torch.cat([ddp.gather_rows(f_txt), ddp.gather_rows(f_neg)])
-    return (F.cross_entropy(scale * f_img @ texts.T, label)
-            + F.cross_entropy(scale * f_txt @ ddp.gather_rows(f_img).T, label)) / 2  # fmt: skip
+    to_txt, to_img = scale * dots(f_img, texts), scale * dots(f_txt, ddp.gather_rows(f_img))
+    return (F.cross_entropy(to_txt, label) + F.cross_entropy(to_img, label)) / 2
+
+
+def dots(u, v):
+    """All dot products (N, M), never in bfloat16: scaled by 100 they would be rounded to halves."""
+    with torch.autocast(u.device.type, enabled=False):
+        return u @ v.T
 
 
 def siglip_loss(logits, first=0):
@@ -135,11 +142,12 @@ def siglip_loss(logits, first=0):
     return -F.logsigmoid((2 * own - 1) * logits).sum(1).mean()
 
 
-def llip_scores(tokens, keys, f_txt, queries, tau=1.0):
+def llip_scores(tokens, keys, f_txt, queries):
     """Llip: every caption mixes a picture's K tokens (b, K, D), keys (b, K, d), by attention of its query (B, d); so each pair
     has a picture embedding of its own -> cosines (b, B)."""
-    mix = (torch.einsum("jd,ikd->ijk", queries, keys) / tau).softmax(2)
-    return torch.einsum("ijd,jd->ij", F.normalize(torch.einsum("ijk,ikd->ijd", mix, tokens), dim=2), f_txt)
+    with torch.autocast(tokens.device.type, enabled=False):
+        mix = torch.einsum("jd,ikd->ijk", queries, keys).softmax(2)
+        return torch.einsum("ijd,jd->ij", F.normalize(torch.einsum("ijk,ikd->ijd", mix, tokens), dim=2), f_txt)
 
 
 def masked_ce(logits, target):
@@ -162,19 +170,13 @@ def log_p(logits, ids, counted):
     return (logp * counted[:, 1:]).sum(1) / counted[:, 1:].sum(1).clamp(min=1)
 
 
-def bayes(log_lik, log_prior=None):
-    """p(c|x) = p(c) p(x|c) / sum_j p(c_j) p(x|c_j) from log p(x|c) (N, C): a generative model as a classifier (2.4.3). Prior:
-    uniform. For diffusion models log p(x|c) ~ -E ||eps - eps_hat||^2, with the SAME t and eps for every class."""
-    return (log_lik if log_prior is None else log_lik + log_prior).softmax(1)
-
-
 def hide_words(ids, u, mask_id, special, share=0.15):
     """BERT's rule: hides `share` of the words of ids (B, L), one at least, by u (B, L, 2) uniform in [0, 1): 80 % become
     mask_id, 10 % a random word, 10 % stay. special (B, L): never hidden -> (ids, target with -100 elsewhere)."""
     order = u[..., 0].masked_fill(special, 2.0)
     hidden = (order < share) | (order == order.amin(1, keepdim=True)) & ~special
     draw = u[..., 1]
-    noisy = torch.where(draw < 0.8, mask_id, torch.where(draw < 0.9, (draw * 1e6).long() % mask_id, ids))
+    noisy = torch.where(draw < 0.8, mask_id, torch.where(draw < 0.9, (draw * 1e6).long() % (mask_id - 2), ids))
     return torch.where(hidden, noisy, ids), torch.where(hidden, ids, -100)
 
 
@@ -311,31 +313,33 @@ class Contrastive(nn.Module):
 
     def cosines(self, seen, ids):
         """All pictures with all texts (N, M)."""
-        f_txt = unit(self.text(ids))
+        return self.compare(seen, unit(self.text(ids)))
+
+    def compare(self, seen, f_txt):
         if self.loss != "llip":
-            return unit(self.img_proj(seen[:, 0])) @ f_txt.T
+            return dots(unit(self.img_proj(seen[:, 0])), f_txt)
         tokens = seen[:, : 1 + self.vision.registers]
         return llip_scores(full(self.img_proj(tokens)), full(self.key(tokens)), f_txt, full(self.query(f_txt)))
 
     def forward(self, batch):
-        seen, scale = self.see(batch["image"], keep=batch.get("keep")), self.log_scale.exp()
+        seen, f_txt, scale = (
+            self.see(batch["image"], keep=batch.get("keep")),
+            unit(self.text(batch["ids"])),
+            self.log_scale.exp(),
+        )
         if self.loss == "infonce":
-            f_img, f_txt = unit(self.img_proj(seen[:, 0])), unit(self.text(batch["ids"]))
-            loss = infonce(f_img, f_txt, scale, unit(self.text(batch["negative"])) if "negative" in batch else None)
+            f_neg = unit(self.text(batch["negative"])) if "negative" in batch else None
+            loss = infonce(unit(self.img_proj(seen[:, 0])), f_txt, scale, f_neg)
         else:
-            f_txt = ddp.gather_rows(unit(self.text(batch["ids"])))
-            if self.loss == "siglip":
-                cos = unit(self.img_proj(seen[:, 0])) @ f_txt.T
-            else:
-                tokens = seen[:, : 1 + self.vision.registers]
-                cos = llip_scores(full(self.img_proj(tokens)), full(self.key(tokens)), f_txt, full(self.query(f_txt)))
+            cos = self.compare(seen, ddp.gather_rows(f_txt))
             loss = siglip_loss(scale * cos + self.bias, ddp.rank() * len(seen))
         return loss, {"scale": scale}
 
 
 class Masked(nn.Module):
     """2.3, FLAVA-like: picture encoder, text encoder and a fusion of both. All six losses have weight 1: MIM + MLM (one side
-    alone), MMM of patches and of words (both sides masked), ITM (matching), GC (InfoNCE, nothing masked)."""
+    alone), MMM of patches and of words (both sides masked), ITM (matching), GC (InfoNCE, nothing masked); and the answers of
+    questions as hidden words, where there are questions."""
 
     def __init__(self, cfg, tok, boxes: bool = False):
         super().__init__()
@@ -367,7 +371,7 @@ class Masked(nn.Module):
 
     def cosines(self, seen, ids):
         words = self.read(ids, lengths(ids))
-        return unit(self.img_proj(seen[:, 0])) @ unit(self.txt_proj(words[:, 0])).T
+        return dots(unit(self.img_proj(seen[:, 0])), unit(self.txt_proj(words[:, 0])))
 
     def match(self, seen, ids):
         """Log-odds that the text belongs to the picture (B,)."""
@@ -427,7 +431,7 @@ def corners(box):
 
 class CoCa(nn.Module):
     """2.4: a text decoder in two halves. The lower one sees words only, and its class token, appended at the END, is the
-    caption's embedding; the upper one also attends to the picture, and writes. L = InfoNCE + lam_cap caption loss."""
+    caption's embedding; the upper one also attends to the picture, and writes. L = InfoNCE + lam_cap (caption + answers)."""
 
     def __init__(self, cfg, tok):
         super().__init__()
@@ -455,7 +459,7 @@ class CoCa(nn.Module):
         return unit(self.txt_proj(x[:, L])), x[:, :L]
 
     def cosines(self, seen, ids):
-        return unit(self.img_proj(seen[:, 0])) @ self.caption_embedding(ids)[0].T
+        return dots(unit(self.img_proj(seen[:, 0])), self.caption_embedding(ids)[0])
 
     def logits(self, seen, ids, caches=None, first=0):
         """Next-word logits (B, L, vocab). caches: of both halves; first: number of words in them already."""
@@ -493,7 +497,8 @@ class LM(nn.Module):
 
 class Frozen(nn.Module):
     """2.5: patches of a frozen encoder, through a projector, stand as words before the text of a frozen language model.
-    L = - mean log p_LM(answer | projector(picture), prompt): gradients flow THROUGH the frozen weights to the projector.
+    L = - mean log p_LM(text | projector(picture), prompt), captions after an instruction and answers after questions: gradients
+    flow THROUGH the frozen weights to the projector.
 
     Words keep the positions of their training, pictures have none, since the encoder's tokens carry their own. trained: what
     learns beside the projector: "", "lora", or "all" of the language model, as in LLaVA's second stage."""
@@ -644,7 +649,7 @@ class Pairs:
     def wrong(self, row, rng):
         """Another picture's caption that is none of this one's."""
         for _ in range(20):
-            other = self.captions[rng.integers(len(self.captions))]
+            other = self.captions[rng.integers(len(self.captions))] or self.captions[row]
             text = other[rng.integers(len(other))]
             if text not in self.captions[row]:
                 return text
@@ -712,7 +717,7 @@ def generated(count, seed, cfg, **options) -> Pairs:
 def prepared(split, cfg, env) -> Pairs:
     """Shards with captions; boxes tell which objects are there."""
     names = {n.split("-")[0] for n in data.Shards(cfg.data).names}
-    source = data.Shards(cfg.data, split if split in names else "val")
+    source = data.Shards(cfg.data, "val" if split == "test" and "test" not in names else split)
     found = data.records(source)
     rows = [i for i, r in enumerate(found) if r.get("captions")]
     if not rows:
@@ -722,7 +727,7 @@ def prepared(split, cfg, env) -> Pairs:
     pictures = data.load(source, rows, cfg.image_size, env, gb, cfg.workers, cfg.max_bad)
     objects = [sorted({b["label"] for b in r.get("boxes") or []}) for r in found]
     classes = sorted({name for names in objects for name in names})
-    captions = [r.get("captions") or [""] for r in found]
+    captions = [r.get("captions") or [] for r in found]
     return Pairs(pictures, captions, objects, [], classes, [r["key"] for r in found], np.zeros(len(found), bool))
 
 
@@ -731,7 +736,7 @@ def open_pairs(split, cfg, env) -> Pairs:
         return prepared("test", cfg, env) if cfg.data else generated(cfg.eval_images, 1_000_003, cfg)
     pairs = prepared("train", cfg, env) if cfg.data else generated(cfg.pairs, cfg.seed, cfg)
     rng = np.random.default_rng((cfg.seed, 31))
-    pairs.noisy = rng.random(len(pairs.captions)) < cfg.noise
+    pairs.noisy = (rng.random(len(pairs.captions)) < cfg.noise) & [len(c) > 0 for c in pairs.captions]
     rows = np.flatnonzero(pairs.noisy)
     moved = [pairs.captions[r] for r in np.roll(rows, 1)]
     pairs.captions = [list(c) for c in pairs.captions]
@@ -750,7 +755,7 @@ def rows_of(tok, prompts, answers, context):
             raise ValueError(f"the answer {answer!r} has no token: nothing would be learned from {prompt!r}")
         rows.append([tok.start, *p, *a, tok.end])
         flags.append([False] * (1 + len(p)) + [True] * (len(a) + 1))
-    longest = -(-max(map(len, rows)) // 4) * 4  # few different shapes
+    longest = min(context, -(-max(map(len, rows)) // 4) * 4)  # few different shapes
     pad = [longest - len(r) for r in rows]
     ids = torch.tensor([r + [0] * n for r, n in zip(rows, pad)])
     return ids, torch.tensor([f + [False] * n for f, n in zip(flags, pad)])
@@ -779,7 +784,8 @@ def make_batch(pairs: Pairs, part, arm, tok, cfg, micro, first, device):
         tell = [TELL[g.integers(len(TELL))] for g in rngs]
         out["told"], out["told_counted"] = rows_of(tok, tell, captions, cfg.context)
     if family == "lm":  # words are quickly learned: few texts do
-        out = {"packed": torch.tensor([packed(pairs, tok, g, 2 * cfg.context) for g in rngs[::4]])}
+        some = [g for i, g in enumerate(rngs, first) if i % 4 == 0]
+        out = {"packed": torch.tensor([packed(pairs, tok, g, 2 * cfg.context) for g in some])}
     if arm == "negclip":
         wrong = [pairs.negative(r, c, g) for r, c, g in zip(rows, captions, rngs)]
         out["negative"] = rows_of(tok, [""] * len(rows), wrong, cfg.context)[0]
@@ -809,7 +815,7 @@ def packed(pairs, tok, rng, length):
     while len(out) < length:
         row = int(rng.integers(len(pairs.captions)))
         asked = pairs.question(row, rng) if rng.random() < 0.5 else None
-        captions = pairs.captions[row]
+        captions = pairs.captions[row] or ["nothing"]
         prompt, text = asked[:2] if asked else (TELL[rng.integers(len(TELL))], captions[rng.integers(len(captions))])
         out += [tok.start, *tok.encode(prompt), *tok.encode(text), tok.end]
     return out[:length]
@@ -1062,13 +1068,14 @@ class Scorer:
             elif head == "likelihood - blind":
                 out[head] = out["likelihood"] - self.likelihood(self.blank, ids, counted)
             elif head == "matching":
-                out[head] = torch.stack([self.model.match(s.expand(len(ids), -1, -1), ids) for s in seen])
+                rows = [[self.model.match(s.expand(len(t), -1, -1), t) for t in ids.split(self.block)] for s in seen]
+                out[head] = torch.stack([torch.cat(row) for row in rows])
             else:
-                out[head] = self.model.cosines(seen, ids)
+                out[head] = torch.cat([self.model.cosines(seen, t) for t in ids.split(self.block)], 1)
         return {head: v.float().cpu() for head, v in out.items()}
 
     def answers(self, seen, questions, candidates, **options):
-        """The likeliest of each question's candidates -> (indices, their probabilities among the candidates)."""
+        """The likeliest of each question's candidates -> (indices, -1 for a tie; their probabilities among the candidates)."""
         owner = [i for i, some in enumerate(candidates) for _ in some]
         ids, counted = self.ids([c for some in candidates for c in some], [questions[i] for i in owner])
         own = torch.tensor(owner, device=self.device)
@@ -1083,12 +1090,12 @@ class Scorer:
         else:
             total = self.likelihood(seen.expand(len(questions), -1, -1)[own], ids, counted, **options) * counted.sum(1)
         groups = total.split([len(c) for c in candidates])
-        best = [g.softmax(0).max(0) for g in groups]
-        return [int(b.indices) for b in best], [float(b.values) for b in best]
+        best = [g.softmax(0).topk(2) for g in groups]
+        return [int(i[0]) if v[0] > v[1] else -1 for v, i in best], [float(v[0]) for v, _ in best]
 
     def write(self, seen, prompts, **options):
         """Greedy texts: prompts of equal length are continued together."""
-        rows = [[self.tok.start, *self.tok.encode(p)] for p in prompts]
+        rows = [[self.tok.start, *self.tok.encode(p)[: self.cfg.context - 8]] for p in prompts]
         out = [""] * len(rows)
         for size in sorted({len(r) for r in rows}):
             some = [i for i, r in enumerate(rows) if len(r) == size]
@@ -1135,14 +1142,14 @@ def recall_at_1(scores, match):
 
 def zero_shot(score, cfg) -> dict:
     """Colour and shape of a single object among 72 classes, two templates averaged; pairs that were trained on, and pairs that
-    were not. Contrastive heads average embeddings' scores, generative ones log-likelihoods (Bayes with a uniform prior)."""
+    were not. Contrastive heads average cosines, generative ones log p(text | picture)."""
     names, out = [f"{c} {s}" for c in scenes.COLOURS for s in scenes.SHAPES], {}
     for pairs, name in (("seen", "zero-shot"), ("held_out", "zero-shot, unseen pairs")):
         single = generated(min(64, cfg.eval_images), 2_000_003, cfg, objects=(1, 1), pairs=pairs)
         seen = score.see(single.pictures["image"])
         label = torch.tensor([names.index(f"{s.things[0].colour} {s.things[0].shape}") for s in single.scenes])
         both = [score.matrix(seen, [f.format(n) for n in names]) for f in ("a {}", "there is a {}")]
-        out |= {f"{head}: {name}": metrics.accuracy(bayes(both[0][head] + both[1][head]), label) for head in both[0]}
+        out |= {f"{head}: {name}": metrics.accuracy(both[0][head] + both[1][head], label) for head in both[0]}
     return out
 
 
@@ -1225,7 +1232,7 @@ def questions(score, test, rows, seen, cfg) -> dict:
 
     def constrained(x, **options):
         best, sure = score.answers(x, text, candidates, **options)
-        return [vqa_accuracy(c[b], [a]) for c, b, (_, _, a, _) in zip(candidates, best, asked)], sure
+        return [vqa_accuracy(c[b] if b >= 0 else "", [a]) for c, b, (_, _, a, _) in zip(candidates, best, asked)], sure
 
     right, sure = constrained(own)
     add("VQA", right)
@@ -1239,7 +1246,7 @@ def questions(score, test, rows, seen, cfg) -> dict:
         free = score.write(own, text)
         add("VQA free", [vqa_accuracy(f, [a]) for f, (_, _, a, _) in zip(free, asked)])
         unclear = [not yes_or_no(f) for f, k in zip(free, kinds) if k not in OPEN]
-        out["VQA free, unclear"] = 100 * float(np.mean(unclear))
+        out |= {"VQA free, unclear": 100 * float(np.mean(unclear))} if unclear else {}
     if isinstance(score.model, Frozen) and cfg.shots and test.scenes:
         solved = generated(cfg.shots, 4_000_037, cfg)
         done = [solved.question(i, np.random.default_rng((8, i))) for i in range(cfg.shots)]
@@ -1264,8 +1271,10 @@ def captioning(given, test, rows) -> dict:
     out = {"attribute F1": 100 * attribute_f1(given, [test.scenes[r] for r in rows])} if test.scenes else {}
     out |= {"CIDEr-D": cider_d(plain, references), "BLEU-4": 100 * bleu4(plain, references),
             "ROUGE-L": 100 * float(np.mean([rouge_l(g, r) for g, r in zip(plain, references)]))}  # fmt: skip
-    if test.classes:
-        out |= dict(zip(("CHAIR_i", "CHAIR_s"), (100 * v for v in chair(given, objects, test.classes))))
+    known = [i for i, names in enumerate(objects) if names]  # of the others we do not know what is there
+    if known:
+        both = chair([given[i] for i in known], [objects[i] for i in known], test.classes)
+        out |= dict(zip(("CHAIR_i", "CHAIR_s"), (100 * v for v in both)))
     return out | {"words": float(np.mean([len(g.split()) for g in given])), "distinct": 100 * len(set(given)) / len(given)}
 
 
@@ -1371,7 +1380,8 @@ def train(cfg: Config) -> dict:
     if arm.family == "mask":
         model.codebook.copy_(codebook(pairs, cfg))
     if arm.family == "frozen" and isinstance(pairs.pictures, dict):  # nothing changes a picture: look at each once
-        parts = [model.features(normalised(x.to(env.device))) for x in pairs.pictures["image"].split(256)]
+        blocks = tqdm(pairs.pictures["image"].split(256), "features", disable=not env.is_main, mininterval=5)
+        parts = [model.features(normalised(x.to(env.device))) for x in blocks]
         pairs.pictures = {"features": torch.cat(parts), "row": pairs.pictures["row"]}
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
     rate = cfg.lr * (3 if cfg.arms in ("frozen", "frozen+lora") else 1)  # few new weights between frozen ones
@@ -1417,7 +1427,9 @@ def train(cfg: Config) -> dict:
             dict(text=size, merges=(out / "merges.txt").read_text()) if cfg.vision == "judge" else {}
         )  # for common/zoo.py
         ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms, **stand_in)
-        plot.save(plot.lines(log.history("loss", *parts), cfg.arms), out / "curves.png")
+        names = ("loss", "contrastive", "caption", "qa", "gc", "itm", "mim", "mlm", "mmm_img", "mmm_txt", "box")
+        found = log.history(*names)
+        plot.save(plot.lines({n: found[n] for n in names if n in found}, cfg.arms), out / "curves.png")
         if hasattr(model, "caches"):
             draw_answers(model, tok, test, cfg, env, out / "samples" / "answers.png")
     log.finish(result)
@@ -1449,6 +1461,16 @@ def check(cfg: Config) -> None:
     for kind in cfg.kinds.split(","):
         if kind not in (*YES_NO, *OPEN):
             raise ValueError(f"--kinds {cfg.kinds}: {kind!r} is unknown; choose from {', '.join((*YES_NO, *OPEN))}")
+    if set(cfg.kinds.split(",")) == {"relation"}:
+        raise ValueError("--kinds relation needs another kind beside it, for pictures with one object")
+    stem = [max(16, cfg.width >> i) for i in range(max(1, cfg.patch.bit_length() - 1))]
+    if cfg.patch < 2 or cfg.patch & (cfg.patch - 1):
+        raise ValueError(f"--patch {cfg.patch} must be a power of two, 2 at least")
+    if any(w % 8 for w in stem) or cfg.width % cfg.heads:
+        raise ValueError(f"--width {cfg.width} must be a multiple of --heads {cfg.heads}, and the channels of the convolutions "
+                         f"before it ({', '.join(map(str, stem))}) multiples of 8")  # fmt: skip
+    if not 0 <= cfg.shots <= 3:
+        raise ValueError(f"--shots {cfg.shots} must be 0 to 3: more do not fit in front of a question")
     if cfg.objects > 3:
         raise ValueError(f"--objects {cfg.objects} is more than the three that a generated picture may hold")
     choices = {"dtype": ("float32", "bfloat16"), "vision": ("infonce", "judge"), "region": ("", "any", *scenes.REGIONS)}
@@ -1527,7 +1549,7 @@ def report(cfg, scores) -> None:
 
 @torch.no_grad()
 def answer_once(cfg) -> str:
-    """--ask: a picture of your own, a question, the answer of a trained arm or of the stand-in."""
+    """--ask: a picture of your own, a question, the answer of a trained arm."""
     img = data.decode_image(Path(cfg.ask).read_bytes(), cfg.ask)
     for arm in ("frozen+all", "frozen+lora", "frozen", "coca"):
         folder = Path(cfg.out_dir, arm)
@@ -1564,7 +1586,7 @@ PRESETS = {
     # the tutorial has no settings: ViT-B/16 on COCO's 118,000 pictures, 20 epochs
     "paper": dict(steps=2_300, batch_size=1_024, data="data/coco", image_size=224, patch=16, width=768, depth=12, heads=12,
                   text_depth=6, lm_depth=12, embed_dim=512, context=77, lr=5e-4, warmup=300, dtype="bfloat16", workers=12,
-                  eval_images=5_000, codes=8_192, arms="infonce,siglip,llip,negclip,mask,coca,frozen,frozen+lora",
+                  eval_images=1_000, codes=8_192, arms="infonce,siglip,llip,negclip,mask,coca,frozen,frozen+lora",
                   out_dir="runs/vlm_paper"),
 }  # fmt: skip
 

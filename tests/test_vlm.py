@@ -94,10 +94,10 @@ def test_hard_negatives_are_columns_for_pictures_only():
 
 def test_llip_equals_loops_and_one_token_is_siglip():
     t, k, f, q = torch.randn(3, 4, 5), torch.randn(3, 4, 2), unit(6, 5).float(), torch.randn(6, 2)
-    got = M.llip_scores(t, k, f, q, tau=0.7)
+    got = M.llip_scores(t, k, f, q)
     for i in range(3):
         for j in range(6):
-            w = torch.stack([(q[j] * k[i, m]).sum() / 0.7 for m in range(4)]).softmax(0)
+            w = torch.stack([(q[j] * k[i, m]).sum() for m in range(4)]).softmax(0)
             u = sum(w[m] * t[i, m] for m in range(4))
             assert got[i, j].item() == pytest.approx((F.normalize(u, dim=0) * f[j]).sum().item(), abs=1e-5)
     torch.testing.assert_close(M.llip_scores(t[:, :1], k[:, :1], f, q), F.normalize(t[:, 0], dim=1) @ f.T)
@@ -301,13 +301,6 @@ def test_lora_is_the_same_model_at_first_and_when_merged():
     after = lora(x)
     assert not torch.allclose(after, before)
     torch.testing.assert_close(lora.merged()(x), after)
-
-
-def test_bayes():
-    p = M.bayes(torch.randn(5, 7))
-    torch.testing.assert_close(p.sum(1), torch.ones(5))
-    assert torch.equal(M.bayes(torch.tensor([[1.0, 0.0]])).argmax(1), torch.tensor([0]))
-    assert M.bayes(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.1, 0.9]]).log()).argmax(1) == 1
 
 
 # Benchmarks ------------------------------------------------------------------------------------------------------------------
@@ -609,7 +602,7 @@ def test_training_on_pictures_in_shards(tmp_path):
     (["--arms", "clip"], ["clip", "infonce"]),
     (["--noise", "2"], ["noise", "share"]),
     (["--steps", "0"], ["steps", "1"]),
-    (["--patch", "7"], ["patch", "multiple"]),
+    (["--patch", "7"], ["patch", "power of two"]),
     (["--data", "/none"], ["/none"]),
     (["--sugarcrepe", "/none.csv", "--arms", "infonce"], ["/none.csv"]),
     (["--ask", "/none.png"], ["/none.png"]),
@@ -618,6 +611,10 @@ def test_training_on_pictures_in_shards(tmp_path):
     (["--heads", "3"], ["heads"]),
     (["--vision", "resnet"], ["vision", "judge"]),
     (["--dtype", "half"], ["dtype", "bfloat16"]),
+    (["--kinds", "relation"], ["relation", "another kind"]),
+    (["--kinds", "smell"], ["smell", "colour"]),
+    (["--shots", "9"], ["shots", "0 to 3"]),
+    (["--width", "100"], ["width", "channels"]),
 ])  # fmt: skip
 def test_wrong_input(tmp_path, args, words):
     user_error(inside(M, *SMALL, "--out_dir", tmp_path / "r", *args), *words)
