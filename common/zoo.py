@@ -186,20 +186,21 @@ class Painter(nn.Module):
 
 
 class Vqa(nn.Module):
-    """Answers yes or no to questions about scenes of four cells: the judge's features of the cells, projected, stand as words
-    before the question in a small language model (methods/vlm.py --preset standin, which explains every part)."""
+    """Answers yes or no to questions about scenes of four cells: the judge's features of each cell and its number, projected,
+    stand as words before the question in a small language model (methods/vlm.py --preset standin, which explains every part)."""
 
     def __init__(self, judge: Judge, words: Tokenizer, size: dict):
         super().__init__()
         self.judge, self.tok, self.text = judge, words, TextTransformer(**size, act="gelu", eps=1e-6)
         self.text.norm.eps = 1e-5
-        self.projector = nn.Sequential(nn.Linear(judge.body.out_dim, self.text.width), nn.GELU(),
+        self.projector = nn.Sequential(nn.Linear(judge.body.out_dim + 4, self.text.width), nn.GELU(),
                                        nn.Linear(self.text.width, self.text.width))  # fmt: skip
 
     @torch.no_grad()
     def yes(self, images: torch.Tensor, questions: list[str]) -> torch.Tensor:
         """Images (B, 3, 32, 32) in [-1, 1], a question each -> probability of yes against no (B,)."""
-        seen = self.projector(self.judge.features(images, 2).unflatten(1, (4, -1)))
+        f = self.judge.features(images, 2).unflatten(1, (4, -1))
+        seen = self.projector(torch.cat([f, torch.eye(4, device=f.device).expand(len(f), -1, -1)], 2))
         rows = [[self.tok.start, *self.tok.encode(q)] for q in questions]
         last = torch.tensor([len(r) for r in rows], device=images.device) - 1
         ids = torch.tensor([r + [0] * (int(last.max()) + 1 - len(r)) for r in rows], device=images.device)

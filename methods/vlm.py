@@ -560,7 +560,8 @@ class Patches(nn.Module):
 
 
 class Cells(nn.Module):
-    """The stand-in classifier's features of the four cells, in place of a ViT's patches."""
+    """The stand-in classifier's features of the four cells, in place of a ViT's patches, and which cell it is: alone they could
+    not say where."""
 
     def __init__(self):
         super().__init__()
@@ -571,7 +572,8 @@ class Cells(nn.Module):
 
     def forward(self, images):
         images = (images * self.std + self.mean) * 2 - 1
-        return self.judge.features(images, 2).unflatten(1, (4, -1))
+        f = self.judge.features(images, 2).unflatten(1, (4, -1))
+        return torch.cat([f, torch.eye(4, device=f.device).expand(len(f), -1, -1)], 2)
 
 
 class LoRA(nn.Module):
@@ -1332,7 +1334,7 @@ def build(cfg, tok, env):
     else:
         stack = trained("lm", LM(cfg, tok)).stack
         if cfg.vision == "judge":
-            vision, width = Cells(), zoo.load_judge().body.out_dim
+            vision, width = Cells(), zoo.load_judge().body.out_dim + 4
         else:
             vision, width = Patches(trained("infonce", Contrastive(cfg, tok, "infonce")).vision), cfg.width
         ddp.reseed(cfg.seed, 0, 1)
@@ -1575,7 +1577,7 @@ PRESETS = {
     "laptop": {},
     # the VQA model of common/weights: what opt2i.py and pareto_eval.py ask about pictures of the painters
     "standin": dict(arms="frozen+all", vision="judge", region="", objects=3, kinds=",".join((*YES_NO, *OPEN)), pairs=20_000,
-                    steps=6_000, batch_size=64, width=96, lm_depth=2, asked=2, warmup=200, save_every=1_000, log_every=50,
+                    steps=3_000, batch_size=64, width=96, lm_depth=2, asked=2, warmup=200, save_every=1_000, log_every=50,
                     out_dir="runs/standin_vqa"),
     "gpu": dict(steps=6_000, batch_size=512, pairs=100_000, eval_images=1_000, width=384, depth=8, heads=6, text_depth=3,
                 lm_depth=6, embed_dim=256, patch=4, warmup=300, dtype="bfloat16", out_dir="runs/vlm_gpu",
