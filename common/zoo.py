@@ -187,7 +187,7 @@ class Painter(nn.Module):
 
 class Vqa(nn.Module):
     """Answers yes or no to questions about scenes of four cells: the judge's features of each cell and its number, projected,
-    stand as words before the question in a small language model (methods/vlm.py --preset standin, which explains every part)."""
+    stand as words before the question in a small language model (methods/vlm.py --preset standin, which explains it)."""
 
     def __init__(self, judge: Judge, words: Tokenizer, size: dict):
         super().__init__()
