@@ -985,14 +985,16 @@ WORDS = {other: word for word, others in scenes.SYNONYMS.items() for other in ot
 
 
 def facts(text):
-    """What a generated caption claims: (colour, shape), (texture, shape) and (shape, relation, shape)."""
+    """What a generated caption claims: (colour, shape), (texture, shape), (shape, "at", place) and (shape, relation, shape)."""
     words = [WORDS.get(w, w) for w in text.lower().split()]
     out, shapes, held = set(), [], []
-    for w in words:
+    for before, w in zip(["", *words], words):
         held += [w] if w in scenes.COLOURS or w in scenes.TEXTURES else []
         if w in scenes.SHAPES:
             out |= {(h, w) for h in held if h != "solid"}
             shapes, held = [*shapes, w], []
+        elif shapes and f"{before} {w}" in scenes.PLACES[2]:
+            out.add((shapes[-1], "at", f"{before} {w}"))
     if len(shapes) == 2:
         between = f" {' '.join(words[words.index(shapes[0]) : words.index(shapes[1])])} "
         out |= {(shapes[0], rel, shapes[1]) for rel in ("left of", "right of", "above", "below") if f" {rel} " in between}
@@ -1002,6 +1004,7 @@ def facts(text):
 def true_facts(s):
     """All facts of a scene, relations in both directions."""
     out = {(t.colour, t.shape) for t in s.things} | {(t.texture, t.shape) for t in s.things if t.texture != "solid"}
+    out |= {(t.shape, "at", scenes.PLACES[s.grid][t.cell]) for t in s.things}
     related = [(a, b, scenes.relation(a, b, s.grid)) for a in s.things for b in s.things if a != b]
     return out | {(a.shape, rel.removeprefix("to the "), b.shape) for a, b, rel in related}
 
@@ -1114,25 +1117,35 @@ def evaluate(model, tok, test: Pairs, cfg, env) -> dict:
     model.eval()
     score = Scorer(model, tok, cfg, env.device)
     rows, seen, out = test.pictures["row"].tolist(), score.see(test.pictures["image"]), {}
-    world = [test.scenes[r] for r in rows] if test.scenes else []
-    captions = [test.captions[r] for r in rows]
-    records = [{"captions": [scenes.caption(s, brief=True)]} for s in world] or [{"captions": c} for c in captions]
-    texts, match = metrics.caption_matches(records)
+    world, writes = [test.scenes[r] for r in rows] if test.scenes else [], hasattr(model, "caches")
+    stages = {"retrieval": lambda: retrieval(score, test, rows, seen)}
+    if world:
+        stages |= {"zero-shot": lambda: zero_shot(score, cfg), "wrong captions": lambda: compositional(score, cfg)}
+    if cfg.sugarcrepe:
+        stages["SugarCrepe"] = lambda: sugarcrepe(score, seen, [test.keys[r] for r in rows], cfg)
+    if not isinstance(model, Contrastive) and test.classes:
+        stages["questions"] = lambda: questions(score, test, rows, seen, cfg)
+    if writes:
+        stages["captions"] = lambda: captioning(score.write(seen, [score.prompt] * len(seen)), test, rows)
+    if isinstance(model, Masked) and model.box is not None and world:
+        stages["boxes"] = lambda: {"box IoU > 0.5": grounding(score, world, seen, cfg)}
+    bar = tqdm(stages, f"{cfg.arms} tests", unit="test", leave=False, disable=not env.is_main)
+    for name in bar:
+        bar.set_postfix_str(name)
+        if ddp.interrupted():
+            raise KeyboardInterrupt
+        out |= stages[name]()
+    model.train()
+    return out
+
+
+def retrieval(score, test, rows, seen) -> dict:
+    """Captions that several pictures share count for each; generated pictures have one full caption, others all of theirs."""
+    records = [{"captions": [scenes.caption(test.scenes[r], brief=True)] if test.scenes else test.captions[r]} for r in rows]
+    (texts, match), out = metrics.caption_matches(records), {}
     for head, scores in score.matrix(seen, texts).items():
         out[f"{head}: text to image R@1"] = recall_at_1(scores.T, match)
         out[f"{head}: image to text R@1"] = recall_at_1(scores, match.T)
-    if world:
-        out |= zero_shot(score, cfg) | compositional(score, cfg)
-    if cfg.sugarcrepe:
-        out |= sugarcrepe(score, seen, [test.keys[r] for r in rows], cfg)
-    if not isinstance(model, Contrastive) and test.classes:
-        out |= questions(score, test, rows, seen, cfg)
-    if hasattr(model, "caches"):
-        given = score.write(seen, [score.prompt] * len(seen))
-        out |= captioning(given, test, rows)
-    if isinstance(model, Masked) and model.box is not None and world:
-        out["box IoU > 0.5"] = grounding(score, world, seen, cfg)
-    model.train()
     return out
 
 
@@ -1583,8 +1596,8 @@ PRESETS = {
                 lm_depth=6, embed_dim=256, patch=4, warmup=300, dtype="bfloat16", out_dir="runs/vlm_gpu",
                 arms="infonce,siglip,llip,negclip,flip,mask,mask+boxes,coca,frozen,frozen+lora,frozen+all"),
     # photographs of Flickr8k by data_prep/captions.py, or of COCO by coco.py
-    "photos": dict(image_size=64, vocab=4_096, context=48, eval_images=200, arms="infonce,siglip,mask,coca,frozen",
-                   out_dir="runs/vlm_photos"),
+    "photos": dict(data="data/flickr8k", image_size=64, vocab=4_096, context=48, eval_images=200,
+                   arms="infonce,siglip,mask,coca,frozen", out_dir="runs/vlm_photos"),
     # the tutorial has no settings: ViT-B/16 on COCO's 118,000 pictures, 20 epochs
     "paper": dict(steps=2_300, batch_size=1_024, data="data/coco", image_size=224, patch=16, width=768, depth=12, heads=12,
                   text_depth=6, lm_depth=12, embed_dim=512, context=77, lr=5e-4, warmup=300, dtype="bfloat16", workers=12,

@@ -52,16 +52,33 @@ def test_all_runs_resumes_and_reports(tmp_path):
     assert before == [(ROOT / p).read_bytes() for p in ("README.md", "methods/RESULTS.md", "methods/results.json")]
 
 
-def test_a_failure_is_named_and_the_rest_goes_on(tmp_path):
-    done = run("-m", "methods", "all", "--preset", "nonsense", "--seeds", "1", "--only", "dci,vlm", "--out", tmp_path)
-    user_error(done, "2 of 2 runs failed", "dci, seed 0", "vlm, seed 0")
+def test_a_failure_is_named(tmp_path):
+    (tmp_path / "smoke_vlm_0").mkdir()
+    (tmp_path / "smoke_vlm_0/infonce").write_text("in the way")
+    done = run("-m", "methods", "all", "--preset", "smoke", "--seeds", "1", "--only", "vlm", "--out", tmp_path)
+    user_error(done, "1 of 1 runs failed", "vlm, seed 0", "infonce")
 
 
-@pytest.mark.parametrize(
-    "args, words", [(["all", "--only", "clip"], ["clip", "vlm"]), (["all", "--seeds", "0"], ["seeds", "1"])]
-)
+def test_fewer_seeds_do_not_replace_more(tmp_path, monkeypatch):
+    kept = {"dci": {"commit": "a", "runs": {"0": {"dense SCM": 1.0}, "1": {"dense SCM": 2.0}}}}
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods/results.json").write_text(json.dumps(kept))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.json").write_text(json.dumps({"dense SCM": 5.0, "clip SCM": 1.0}))
+    monkeypatch.setattr(M, "ROOT", tmp_path)
+    monkeypatch.setattr(M, "rewrite", lambda results: None)
+    M.collect({("dci", 0): tmp_path / "run"})
+    assert json.loads((tmp_path / "methods/results.json").read_text()) == kept
+    M.collect({("dci", s): tmp_path / "run" for s in range(3)})
+    assert len(json.loads((tmp_path / "methods/results.json").read_text())["dci"]["runs"]) == 3
+
+
+WRONG = ([["--only", "clip"], ["clip", "vlm"]], [["--seeds", "0"], ["seeds", "1"]], [["--preset", "nope"], ["nope", "smoke"]])
+
+
+@pytest.mark.parametrize("args, words", WRONG)
 def test_wrong_input(args, words):
-    user_error(run("-m", "methods", *args), *words)
+    user_error(run("-m", "methods", "all", *args), *words)
 
 
 def test_help_and_unknown():
