@@ -1437,11 +1437,7 @@ def train(cfg: Config) -> dict:
     log.write(cfg.steps - 1, **result)
     if env.is_main:
         tok.save(out / "merges.txt")
-        size = dict(vocab=len(tok), context=2 * cfg.context, width=cfg.width, depth=cfg.lm_depth, heads=cfg.heads)
-        stand_in = (
-            dict(text=size, merges=(out / "merges.txt").read_text()) if cfg.vision == "judge" else {}
-        )  # for common/zoo.py
-        ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms, **stand_in)
+        ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms)
         names = ("loss", "contrastive", "caption", "qa", "gc", "itm", "mim", "mlm", "mmm_img", "mmm_txt", "box")
         found = log.history(*names)
         plot.save(plot.lines({n: found[n] for n in names if n in found}, cfg.arms), out / "curves.png")
@@ -1588,7 +1584,8 @@ PRESETS = {
     "smoke": dict(steps=4, batch_size=8, pairs=64, eval_images=12, width=32, depth=2, heads=2, text_depth=1, lm_depth=1,
                   embed_dim=32, warmup=1, log_every=2, save_every=2, codes=16, out_dir="runs/vlm_smoke"),
     "laptop": {},
-    # the VQA model of common/weights: what opt2i.py and pareto_eval.py ask about pictures of the painters
+    # towards a VQA stand-in for common/weights: after 3,000 updates objects, colours, textures and grounds are right in 98 to
+    # 100 % of yes-or-no questions, places in 84 %, sizes and relations at chance
     "standin": dict(arms="frozen+all", vision="judge", region="", objects=3, kinds=",".join((*YES_NO, *OPEN)), pairs=20_000,
                     steps=3_000, batch_size=64, width=96, lm_depth=2, asked=2, warmup=200, save_every=1_000, log_every=50,
                     out_dir="runs/standin_vqa"),
