@@ -158,6 +158,7 @@ def test_a_dead_rank_ends_the_run_with_a_sentence_and_the_checkpoint_is_whole(tm
     assert saved["step"] >= 2 and saved["step"] % 2 == 0
 
 
+@hard
 def test_sigterm_to_torchrun_saves_and_the_run_goes_on(tmp_path):
     more = ["--steps", "60", "--save_every", "1000", "--log_every", "1"]
     p = launch(tmp_path / "r", *more)

@@ -559,6 +559,7 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path, arm):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.hard
 def test_two_processes_train_the_arms_of_one(tmp_path):
     args = [*SMALL, "--arms", "mask"]
     one = run("methods/vlm.py", *args, "--out_dir", tmp_path / "one", OMP_NUM_THREADS="1")
