@@ -730,7 +730,8 @@ def prepared(split, cfg, env) -> Pairs:
     objects = [sorted({b["label"] for b in r.get("boxes") or []}) for r in found]
     classes = sorted({name for names in objects for name in names})
     captions = [r.get("captions") or [] for r in found]
-    return Pairs(pictures, captions, objects, [], classes, [r["key"] for r in found], np.zeros(len(found), bool))
+    names = [r.get("source") or r["key"] for r in found]  # the file's own name, which benchmarks know
+    return Pairs(pictures, captions, objects, [], classes, names, np.zeros(len(found), bool))
 
 
 def open_pairs(split, cfg, env) -> Pairs:
@@ -1202,7 +1203,7 @@ def sugarcrepe(score, seen, keys, cfg) -> dict:
     try:
         raw = Path(cfg.sugarcrepe).read_bytes()
         raw = gzip.decompress(raw) if cfg.sugarcrepe.endswith(".gz") else raw
-        place = {k: i for i, k in enumerate(keys)}
+        place = {Path(k).stem: i for i, k in enumerate(keys)}
         rows = [r for r in csv.DictReader(raw.decode("utf-8").splitlines()) if Path(r["file"]).stem in place]
         true, wrong, kinds = ([r[k] for r in rows] for k in ("caption", "negative_caption", "kind"))
     except (ValueError, KeyError, TypeError, EOFError, zlib.error) as error:

@@ -623,3 +623,17 @@ def test_wrong_input(tmp_path, args, words):
 def test_ask_without_a_trained_model(tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "p.png")
     user_error(inside(M, *SMALL, "--out_dir", tmp_path / "r", "--ask", tmp_path / "p.png"), "no trained arm", "train coca")
+
+
+def test_sugarcrepe_on_coco(tmp_path, shared):
+    from data_prep import coco
+
+    mini = shared / "coco_mini"
+    coco.run(
+        coco.Config(annotations=str(mini / "annotations.json.gz"), images=str(mini / "images.zip"), out=str(tmp_path / "d"))
+    )
+    args = ["--data", tmp_path / "d", "--arms", "infonce", "--steps", "1", "--eval_images", "104"]
+    done = inside(M, *SMALL, *args, "--sugarcrepe", shared / "sugarcrepe/sugarcrepe.csv.gz", "--out_dir", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    flat = json.loads((tmp_path / "r/metrics.json").read_text())
+    assert flat["infonce SugarCrepe rows"] == 134 and 20 < flat["infonce cosine: SugarCrepe"] < 80
