@@ -228,10 +228,11 @@ def tree(s: Scene, size: int = 64) -> list[dict]:
 def name(t: Thing, size: bool = True, texture: bool = True) -> str:
     """'a large striped red star'; without size and texture 'a red star'."""
     words = ["a", t.size if size else "", t.texture if texture and t.texture != "solid" else "", t.colour, t.shape]
-    return _articles(" ".join(w for w in words if w))
+    return articles(" ".join(w for w in words if w))
 
 
-def _articles(text: str) -> str:
+def articles(text: str) -> str:
+    """'a' before a vowel becomes 'an'."""
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
@@ -275,7 +276,7 @@ def caption(s: Scene, variant: int = 0, brief: bool = False) -> str:
     text = ("a picture of {}", "there is {}", "{}", "we see {}")[kind].format(core)
     text += f" on {backdrop(s)}" if detail[2] and not brief else ""
     words = [(w, *SYNONYMS.get(w, ())) for w in text.split()]
-    return _articles(" ".join(options[int(rng.random() * len(options))] for options in words))
+    return articles(" ".join(options[int(rng.random() * len(options))] for options in words))
 
 
 def long_caption(s: Scene) -> str:

@@ -1,7 +1,8 @@
 """The ten files as one collection.
 
 python -m methods                          one line a file
-python -m methods all --seeds 3            runs all, one after the other; started again it goes on where it was. Writes
+python -m methods all --seeds 3            runs all, one after the other; started again it goes on where it was (a folder
+                                           with printed.txt is done: delete it to run it again). Writes
                                            runs/all/report.html; the preset laptop also rewrites the tables of claims
 python -m methods all --only dci,vlm --preset smoke
 python -m methods tables                   the tables of README.md and methods/RESULTS.md again, from methods/results.json

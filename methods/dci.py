@@ -551,7 +551,7 @@ def collate(parts):
     return {"image": image, "row": torch.tensor([p["row"] for p in parts])}
 
 
-def normalised(images):
+def normalised(images):  # twin: normalised
     """uint8 (B, 3, S, S) -> CLIP's input."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in metrics.MEAN_STD["clip"])
     return (images.float() / 255 - mean) / std

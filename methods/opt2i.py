@@ -453,7 +453,7 @@ class Grammar:
         backdrop = "on a " + " ".join(self._word(w) for w in ground.split()) if ground else ""
         text = f"{backdrop}, {text}" if front else f"{text} {backdrop}".strip()
         lead = ("", "a picture of ", "there is ")[rng.choice(3, p=(0.6, 0.2, 0.2))] if not front else ""
-        return scenes._articles(lead + text)
+        return scenes.articles(lead + text)
 
     def _word(self, w):
         options = scenes.SYNONYMS.get(w, ())

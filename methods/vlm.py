@@ -322,11 +322,8 @@ class Contrastive(nn.Module):
         return llip_scores(full(self.img_proj(tokens)), full(self.key(tokens)), f_txt, full(self.query(f_txt)))
 
     def forward(self, batch):
-        seen, f_txt, scale = (
-            self.see(batch["image"], keep=batch.get("keep")),
-            unit(self.text(batch["ids"])),
-            self.log_scale.exp(),
-        )
+        seen, scale = self.see(batch["image"], keep=batch.get("keep")), self.log_scale.exp()
+        f_txt = unit(self.text(batch["ids"]))
         if self.loss == "infonce":
             f_neg = unit(self.text(batch["negative"])) if "negative" in batch else None
             loss = infonce(unit(self.img_proj(seen[:, 0])), f_txt, scale, f_neg)
@@ -595,12 +592,11 @@ class LoRA(nn.Module):
 
 
 @torch.no_grad()
-def generate(model, seen, prompts, end, longest=24, before=None):
+def generate(model, seen, prompts, end, longest=24):
     """Greedy continuation of prompts (B, P) of equal length with cached keys and values -> lists of ids without the end."""
-    options = {"before": before} if before else {}
     caches, ids, out = model.caches(), prompts, []
     for first in [0, *range(prompts.shape[1], prompts.shape[1] + longest - 1)]:
-        ids = model.logits(seen, ids, caches, first, **options)[:, -1].argmax(1, keepdim=True)
+        ids = model.logits(seen, ids, caches, first)[:, -1].argmax(1, keepdim=True)
         out.append(ids)
         if (torch.cat(out, 1) == end).any(1).all():
             break
@@ -663,7 +659,7 @@ class Pairs:
 
 
 def existence(name):
-    return scenes._articles(f"Is there a {name}?")
+    return scenes.articles(f"Is there a {name}?")
 
 
 def ask(s: scenes.Scene, rng, kinds=(*YES_NO, *OPEN)) -> tuple[str, str, str]:
@@ -764,7 +760,7 @@ def rows_of(tok, prompts, answers, context):
     return ids, torch.tensor([f + [False] * n for f, n in zip(flags, pad)])
 
 
-def normalised(images):
+def normalised(images):  # twin: normalised
     """uint8 (B, 3, S, S) -> CLIP's input."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in metrics.MEAN_STD["clip"])
     return (images.float() / 255 - mean) / std
@@ -1099,14 +1095,14 @@ class Scorer:
         best = [g.softmax(0).topk(2) for g in groups]
         return [int(i[0]) if v[0] > v[1] else -1 for v, i in best], [float(v[0]) for v, _ in best]
 
-    def write(self, seen, prompts, **options):
+    def write(self, seen, prompts):
         """Greedy texts: prompts of equal length are continued together."""
         rows = [[self.tok.start, *self.tok.encode(p)[: self.cfg.context - 8]] for p in prompts]
         out = [""] * len(rows)
         for size in sorted({len(r) for r in rows}):
             some = [i for i, r in enumerate(rows) if len(r) == size]
             ids = torch.tensor([rows[i] for i in some], device=self.device)
-            texts = generate(self.model, seen[some], ids, self.tok.end, self.cfg.context - size, **options)
+            texts = generate(self.model, seen[some], ids, self.tok.end, self.cfg.context - size)
             for i, text in zip(some, texts):
                 out[i] = self.tok.decode(text)
         return out
@@ -1114,7 +1110,8 @@ class Scorer:
 
 @torch.no_grad()
 def evaluate(model, tok, test: Pairs, cfg, env) -> dict:
-    """Flat dict of percentages; what a family cannot do is not there. Every process does the whole: it takes seconds."""
+    """Flat dict of percentages; what a family cannot do is not there. Every process does the whole. Asked to
+    stop, it leaves between two tests: the last checkpoint is there, and the next start goes on here."""
     model.eval()
     score = Scorer(model, tok, cfg, env.device)
     rows, seen, out = test.pictures["row"].tolist(), score.see(test.pictures["image"]), {}

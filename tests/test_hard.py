@@ -1,6 +1,6 @@
 """What goes wrong outside a program's control: processes die at any moment, disks fill, files are damaged.
 
-The long ones run with `python -m pytest -m hard tests/test_hard.py` (about 25 minutes on two cores); the others run always."""
+The long ones run with `python -m pytest -m hard`; the others run always."""
 
 import gzip
 import io
