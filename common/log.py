@@ -62,6 +62,8 @@ class RunLog:
         with open(path, "w") as f:  # a resumed run goes on after its checkpoint; later lines are written again
             f.writelines(json.dumps(line) + "\n" for line in lines if line["step"] < start)
         self.file = open(path, "a")  # noqa: SIM115
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # several runs may share a process
         pause = 0.5 if sys.stderr.isatty() else 20  # seconds; a log file wants few lines
         self.bar = tqdm(total=self.total, initial=start, desc=name, unit="step", dynamic_ncols=True, mininterval=pause)
 

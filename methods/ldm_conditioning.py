@@ -19,12 +19,13 @@ Run        python methods/ldm_conditioning.py --preset smoke                   (
            python methods/ldm_conditioning.py --preset transfer                (then: 64 px, with and without the former)
            torchrun --nproc_per_node=8 methods/ldm_conditioning.py --preset paper --data data/imagenet_latents --vae VAE
 Data       generated (common/scenes.py), or latents by data_prep/cache_latents.py, which records crop, size and flip
-Expect     laptop: control-swap distance 1.89 and 0.09 (-94 %), Frechet distance 20.3 and 23.0 (worse); 3 seeds, commit 5ca2485
+Expect     laptop: control-swap distance x 100 1.89 and 0.09, Frechet distance 20.3 and 23.0 (worse); 3 seeds, commit 5ca2485.
+           The two arms differ in attention AND schedule; --conditioning attn,attn+schedule separates them
 Differs    from the paper: DiT in place of mmDiT, attention to s is a sub-layer of its own, and the baseline's MLPs are wider to
            have as many parameters; class tokens, the formulas of schedule, guidance and noise and the padding's constants are
            recalled or derived, not verified, hence flags; the control-swap distance is L2 in latent space (LPIPS there);
-           Frechet distances use a classifier of scenes and compare with nothing published. Left out: UNet and mDT as
-           trained models, recaptioned CC12M, FID on ImageNet (needs Inception). No code of the paper was published.
+           Frechet distances use a classifier of scenes and compare with nothing published. Left out: UNet and mDT as trained
+           models, aspect ratio and colour as controls, recaptioned CC12M, FID on ImageNet. No code of the paper was published.
 Uses       common/augment.py ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py
            tokenizer.py vae.py vit.py zoo.py and weights/   (copy these with this file)
 """
@@ -102,11 +103,11 @@ class Config:
     # data and model
     image_size: int = 32  # pixels
     images: int = 4_096  # generated training pictures
-    views: int = 2  # random crops of each, encoded once
+    views: int = 2  # random crops of each, encoded once; these six are for generated scenes only
     objects: int = 1  # at most so many in a generated scene
     grid: int = 1  # cells a side of generated scenes: 1 close-up, 2, 3
     min_crop: float = 0.8  # smallest crop, as a share of the area; 1 = no crops
-    crop: str = "resize"  # resize: crops as at twice the resolution, made small; direct: crops of half that side
+    crop: str = "resize"  # resize: crops made small; direct: of half the side, to be judged after --init at twice the size
     flip: float = 0.5  # chance of a mirrored picture
     sizes: str = "12,16,24,32,64"  # pixels at which generated pictures are recorded
     vae: str = ""  # autoencoder; "" = the stand-in of common/weights
@@ -123,8 +124,10 @@ def control_schedule(t, power=8.0):  # Fig. 3: zero while semantics are decided,
     return (1 - torch.cos(torch.pi * (1 - t) ** power)) / 2
 
 
-def control_vector(high, low, t, power=None):  # Sec. on disentangled control conditioning
-    """c_emb = E_h(phi_h) + gamma(t) E_l(phi_l). high (crop, flip), low (size): (B, D); t (B,); power None: no schedule."""
+def control_vector(high, low, t, power=None):
+    """c_emb = E_h(phi_h) + gamma(t) E_l(phi_l). high (crop, flip), low (size): (B, D); t (B,); power None: no schedule.
+
+    Names as in the text; its abstract calls crops and flips low-level, too."""
     return high + (low if power is None else control_schedule(t, power)[:, None] * low)
 
 
@@ -157,8 +160,9 @@ def resample_pos_embed(dim, grid, base_grid):  # Fig. 4
     return sincos_2d(dim, places, places)
 
 
-def rescale_alpha_bar(abar, s, s_new):  # Fig. A1: SNR' = SNR (s / s')^2, since (s' / s)^2 pixels now show the same patch
-    """Cumulative noise schedule of side s_new that is as uncertain as `abar` at side s. Composes; identity for s = s_new."""
+def rescale_alpha_bar(abar, s, s_new):  # Fig. A1 (direction; the formula is derived): SNR' = SNR (s / s')^2
+    """Cumulative noise schedule of side s_new that is as uncertain as `abar` at side s: (s_new / s)^2 pixels show one patch.
+    Composes; identity for s = s_new."""
     r = (s / s_new) ** 2
     return r * abar / (1 + (r - 1) * abar)
 
@@ -175,7 +179,7 @@ def alpha_bar(steps=1_000):  # twin: alpha_bar
 
 
 def alpha_sigma(kind, t, k=1.0):
-    """Noise level t (B,) in [0, 1] -> alpha, sigma (B, 1, 1, 1) of zt = alpha z0 + sigma eps, k as above."""
+    """Noise level t (B,) in [0, 1] -> alpha, sigma (B, 1, 1, 1) of zt = alpha z0 + sigma eps; k = s' / s."""
     if kind == "flow":
         sigma = shift_time(t, k)
         alpha = 1 - sigma
@@ -210,7 +214,7 @@ def sample(model, z, semantic, controls, kind, steps, guidance=1.0, control_guid
     and Euler's method for flow. Evaluates the network once, twice or three times a step, as the guidance needs."""
     B, times = len(z), torch.linspace(1, 0, steps + 1, device=z.device)
     times = times if kind == "flow" else (times * 999).round() / 999  # the steps that training has seen
-    # (drop the controls, drop the semantics), as far as their weight is not 0
+    # (drop the controls, drop the semantics), as far as the guidance needs them
     branches = [b for b, used in (((False, False), control_guidance != 0), ((True, False), control_guidance != 1),
                                   ((True, True), guidance != 1)) if used]  # fmt: skip
     drop_c, drop_s = (torch.tensor([b[i] for b in branches], device=z.device).repeat_interleave(B) for i in (0, 1))
@@ -270,7 +274,8 @@ class TextTokens(nn.Module):
     def forward(self, ids, drop):
         with torch.no_grad():
             x = self.encoder[0].hidden(ids)
-        x, lengths = self.proj(x), ids.argmax(1) + 1 + x.shape[1] - ids.shape[1]  # the end token has the largest id
+        # the end token has the largest id; the stand-in reader puts a few tokens of its own in front
+        x, lengths = self.proj(x), ids.argmax(1) + 1 + x.shape[1] - ids.shape[1]
         if self.padding == "zero":
             real = torch.arange(x.shape[1], device=x.device)[None] < lengths[:, None]
             x = F.pad(x * real[..., None], (0, 0, 0, max(0, self.slots - x.shape[1])))[:, : self.slots]
@@ -408,7 +413,7 @@ class MMDiTLayer(nn.Module):
 
 # 4. DATA: latents with a label, captions and the controls of the view that was encoded -----------------------------------
 def full_frame(count, size, device="cpu"):
-    """Controls that ask for an uncropped, unflipped picture of `size` pixels."""
+    """Controls that ask for an uncropped, unflipped picture of `size` pixels: crop's top, left, height, width, flip | size."""
     return torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, size, size], device=device).repeat(count, 1)
 
 
@@ -504,7 +509,12 @@ def open_world(cfg: Config, vae, device) -> World:
         raise ValueError(f"{cfg.data} holds latents of {train.size} px, --image_size is {cfg.image_size}")
     if cfg.task == "class" and not train.classes:
         raise ValueError(f"{cfg.data} has no classes; prepare labelled pictures, or use --task text")
-    asked = list(range(len(train.classes))) if cfg.task == "class" else val.read(0, 0)["captions"]
+    if cfg.task == "class":
+        asked = list(range(len(train.classes)))
+    else:  # the first caption of each picture of a shard that has one
+        asked = [c[0] for c in (val.read(0, row).get("captions") for row in range(min(64, val.sizes[0]))) if c]
+        if not asked:
+            raise ValueError(f"{cfg.data} has no captions; use --task class")
     return World(train, val, *semantics(cfg, len(train.classes), device), asked, None)
 
 
@@ -554,8 +564,8 @@ EVALUATION = 1_000_003  # the seed of its noise, far from training's
 
 @torch.no_grad()
 def evaluate(model, vae, judge, world, items, cfg, env) -> dict[str, float]:
-    """Validation loss; for scenes also the Frechet distance to real ones, whether the right thing is drawn, and how far the
-    picture moves when only the requested size changes. The work is divided over the processes."""
+    """Validation loss, and how far the picture moves when only the requested size changes; for scenes also the Frechet distance
+    to real ones, and whether the right thing is drawn. The work is divided over the processes."""
     out, device, total = {}, env.device, torch.zeros(2)
     used = min(sum(world.val.sizes), cfg.samples) // env.world * env.world
     part = slice(env.rank, used, env.world)
@@ -571,9 +581,14 @@ def evaluate(model, vae, judge, world, items, cfg, env) -> dict[str, float]:
         total += torch.tensor([loss.item() * len(z0), len(z0)])
     total = ddp.all_sum(total.to(device))
     out["val_loss"] = (total[0] / total[1]).item()
+    mine = slice(env.rank, None, env.world)
+    # The control-swap distance: same noise, same semantics, only the requested size differs
+    few, sizes = world.asked[: max(1, min(64, len(world.asked)) // env.world) * env.world], map(int, cfg.sizes.split(","))
+    zs = torch.stack([pictures(model, vae, items, cfg, device, few, s, 7, mine)[0] for s in sizes])
+    out.update(ddp.mean({"swap": spread(zs), "swap_hr": spread(zs[-3:])}))  # all sizes, and the three largest
     if cfg.data:
         return out
-    asked, mine = world.asked[: len(world.asked) // env.world * env.world], slice(env.rank, None, env.world)
+    asked = world.asked[: len(world.asked) // env.world * env.world]
     _, images = pictures(model, vae, items, cfg, device, asked, rows=mine)
     fake = ddp.gather_rows(torch.cat([judge.features(x.to(device), cfg.grid) for x in images.split(256)]))
     real = torch.cat([judge.features(x.to(device), cfg.grid) for x in world.real.split(256)])
@@ -582,10 +597,6 @@ def evaluate(model, vae, judge, world, items, cfg, env) -> dict[str, float]:
     right = {k: [x for part in seen for x in part.get(k, [])] for k in seen[0]}
     right["right"] = [a and b for a, b in zip(right["shape"], right["colour"])] if cfg.task == "class" else right["all"]
     out.update({k: 100 * float(np.mean(v)) for k, v in right.items()})
-    # The control-swap distance: same noise, same semantics, only the requested size differs
-    few, sizes = asked[: max(1, 64 // env.world) * env.world], [int(s) for s in cfg.sizes.split(",")]
-    zs = torch.stack([pictures(model, vae, items, cfg, device, few, s, 7, mine)[0] for s in sizes])
-    out.update(ddp.mean({"swap": spread(zs), "swap_hr": spread(zs[-3:])}))
     return out
 
 
@@ -607,7 +618,7 @@ def read_init(cfg: Config) -> tuple[dict, dict]:
     """Weights and settings of --init, if they fit this arm."""
     state, meta = read_tensors(cfg.init)
     old = meta.get("config", {})
-    for field in ("conditioning", "objective"):
+    for field in ("conditioning", "objective", "base_size", "control_power"):
         if old.get(field) != getattr(cfg, field):
             raise ValueError(f"--init {cfg.init} has {field} {old.get(field)}, this arm {getattr(cfg, field)}")
     return state, {**old, "vae": meta["vae"]}
@@ -617,6 +628,7 @@ def build(cfg: Config, vae, world: World, device) -> Model:
     """The model of one arm, with weights of --init if there is one."""
     side = cfg.image_size // vae.factor
     model = Model(cfg, vae.z, side, world.kinds).to(device)
+    model.extent = model.dit.grid  # of the position table's coordinates
     if not cfg.init:
         return model
     state, old = read_init(cfg)
@@ -632,6 +644,7 @@ def build(cfg: Config, vae, world: World, device) -> Model:
             state["dit.pos_embed"] = wide.permute(0, 2, 3, 1).flatten(1, 2)
         else:  # extrapolate: the plain table of the larger grid
             state["dit.pos_embed"] = mine["dit.pos_embed"]
+    model.extent = grid if grid != base and cfg.positions == "extrapolate" else old["extent"]
     if old["task"] != cfg.task:  # another semantic interface: keep all image-side weights
         state = {k: v for k, v in state.items() if not k.startswith("semantic.")}
         state.update({k: v for k, v in mine.items() if k.startswith("semantic.")})
@@ -711,12 +724,10 @@ def train(cfg: Config) -> dict:
             report(step)
     result = report(cfg.steps - 1)
     if env.is_main:
-        kept = ("conditioning", "task", "objective", "control_power", "slots", "padding", "beta_txt", "class_tokens")
-        extent = model.dit.grid  # of the position table's coordinates
-        if cfg.init and cfg.positions != "extrapolate":
-            extent = read_init(cfg)[1]["extent"]
+        kept = ("conditioning", "task", "objective", "control_power", "slots", "padding", "beta_txt", "class_tokens",
+                "base_size")  # fmt: skip
         ckpt.export(out / "model.safetensors", shown.state_dict(), dit=model.dit.config, vae=vae.fingerprint(),
-                    config={**{k: getattr(cfg, k) for k in kept}, "extent": extent})  # fmt: skip
+                    config={**{k: getattr(cfg, k) for k in kept}, "extent": model.extent})  # fmt: skip
         plot.save(plot.lines(log.history("loss", "val_loss"), out.name, y="loss"), out / "curves.png")
         draw(shown, vae, world, items, cfg, env.device, out / "samples")
     log.finish(result)
@@ -772,6 +783,8 @@ def check(cfg: Config) -> None:
             raise ValueError(f"--{field} {getattr(cfg, field)} must not be negative")
     if not (1 <= cfg.grid <= 3 and 1 <= cfg.objects <= 3 and 0 < cfg.min_crop <= 1 and cfg.samples >= 16):
         raise ValueError("--grid and --objects must be 1 to 3, --min_crop in (0, 1], --samples at least 16")
+    if cfg.data and cfg.crop == "direct":
+        raise ValueError("--crop direct acts on generated scenes; data_prep/cache_latents.py makes those of real ones")
     sizes = [int(s) if s.isdigit() else 0 for s in cfg.sizes.split(",")]
     if sizes != sorted(sizes) or not all(4 <= s <= 1024 for s in sizes):
         raise ValueError(f"--sizes {cfg.sizes} must be a rising comma list of pixels between 4 and 1024")
@@ -802,14 +815,15 @@ def run(cfg: Config) -> dict:
 
 def show(cfg, scores):
     """One table on the terminal: every arm, the last against the first, the paper's words beside it."""
-    names = {"val_loss": "validation loss", "fd": "Frechet distance (judge's features)", "right": "drawn as named, %",
+    names = {"val_loss": "validation loss", "fd": "Frechet distance to new full frames (judge)", "right": "drawn as named, %",
              "swap": "control-swap distance x 100", "swap_hr": "... the three largest sizes"}  # fmt: skip
     paper = {"fd": "converges faster"} if cfg.init else {"fd": "7 to 23 % better (FID)", "swap": "content stays (Fig. 2)"}
     rows, arms = [], list(scores.values())
     for key, text in names.items():
         values = [arm[key] * (100 if key.startswith("swap") else 1) for arm in arms if key in arm]
         if values:
-            change = f"{100 * (values[-1] / values[0] - 1):+.1f} %" if len(values) > 1 and values[0] else ""
+            comparable = len(values) > 1 and values[0] and (not cfg.init or len(values) == 2)  # several arms, each twice: no
+            change = f"{100 * (values[-1] / values[0] - 1):+.1f} %" if comparable else ""
             rows.append([text, *[f"{v:.3f}" for v in values], change, paper.get(key, "") if change else ""])
     print("\n" + table(rows, [f"{cfg.objective}, equal updates", *scores, "difference", "paper"]))
     if cfg.eval_every and "fd" in arms[0]:
@@ -835,10 +849,11 @@ PRESETS = {
     "gpu": dict(steps=20_000, batch_size=512, images=40_000, image_size=64, base_size=64, dim=384, depth=12, heads=6,
                 lr=3e-4, ema_decay=0.999, dtype="bfloat16", samples=5_000, sample_steps=50, workers=14, save_every=1_000,
                 out_dir="runs/ldm_conditioning_gpu"),
-    # ImageNet 256, DiT-XL/2; of the optimiser only the betas are the paper's, batch, EMA and length are usual values
+    # ImageNet 256, DiT-XL/2; of the optimiser only the betas are the paper's; batch, EMA and length are usual values
+    # (objective, drop rates and guidance are not known)
     "paper": dict(data="data/imagenet_latents", steps=600_000, batch_size=256, lr=1e-4, warmup=0, grad_clip=0.0,
-                  ema_decay=0.9999, dtype="bfloat16", workers=12, objective="eps", conditioning="attn+schedule",
-                  image_size=256, base_size=256, sizes="64,128,256,512,1024", dim=1152, depth=28, heads=16, sample_steps=250,
+                  ema_decay=0.9999, dtype="bfloat16", workers=12, objective="eps", image_size=256, base_size=256,
+                  sizes="64,128,256,512,1024", dim=1152, depth=28, heads=16, sample_steps=250,
                   log_every=100, save_every=5_000, out_dir="runs/ldm_conditioning_in1k"),
 }  # fmt: skip
 

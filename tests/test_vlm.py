@@ -366,19 +366,12 @@ def test_selective_prediction():
     assert M.selective(sure, [0, 0, 0, 0]) == (0.0, 0.0)
 
 
-def test_caption_scores():
+def test_cider():
     a, b, c = "a red star above a ring", "the big dog sleeps on grass", "two birds fly over the sea"
-    assert M.bleu4([a, b], [[a], [b]]) == pytest.approx(1) and M.bleu4(["a red star above"], [[a]]) == pytest.approx(
-        math.exp(1 - 6 / 4)
-    )
-    assert M.rouge_l(a, [b, a]) == pytest.approx(1) and M.rouge_l("x", [a]) == 0
-    p, r = 2 / 3, 2 / 6  # "red ... star" of six words
-    assert M.rouge_l("red blue star", [a]) == pytest.approx(2.44 * p * r / (r + 1.44 * p))
     assert M.cider_d([a, b, c], [[a], [b], [c]]) == pytest.approx(10)
     assert M.cider_d([a], [[a]]) == 0  # one picture: every n-gram is in every picture
     assert M.cider_d([a, a, a], [[a], [a], [a]]) == 0
     assert 0 < M.cider_d([f"{a} {a}", b, c], [[a], [b], [c]]) < 10  # clipping and the length penalty
-    assert M.bleu4(["star star star star"], [[a]]) == 0
 
 
 def test_facts_f1_and_chair():

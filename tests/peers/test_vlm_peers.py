@@ -1,9 +1,8 @@
-"""methods/vlm.py against pycocoevalcap's scorers (coco-caption): CIDEr-D, BLEU-4 and ROUGE-L on COCO captions."""
+"""methods/vlm.py against pycocoevalcap (coco-caption): CIDEr-D on COCO captions."""
 
 import csv
 import gzip
 
-import numpy as np
 import pytest
 
 from methods import vlm as M
@@ -24,15 +23,10 @@ def captions(shared):
     return [c[0] for c in some], [c[1:] for c in some]
 
 
-def test_caption_scores(captions):
+def test_cider(captions):
     pytest.importorskip("pycocoevalcap")
-    from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
 
     given, references = captions
     gts, res = {i: r for i, r in enumerate(references)}, {i: [g] for i, g in enumerate(given)}
     assert M.cider_d(given, references) == pytest.approx(Cider().compute_score(gts, res)[0], rel=1e-6)
-    assert M.bleu4(given, references) == pytest.approx(Bleu(4).compute_score(gts, res, verbose=0)[0][3], rel=1e-4)
-    ours = float(np.mean([M.rouge_l(g, r) for g, r in zip(given, references)]))
-    assert ours == pytest.approx(Rouge().compute_score(gts, res)[0], rel=1e-6)
