@@ -17,13 +17,14 @@ Run        python methods/dp_rdm.py --preset smoke                        (CPU, 
            python methods/dp_rdm.py --attack                              (a planted record, and whether the bound holds)
 Data       generated (common/scenes.py): the public world has every colour, the private one a palette of its own; or shards by
            data_prep (--public, --private) with --vae and --clip
-Expect     laptop: Frechet distance 103 public only, 46 not private, 45 at epsilon 10, T = 10,000; 3 seeds, commit f1d5f2f
-Differs    from the paper: a small DiT for its 401 M UNet, condition dropout for guidance (there the null vector was never
-           trained), stand-in CLIP and features. From the released code: too few neighbours are summed and divided by k (there
-           missing ones become the last record of the set); a ledger; secure randomness; no tensors are logged.
-           Adjacency: one record added or removed. Protected is a record, not a person; prompts are not. N, k, q, sigma count as
-           public: tuning them on private data is not accounted. Floating point: sums and noise are float64, which is not a
-           proof against attacks on low-order bits. Trained without any private record. The paper's tables were not at hand.
+Expect     laptop: see RESULTS.md
+Differs    from the paper: a small DiT for its 401 M UNet, condition dropout for guidance, stand-in CLIP and features; "public
+           only" is the same model, told the noiseless mean of public neighbours (the paper's was trained with separate ones);
+           T sets the noise, 256 prompts are drawn. From the released code: too few neighbours are summed and divided by k
+           (there the last record steps in); a ledger; secure randomness; no tensors are logged. Adjacency: one record added
+           or removed. Protected is a record, not a person, not prompts, nor held-out private pictures in tables and sheets.
+           N, k, q, sigma are public; tuning them on private data is not accounted. Every arm has its own meter: publish one.
+           Sums and noise are float64, no proof against attacks on low-order bits. The paper's tables were not at hand.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
            vae.py vit.py zoo.py and weights/   (copy these with this file)
 """
@@ -82,7 +83,7 @@ class Config:
     max_bad: float = 0.01  # share of damaged samples at which the run stops
     memory_gb: float = 64.0  # pictures of --public and --private are held in memory; ImageNet at 256 px: 250
     # the mechanism
-    k: int = 4  # neighbours of the non-private and the public retrieval; the private ones follow from the budget
+    k: int = 4  # neighbours in training and of the two arms without privacy; those of the private arms follow from the budget
     sigma: float = 0.1  # noise on the mean of the neighbours, a coordinate; the paper's 0.05 in 512 dimensions is as long
     q: float = 0.02  # chance of a private record to be in the subsample of a query
     budgets: str = "5,10,20"  # epsilons, one private arm each
@@ -111,7 +112,6 @@ class Config:
     dim: int = 128  # width
     depth: int = 4  # blocks
     heads: int = 4  # of attention
-    # without training
     plan: bool = False  # print what a budget buys, and end
     attack: bool = False  # tell two sets that differ in one record apart (k 4, sigma 0.5, delta 0.01), compare, and end
     trials: int = 10_000  # of the attack
@@ -192,7 +192,7 @@ def rdp(q, z, alpha):
 
 
 def _log_moment(terms, orders, q, z):
-    """log A of each order. terms(orders, q, z) -> log weights, log of the ratio's power, first-order part; A - 1 is a sum."""
+    """log A of each order. terms(orders, q, z) -> logs of the weights and of what they weigh, its first-order part."""
     if not len(orders):
         return orders
     log_w, power, first = terms(orders, q, z)
@@ -207,9 +207,9 @@ def _log_moment(terms, orders, q, z):
 def _binomial(orders, q, z):  # A = sum_j C(alpha, j) (1 - q)^(alpha - j) q^j e^((j^2 - j) / (2 z^2))
     a, j = orders[:, None], np.arange(int(orders.max()) + 1)[None]
     gamma = np.array([math.lgamma(i + 1) for i in range(int(orders.max()) + 1)])
-    rest = np.maximum(a - j, 0).astype(int)
+    rest, power = np.maximum(a - j, 0).astype(int), (j * j - j) / (2 * z * z)
     log_w = gamma[a.astype(int)] - gamma[j] - gamma[rest] + j * math.log(q) + (a - j) * math.log1p(-q)
-    return np.where(j <= a, log_w, -np.inf), np.broadcast_to((j * j - j) / (2 * z * z), log_w.shape), 0.0
+    return np.where(j <= a, log_w, -np.inf), np.where(j <= a, power, 0.0), 0.0
 
 
 def _chord(orders, q, z):
@@ -263,7 +263,7 @@ def epsilon_pld(q, z, steps, delta, h=1e-4):
 
 def _hockey_stick(q, z, loss, add):
     """max over sets of P(S) - e^l Q(S), l = loss >= 0 (array). P, Q: with and without the record, or the reverse for add."""
-    edge = -loss if add else loss  # the likelihood ratio is above e^edge behind x
+    edge = -loss if add else loss  # the likelihood ratio is e^edge at x; the set S lies above x, for add below
     with np.errstate(divide="ignore", invalid="ignore"):
         inside = np.expm1(edge) + q  # e^edge - (1 - q), over q
         x = np.where(inside > 0, z * z * (np.log(np.where(inside > 0, inside, 1)) - math.log(q)) + 0.5, -np.inf)
@@ -280,7 +280,7 @@ def _hockey_stick(q, z, loss, add):
 
 def _pld(q, z, steps, delta, h, add):
     """Connect-the-dots discretisation (Doroshenko et al. 2022) on the grid i h, T-fold convolution by FFT."""
-    far = min(600.0, (1 + 24 * z) / (2 * z * z))  # the loss that one query exceeds with chance 1e-33
+    far = min(600.0, (1 + 24 * z) / (2 * z * z))  # a loss without subsampling that one query exceeds with chance 1e-33
     top, low = (far, far) if q == 1 else (math.log1p(q * math.expm1(far)), -math.log1p(-q))
     up, down = (math.ceil(v / h) + 2 for v in ((low, top) if add else (top, low)))  # grid from -down to up
     if up + down > 1 << 22:
@@ -307,11 +307,12 @@ def _pld(q, z, steps, delta, h, add):
     place = place + n * np.round((steps * mean / h - place) / n)
     order = np.argsort(place)
     L, p = place[order] * h, np.maximum(total[order], 0)
+    lost += p[L >= 700].sum()  # whose weights would not be numbers
     L, p = L[(L > 0) & (L < 700)], p[(L > 0) & (L < 700)]
     tail, scaled = (np.cumsum(v[::-1])[::-1] for v in (p, p * np.exp(-L)))
     curve = lost + tail - np.exp(L) * scaled  # delta at epsilon = L
     j = int(np.searchsorted(-curve, -delta))  # the first L with delta(L) <= delta; between two of them the curve is exact
-    if j == len(L):
+    if lost >= delta or j == len(L):
         return math.inf
     if tail[j] + lost <= delta:
         return float(L[j - 1]) if j else 0.0
@@ -331,13 +332,19 @@ def solve(f, target, low, high, tolerance=1e-4, limit=200):
 
 
 def find_k(eps, q, sigma, steps, delta):
-    """Real number of neighbours whose epsilon is eps, to 1e-4; take the next whole one. ValueError below the orders' reach."""
+    """Real number of neighbours whose epsilon is eps, to 1e-4. ValueError below the orders' reach."""
     high = 2.0
     while epsilon(q, sigma * high / 2, steps, delta) > eps:
         high *= 2
         if high * sigma > 1e9:
             raise ValueError(f"epsilon {eps:g} is below what these orders certify at delta {delta:.2g}, whatever k; raise it")
     return solve(lambda k: epsilon(q, sigma * k / 2, steps, delta), eps, high / 64, high)
+
+
+def whole_k(eps, q, sigma, steps, delta):
+    """The fewest neighbours whose epsilon is at most eps."""
+    k = math.ceil(find_k(eps, q, sigma, steps, delta))
+    return k + (epsilon(q, sigma * k / 2, steps, delta) > eps)
 
 
 def find_sigma(eps, q, k, steps, delta):
@@ -404,7 +411,8 @@ class Ledger:
     charge(q, z) before every answer. Under a lock it reads all charges, refuses (BudgetExceeded) if epsilon with the new one
     is above the budget, else appends a line and syncs it to the disk: two processes cannot overspend together, and after
     kill -9 a charge is there or its answer was never given. A torn last line is such a one, and is cut off; one that lacks
-    only its end counts. budget, delta and bank (the set's fingerprint) are written once; ValueError if they differ later."""
+    only its end counts. budget, delta and bank (the set's fingerprint) are written once; ValueError if they differ later.
+    The file is as private as the set: who has all records but one can test a guess against the fingerprint."""
 
     def __init__(self, path, budget: float, delta: float, bank: str = ""):
         if not budget > 0 or not 0 < delta < 1:
@@ -467,8 +475,10 @@ class _LockedLedger:
                 if text.endswith(b"}"):
                     self.file.write(b"\n")
                     whole = text + b"\n"
-                else:
+                elif whole or b'{"budget"'.startswith(text[:9]):
                     self.file.truncate(len(whole))
+                else:
+                    raise ValueError(f"{me.path} is no ledger; choose another name")
             self.charges = self._read(whole)
         except BaseException:
             self.file.close()
@@ -496,7 +506,7 @@ class _LockedLedger:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{me.path} is damaged ({error}); without it the spent budget is unknown: restore it") from error
         if differ:
-            what = ", ".join(f"{k} {head[k]!r} and not {me.head[k]!r}" for k in differ)
+            what = ", ".join(differ)  # no values: the fingerprint is private
             raise ValueError(f"{me.path} belongs to another budget or bank ({what}); use its own settings or another file")
         return charges
 
@@ -636,8 +646,7 @@ def open_folders(cfg, embed) -> World:
     splits = {n.split("-")[0] for n in data.Shards(cfg.private).names}
     held_out = "test" if "test" in splits else "val"
     public = pictures(cfg.public, "train")[1]
-    classes, private, _ = pictures(cfg.private, "train")
-    _, test, labels = pictures(cfg.private, held_out)
+    classes, test, labels = pictures(cfg.private, held_out)
     rows = np.random.default_rng(cfg.seed).permutation(len(test))[: cfg.prompts]
     if classes:
         prompts = [f"a photo of a {classes[int(labels[r])].replace('_', ' ')}" for r in rows]
@@ -646,8 +655,8 @@ def open_folders(cfg, embed) -> World:
         if not texts:
             raise ValueError(f"{cfg.private}: the split {held_out} has neither classes nor captions to make prompts of")
         prompts = [texts[i % len(texts)] for i in rows]
-    banks = [read_bank(path) if path else embed.pictures(images)
-             for path, images in ((cfg.public_bank, public), (cfg.private_bank, private))]  # fmt: skip
+    private = cfg.private_bank or pictures(cfg.private, "train")[1]  # the pictures themselves are not needed
+    banks = [read_bank(x) if isinstance(x, str) else embed.pictures(x) for x in (cfg.public_bank or public, private)]
     if len(banks[0]) != len(public) or banks[0].shape[1] != banks[1].shape[1]:
         raise ValueError(f"--public_bank {tuple(banks[0].shape)} must have a row for each of {len(public):,} public pictures "
                          f"and as many columns as the private bank {tuple(banks[1].shape)}")  # fmt: skip
@@ -675,7 +684,7 @@ def make_arms(cfg, N) -> list[Arm]:
     delta, out = cfg.delta or 1 / N, [Arm(0.0, k=cfg.k), Arm(math.inf, k=cfg.k)]
     for T in (int(v) for v in cfg.queries.split(",")):
         for eps in (float(v) for v in cfg.budgets.split(",")):
-            k = math.ceil(find_k(eps, cfg.q, cfg.sigma, T, delta))
+            k = whole_k(eps, cfg.q, cfg.sigma, T, delta)
             if k > N:
                 raise ValueError(f"epsilon {eps:g} for {T:,} queries needs {k:,} neighbours, the private set has {N:,}; lower "
                                  "--q or --queries, or raise --sigma")  # fmt: skip
@@ -684,7 +693,8 @@ def make_arms(cfg, N) -> list[Arm]:
 
 
 def conditions(arm, world, cfg, ledger, random) -> torch.Tensor:
-    """Tokens (P, n, d) for the prompts of the evaluation. Private answers are charged first, each."""
+    """Tokens (P, n, d) for the prompts of the evaluation. Private answers are charged first, each. Public only: the mean of the
+    neighbours as in training, without noise."""
     out = []
     for query in world.queries:
         if arm.eps == 0 or (cfg.lam < 1 and cfg.other == "public"):
@@ -692,7 +702,7 @@ def conditions(arm, world, cfg, ledger, random) -> torch.Tensor:
         else:
             rest = unit(query[None]).expand(cfg.k, -1)
         if arm.eps == 0 or cfg.lam == 0:
-            out.append(rest)
+            out.append(unit(rest).mean(0, keepdim=True) if arm.eps == 0 else rest)
             continue
         if math.isinf(arm.eps):
             private = private_retrieve(query, world.private_bank, arm.k, 0.0)
@@ -714,7 +724,8 @@ def evaluate(model, vae, judge, real, embed, world, arm, cfg, env, out) -> tuple
     ledger = None
     if 0 < arm.eps < math.inf:
         name = f"ledger_{arm.eps:g}_{arm.queries}.jsonl"
-        (out / name).unlink(missing_ok=True)  # the experiment is repeated; a service would never do that
+        if not cfg.secure:  # the same noise again, so the same answers: nothing new is spent
+            (out / name).unlink(missing_ok=True)
         bank = hashlib.blake2b(world.private_bank.numpy().tobytes(), digest_size=12).hexdigest()
         ledger = Ledger(out / name, arm.eps, cfg.delta or 1 / len(world.private_bank), bank)
     own = int.from_bytes(hashlib.blake2b(f"{cfg.seed} {arm}".encode(), digest_size=6).digest())  # each arm has its own noise
@@ -813,7 +824,8 @@ def train(cfg, env, vae, world):
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
     ema, shown = optim.Ema(model, cfg.ema_decay), copy.deepcopy(model).eval()
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, (0.9, 0.95), fused=True)
-    start, _ = ckpt.resume(out / "last.pt", cfg, model=model, ema=ema, opt=opt) if cfg.resume else (0, {})
+    trained = training_part(cfg)
+    start, _ = ckpt.resume(out / "last.pt", trained, model=model, ema=ema, opt=opt) if cfg.resume else (0, {})
     micro_size = cfg.batch_size // cfg.accum
     b = env.share(micro_size)
     rows = data.InMemory({"row": torch.arange(len(z))}, micro_size, env, cfg.seed, start * cfg.accum)
@@ -828,21 +840,20 @@ def train(cfg, env, vae, world):
             batch = (z[row], world.public_bank[near[row]], torch.cat([u[mine], u[-1:]]), noise[mine], extra[mine])
             loss = method_loss(wrapped, *(v.to(env.device) for v in batch), cfg)
             (loss / cfg.accum).backward()
-        if cfg.grad_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
         ema.update(model)
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
         if due or done % cfg.save_every == 0:
-            ddp.check_finite({"loss": loss.item()}, step)
+            ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
         if due:
             log.write(step, **ddp.mean({"loss": loss}), lr=opt.param_groups[0]["lr"])
         log.tick(step)
         leave = (due or env.world == 1) and ddp.interrupted()
         if env.is_main and (done % cfg.save_every == 0 or last or leave):
-            ckpt.save(out / "last.pt", done, cfg, model=model, ema=ema, opt=opt)
+            ckpt.save(out / "last.pt", done, trained, model=model, ema=ema, opt=opt)
         if leave:
             log.close()
             raise KeyboardInterrupt
@@ -854,6 +865,13 @@ def train(cfg, env, vae, world):
     return shown
 
 
+def training_part(cfg: Config) -> Config:
+    """The settings that the public model depends on: another budget, bank or guidance needs no new one."""
+    free = ("sigma", "q", "budgets", "queries", "delta", "lam", "other", "secure", "guidance", "sample_steps", "private",
+            "private_bank", "records", "prompts", "memory_gb", "trials")  # fmt: skip
+    return replace(cfg, **{k: getattr(Config(), k) for k in free})
+
+
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
     if cfg.secure and cfg.seed:
@@ -861,7 +879,8 @@ def check(cfg: Config) -> None:
     if not 0 < cfg.q <= 1 or not cfg.sigma > 0 or not 0 <= cfg.delta < 1 or not 0 <= cfg.lam <= 1:
         raise ValueError(f"--q {cfg.q} must be in (0, 1], --sigma {cfg.sigma} above 0, --delta {cfg.delta} in [0, 1), "
                          f"--lam {cfg.lam} in [0, 1]")  # fmt: skip
-    for name in ("steps", "accum", "batch_size", "k", "records", "images", "prompts", "log_every", "save_every", "trials"):
+    for name in ("steps", "accum", "batch_size", "k", "records", "images", "prompts", "log_every", "save_every", "trials",
+                 "sample_steps", "dim", "depth", "heads"):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name} {getattr(cfg, name)} must be at least 1")
     for name, known in {"other": ("public", "text"), "dtype": ("float32", "bfloat16")}.items():
@@ -918,7 +937,11 @@ def report(cfg, world, scores, pictures, out) -> None:
     print(f"\n{N:,} private records, delta {cfg.delta or 1 / N:.2g}, sigma {cfg.sigma:g}, q {cfg.q:g}\n" + table(rows, head))
     if (cfg.delta or 1 / N) * N > 0.1:
         print("delta x N is above 1/10: the paper's choice, and the edge of what is meaningful on real data")
-    rows = [[f"epsilon {a.eps:g} improves on public only for {a.queries:,} queries", f"{first['fd']:.2f}", f"{s['fd']:.2f}",
+    if not cfg.secure:
+        print("noise follows from --seed: an experiment. Before anything is published, repeat it with --secure")
+    if cfg.sigma > cfg.max_noise:
+        print(f"--sigma {cfg.sigma:g} is more noise than the model was trained with, --max_noise {cfg.max_noise:g}")
+    rows = [[f"epsilon {a.eps:g}, {a.queries:,} queries, improves on public only", f"{first['fd']:.2f}", f"{s['fd']:.2f}",
              f"{s['fd'] - first['fd']:+.2f}", "-3.5 FID (COCO)" if a.eps == 10 else ""]
             for a, s in scores.items() if 0 < a.eps < math.inf]  # fmt: skip
     print("\n" + table(rows, ["claim (Frechet distance)", "public only", "private", "difference", "paper"]))
@@ -949,8 +972,7 @@ def show_plan(cfg) -> dict:
     for q in rates:
         for T in map(int, queries):
             for eps in budgets:
-                exact = find_k(eps, q, cfg.sigma, T, delta)
-                k = math.ceil(exact)
+                exact, k = find_k(eps, q, cfg.sigma, T, delta), whole_k(eps, q, cfg.sigma, T, delta)
                 z = cfg.sigma * k / 2
                 rdp_eps, order = to_epsilon(ORDERS, T * rdp(q, z, ORDERS), delta)
                 end = " (end of the grid)" * (order >= ORDERS[-1])

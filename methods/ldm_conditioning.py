@@ -19,8 +19,7 @@ Run        python methods/ldm_conditioning.py --preset smoke                   (
            python methods/ldm_conditioning.py --preset transfer                (then: 64 px, with and without the former)
            torchrun --nproc_per_node=8 methods/ldm_conditioning.py --preset paper --data data/imagenet_latents --vae VAE
 Data       generated (common/scenes.py), or latents by data_prep/cache_latents.py, which records crop, size and flip
-Expect     laptop: control-swap distance x 100 1.89 and 0.09, Frechet distance 20.3 and 23.0 (worse); 3 seeds, commit 5ca2485.
-           The two arms differ in attention AND schedule; --conditioning attn,attn+schedule separates them
+Expect     laptop: control-swap distance x 100 1.89 and 0.09, Frechet distance 20.3 and 23.0 (worse); 3 seeds, commit 5ca2485
 Differs    from the paper: DiT in place of mmDiT, attention to s is a sub-layer of its own, and the baseline's MLPs are wider to
            have as many parameters; class tokens, the formulas of schedule, guidance and noise and the padding's constants are
            recalled or derived, not verified, hence flags; the control-swap distance is L2 in latent space (LPIPS there);
@@ -81,7 +80,7 @@ class Config:
     resume: bool = True  # continue from last.pt, exactly; --no-resume starts again
     max_bad: float = 0.01  # share of damaged samples at which the run stops
     # the method
-    conditioning: str = "adaln-sum,attn+schedule"  # comma list of adaln-sum, attn, attn+schedule; one arm each
+    conditioning: str = "adaln-sum,attn+schedule"  # of adaln-sum, attn, attn+schedule; the middle one separates attention from schedule
     task: str = "class"  # class or text
     objective: str = "flow"  # flow, eps or v; the paper's main runs are diffusion
     control_power: float = 8.0  # steepness of the schedule; the paper ablates it, its value is not verified

@@ -118,6 +118,9 @@ def test_inverses():
     coco = {(1, 1): (37.81, 21.05, 12.12), (1000, 0.1): (124.7, 73.4, 47.1), (10000, 0.01): (46.91, 33.08, 25.71)}
     for (T, q), want in coco.items():
         assert [M.find_k(e, q, 0.05, T, 1 / 82800) for e in (5, 10, 20)] == pytest.approx(want, rel=2e-3)
+    for target in M.epsilon(0.02, 0.1 * 50 / 2, 10_000, 1 / 12_000) + np.array([-5e-5, 0, 5e-5]):  # within find_k's tolerance
+        k = M.whole_k(target, 0.02, 0.1, 10_000, 1 / 12_000)
+        assert k in (50, 51) and M.epsilon(0.02, 0.1 * k / 2, 10_000, 1 / 12_000) <= target
     k = M.find_k(7.0, 0.03, 0.1, 500, 1e-5)
     assert M.epsilon(0.03, 0.1 * k / 2, 500, 1e-5) == pytest.approx(7, abs=1e-4)
     assert M.find_sigma(7.0, 0.03, k, 500, 1e-5) == pytest.approx(0.1, rel=1e-3)
@@ -262,7 +265,38 @@ def test_blending_and_public_only():
     torch.testing.assert_close(M.blend(private, other, 0.25), 0.25 * private[None] + 0.75 * other)
     world = M.World(None, torch.randn(30, 6), torch.full((20, 6), torch.nan), None, ["a"] * 3, torch.randn(3, 6))
     got = M.conditions(M.Arm(0.0, k=4), world, M.Config(), None, None)
-    assert got.shape == (3, 4, 6) and torch.isfinite(got).all()  # no private row is touched
+    assert got.shape == (3, 1, 6) and torch.isfinite(got).all()  # no private row is touched
+    best = M.nearest(M.unit(world.queries)[0], world.public_bank, 4)
+    torch.testing.assert_close(got[0, 0], torch.nn.functional.normalize(world.public_bank[best], dim=1).mean(0))
+    text = M.conditions(M.Arm(float("inf"), k=4), world, M.Config(lam=0.0, other="text"), None, None)
+    assert text.shape == (3, 4, 6)
+
+
+def test_what_the_accountants_must_not_lose():
+    grid = M.rdp(1e-9, 1.0, np.array([2.0, 3.0, 63.0]))  # a large order beside a small one
+    assert grid[0] == pytest.approx(M.rdp(1e-9, 1.0, 2.0), rel=1e-9)
+    assert grid[0] == pytest.approx(1e-18 * np.expm1(1.0), rel=1e-6)
+    # four draws of 1,000 have chance 3.8e-6, above delta: what they lose, about 790, has to count
+    assert M.epsilon_pld(1e-4, 0.05, 1000, 1e-6) > 750
+
+
+def test_a_new_budget_needs_no_new_model(tmp_path):
+    options = ["--preset", "smoke", "--out_dir", tmp_path]
+    assert inside(M, *options).returncode == 0
+    before = (tmp_path / "last.pt").read_bytes()
+    done = inside(M, *options, "--budgets", "20", "--guidance", "1.5")
+    assert done.returncode == 0 and (tmp_path / "last.pt").read_bytes() == before
+    user_error(inside(M, *options, "--dim", "64"), "dim was 32")
+
+
+def test_a_foreign_file_is_no_ledger(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("my only copy")
+    with pytest.raises(ValueError, match="no ledger"):
+        M.Ledger(path, 1.0, 1e-5)
+    assert path.read_text() == "my only copy"
+    path.write_text('{"bud')  # killed while the head was written
+    assert M.Ledger(path, 1.0, 1e-5).spent() == 0
 
 
 def test_training_means():
