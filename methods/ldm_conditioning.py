@@ -80,7 +80,7 @@ class Config:
     resume: bool = True  # continue from last.pt, exactly; --no-resume starts again
     max_bad: float = 0.01  # share of damaged samples at which the run stops
     # the method
-    conditioning: str = "adaln-sum,attn+schedule"  # of adaln-sum, attn, attn+schedule; the middle one separates attention from schedule
+    conditioning: str = "adaln-sum,attn+schedule"  # of adaln-sum, attn, attn+schedule; "attn" tells attention from schedule
     task: str = "class"  # class or text
     objective: str = "flow"  # flow, eps or v; the paper's main runs are diffusion
     control_power: float = 8.0  # steepness of the schedule; the paper ablates it, its value is not verified

@@ -376,6 +376,10 @@ def test_grammar_keeps_the_meaning_and_leads_with_the_weak():
     share = np.mean([p.startswith("on a") for p in rules.propose(text, weak, 20)])
     free = np.mean([p.startswith("on a") for p in rules.propose(text, [], 20)])
     assert share > free and len(set(rules.propose(text, weak, 8))) == 8
+    for weak, often in (("Is the ring blue?", 0.8), ("Is the star red?", 0.4), ("", 0.4)):  # a weak second object comes first
+        first = np.mean([min(p.find("ring") % 99, p.find("hoop") % 99) < p.find("star") for p in
+                         (rules.one(text, weak) for _ in range(400))])  # fmt: skip
+        assert abs(first - often) < 0.08
 
 
 def test_language_model_masks_the_source_and_learns():
@@ -418,6 +422,10 @@ def test_the_stand_in_writes_what_was_meant():
 def test_real_prompt_files(shared, tmp_path):
     folder = shared / "prompts"
     parti = M.read_tasks(folder / "partiprompts.tsv", 2000)
+    paper = M.Config(**M.PRESETS["paper"])
+    assert len(M.read_tasks(folder / "partiprompts.tsv", paper.limit, paper.challenges)) == 185  # the paper's set
+    with pytest.raises(ValueError, match="Complx"):
+        M.read_tasks(folder / "partiprompts.tsv", 50, "Complx")
     assert len({t.prompt for t in parti}) == len(parti) > 1600 and parti[0].prompt == "bond"
     assert (
         len(M.read_tasks(folder / "drawbench.csv", 500)) >= 190
@@ -450,7 +458,8 @@ def test_pictures_by_command_and_by_endpoint(tmp_path):
     with Server() as server:
         server.plan[:] = [(200, {"data": [{"b64_json": M.base64.b64encode(png.getvalue()).decode()}]})]
         c = client(server)
-        assert M.by_endpoint(c, "a cat", 2)[1].getpixel((0, 0)) == (9, 9, 9) and server.seen[0][3]["prompt"] == "a cat"
+        assert M.by_endpoint(c, "a cat", 2).getpixel((0, 0)) == (9, 9, 9)
+        assert server.seen[0][3]["prompt"] == "a cat" and server.seen[0][3]["seed"] == 2
         server.plan[:] = [(200, {"data": []})]
         with pytest.raises(M.ServerError, match="b64_json"):
             M.by_endpoint(c, "a cat", 1)
@@ -540,4 +549,4 @@ def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
 
 def test_dry_run_spends_nothing(tmp_path, capsys):
     M.run(M.Config(prompts="3", dry_run=True, out_dir=str(tmp_path / "r")))
-    assert "1,968 pictures" in capsys.readouterr().out and not (tmp_path / "r").exists()
+    assert "2,328 pictures" in capsys.readouterr().out and not (tmp_path / "r").exists()
