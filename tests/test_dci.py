@@ -275,6 +275,9 @@ def test_negatives_by_rule():
     got = {M.rule_negative("a red star above a blue ring", rng) for _ in range(40)}
     assert "a blue star above a red ring" in got and "a red ring above a blue star" in got
     assert all(sorted(g.split()) == sorted("a red star above a blue ring".split()) for g in got)
+    for true in ("a star at the top right", "a red and white bus"):  # exchanged, they would be true
+        got = {M.rule_negative(true, rng) for _ in range(40)}
+        assert not got & {"a star at the right top", "a white and red bus"}
     assert M.rule_negative("a dog", rng) == "" and M.rule_negative("the red and the red", rng) == ""
     text = "Two ducks are swimming in the green colored pond."
     assert M.rule_negative(text, rng) != text and M.shuffled(text, rng).startswith("Two")
@@ -361,7 +364,7 @@ def test_two_processes_equal_one(arm, pool, tmp_path):
     want = _gradients(M.ddp.Env(0, 1, torch.device("cpu")), arm, pool)
     for got in in_processes(2, _gradients, arm, pool, path=tmp_path):
         for k, v in want.items():
-            torch.testing.assert_close(got[k], v, atol=1e-5, rtol=1e-3, msg=f"{k}: {arm}")
+            torch.testing.assert_close(got[k], v, atol=1e-4, rtol=1e-3, msg=f"{k}: {arm}")
 
 
 def test_smoke_in_one_and_two_processes(tmp_path):
@@ -402,8 +405,37 @@ def test_crops_from_the_loader_equal_those_in_memory(toy):
     lazy = M.hold(items, 32, M.Config(memory_gb=0))
     assert isinstance(held, dict) and isinstance(lazy, M.Crops)
     assert all(
-        (lazy.read(0, int(r))["image"] == held["image"][i].permute(1, 2, 0).numpy()).all() for i, r in enumerate(held["row"])
+        (lazy.view(lazy.read(0, int(r)))["image"] == held["image"][i].permute(1, 2, 0).numpy()).all()
+        for i, r in enumerate(held["row"])
     )
+
+
+def test_training_on_crops_that_do_not_fit_into_memory(toy, tmp_path):
+    cfg = M.Config(data=str(toy), min_side=16, steps=2, batch_size=8, arms="dense", log_every=1, save_every=2)
+    results = [M.train(M.replace(cfg, memory_gb=gb, out_dir=str(tmp_path / str(gb)))) for gb in (0.0, 8.0)]
+    assert results[0] == results[1]
+
+
+def test_generated_negatives_are_wrong():
+    """Never the caption with only the words at one noun in another order, and for a changed attribute never the same picture."""
+    nouns = (*M.scenes.SHAPES, "background")
+
+    def said(text):
+        parts, part = [], set()
+        for w in text.split():
+            part.add(w)
+            if w in nouns:
+                parts, part = [*parts, (w, frozenset(part))], set()
+        return parts, frozenset(part)
+
+    counts = {"basic": 0, "layout": 0, "swaps": 0}
+    for i in range(150):
+        s = M.scenes.scene(i, 5, (1, 3), grid=2)
+        for part in (s, M.replace(s, things=(M.replace(s.things[0], cell=0),), grid=1)):
+            for kind, texts in M.toy_negatives(part, i).items():
+                counts[kind] += len(texts)
+                assert all(said(t) != said(M.scenes.caption(part)) for t in texts), (kind, texts)
+    assert min(counts.values()) > 250
 
 
 def test_the_negatives_loss_teaches_negatives(toy, tmp_path):
