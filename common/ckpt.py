@@ -36,7 +36,8 @@ def _replace(path, write) -> None:
     except BaseException as error:
         tmp.unlink(missing_ok=True)
         if isinstance(error, RuntimeError | SafetensorError):  # how torch.save and safetensors say that the disk is full
-            raise OSError(f"cannot write {path}: the disk is full or not writable; the file before it is whole") from error
+            raise OSError(f"cannot write {path}: the disk is full or not writable; the file before it is whole "
+                          f"({str(error)[:200]})") from error  # fmt: skip
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)

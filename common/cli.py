@@ -58,7 +58,8 @@ def main(run, Config, presets=None, argv=None) -> None:
         print(f"error: {text}", file=sys.stderr, flush=True)
         sys.exit(2)
     except RuntimeError as error:  # how gloo and NCCL say that another process is gone
-        if os.environ.get("TRACEBACK") or not re.search(r"gloo|nccl|connection (closed|reset)", str(error), re.IGNORECASE):
+        lost = re.search(r"gloo|nccl|connection (closed|reset)", str(error), re.IGNORECASE)
+        if os.environ.get("TRACEBACK") or not lost or "out of memory" in str(error):
             raise
         text = str(error).strip().splitlines()[0][:160]
         print("error: another process of this run has died or cannot be reached; the last checkpoint is whole: start all "

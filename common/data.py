@@ -89,7 +89,8 @@ class Shards:
         try:
             manifest = json.loads(path.read_text("utf-8"))
             for s in manifest.get("shards", []):
-                (self.folder / Path(s["name"]).name).stat()
+                s["name"] = Path(s["name"]).name  # of this folder
+                (self.folder / s["name"]).stat()
                 if not 0 <= s["count"] <= 10_000_000:
                     raise ValueError(f"{s['name']} cannot hold {s['count']} samples")
         except FileNotFoundError as error:
@@ -239,7 +240,7 @@ class Subset:
 
 
 def records(source) -> list[dict]:
-    """The record of every sample without its picture, by row; {} for a damaged one."""
+    """The record of every sample without its picture, by row; {"key": ""} for a damaged one."""
     out = []
     for shard, size in enumerate(source.sizes):
         for row in range(size):
@@ -421,19 +422,25 @@ def stack(items: list[dict]) -> dict[str, torch.Tensor]:
     return {**out, "image": out["image"].permute(0, 3, 1, 2).contiguous()}
 
 
+def held_out(folder, prefer=("val", "test")) -> str:
+    """The split to evaluate on: the first of `prefer` that was prepared."""
+    there = {n.split("-")[0] for n in Shards(folder).names}
+    for name in prefer:
+        if name in there:
+            return name
+    raise ValueError(f"{folder} has no split val or test to evaluate on; prepare one")
+
+
 def open_labelled(folder, count: int, seed: int):
     """-> training source, test source (split val or test), records and classes of the training samples, and the rows of the
     first `count` samples of every class (0: all). Classes are [] where nothing has a label."""
-    train, splits = Shards(folder, "train"), {n.split("-")[0] for n in Shards(folder).names}
-    held = next((name for name in ("val", "test") if name in splits), None)
-    if held is None:
-        raise ValueError(f"{folder} has no split val or test to evaluate on; prepare one")
+    train, test = Shards(folder, "train"), Shards(folder, held_out(folder))
     found = records(train)
     labels = [r.get("label", -1) for r in found]
     classes = train.classes if max(labels) >= 0 else []
     if max(labels) >= len(classes) or classes and any("label" not in r and r["key"] for r in found):
         raise ValueError(f"{folder}: labels must be 0 to {len(classes) - 1}, one for every sample; prepare the data again")
-    return train, Shards(folder, held), found, classes, pick(labels, count, seed)
+    return train, test, found, classes, pick(labels, count, seed)
 
 
 def pick(labels, count: int, seed: int) -> np.ndarray:
@@ -455,11 +462,15 @@ def load(source, rows, size: int, env, gb: float, workers: int = 0, max_bad: flo
     subset = Subset(source, rows)
     if len(rows) * 3 * size * size > gb * 2**30:
         return subset
-    parts = list(parts_of(subset, size, workers=workers))
-    bad = len(rows) - sum(len(p["row"]) for p in parts)
-    if bad > max_bad * max(len(rows), 1000) or not parts:
-        raise ValueError(f"{bad} of {len(rows)} pictures are damaged, more than --max_bad {max_bad}")
-    return {k: torch.cat([p[k] for p in parts]).to(env.device) for k in parts[0]}
+    held, count = {}, 0
+    for part in parts_of(subset, size, workers=workers):
+        held = held or {k: v.new_empty(len(rows), *v.shape[1:]) for k, v in part.items()}
+        for k, v in part.items():
+            held[k][count : count + len(v)] = v
+        count += len(part["row"])
+    if len(rows) - count > max_bad * max(len(rows), 1000) or not count:
+        raise ValueError(f"{len(rows) - count} of {len(rows)} pictures are damaged, more than --max_bad {max_bad}")
+    return {k: v[:count].to(env.device) for k, v in held.items()}
 
 
 def parts_of(pictures, size: int, rank: int = 0, world: int = 1, workers: int = 0):

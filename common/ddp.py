@@ -105,7 +105,7 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         dims = [d for d in range(x.ndim) if d != 1]
         n = x.numel() // x.shape[1] * world_size()
         mean, square = all_sum(torch.stack([x.sum(dims), (x * x).sum(dims)])) / n
-        var = square - mean * mean
+        var = (square - mean * mean).clamp_min(0)  # rounding
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1
@@ -156,12 +156,13 @@ def all_sum(x: torch.Tensor) -> torch.Tensor:
 
 def mean(values: dict[str, torch.Tensor | float]) -> dict[str, float]:
     """Averages logged scalars over ranks, in one message. One device synchronisation: call it on logging steps only."""
-    stack = torch.stack([torch.as_tensor(v, dtype=torch.float32).detach().cpu() for v in values.values()])
+    found = [torch.as_tensor(v, dtype=torch.float32).detach() for v in values.values()]
+    device = next((v.device for v in found if v.is_cuda), torch.device("cpu"))
+    stack = torch.stack([v.to(device) for v in found])
     if world_size() > 1:
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        stack = stack.to(device)
+        stack = stack.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(stack)
-        stack = stack.cpu() / world_size()
+        stack /= world_size()
     return dict(zip(values, stack.tolist()))
 
 
@@ -175,7 +176,7 @@ def gather_lists(items: list) -> list:
 
 
 def check_finite(values: dict[str, float], step: int) -> None:
-    """Stops the run at a non-finite loss, before it can reach a checkpoint."""
+    """Stops the run at a non-finite loss or gradient norm. Called before a checkpoint is written: the last one stays good."""
     bad = [k for k, v in values.items() if not torch.isfinite(torch.tensor(v))]
     if bad:
         raise ValueError(f"{', '.join(bad)} is not finite at step {step} on rank {rank()}; the last checkpoint is good: "

@@ -59,8 +59,9 @@ class RunLog:
         write_json(self.dir / "config.json", {**asdict(cfg), "processes": env.world, "versions": versions()})
         path = self.dir / "log.jsonl"
         lines = self._lines(path)
-        with open(path, "w") as f:  # a resumed run goes on after its checkpoint; later lines are written again
+        with open(f"{path}.tmp", "w") as f:  # a resumed run goes on after its checkpoint; later lines are written again
             f.writelines(json.dumps(line) + "\n" for line in lines if line["step"] < start)
+        os.replace(f"{path}.tmp", path)
         self.file = open(path, "a")  # noqa: SIM115
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # several runs may share a process
@@ -73,7 +74,8 @@ class RunLog:
         if os.path.exists(path):
             for line in Path(path).read_text().splitlines():
                 try:
-                    out.append({"step": int(json.loads(line)["step"]), **json.loads(line)})
+                    line = json.loads(line)
+                    out.append({**line, "step": int(line["step"])})
                 except (ValueError, TypeError, KeyError):  # the line that a kill cut short
                     break
         return out

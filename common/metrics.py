@@ -223,14 +223,20 @@ def _slack(a, b):
 
 def knn_radius(x: torch.Tensor, k: int, block: int = 1024) -> torch.Tensor:
     """(N, D) float64 -> (N,) squared distance to the k-th neighbour in the own set, without the point itself. Candidates are
-    found in float32, a few more than k, and measured in float64."""
-    out = []
+    found in float32, a few more than k, and measured in float64; all points are, where float32 cannot tell the others from
+    the k-th."""
+    out, slack = [], _slack(x, x)
     for i, d in _pairs(x, x, block):
         own = torch.arange(len(d))
         d[own, own + i] = torch.inf
-        near = d.topk(min(k + 4, len(x) - 1), largest=False).indices  # (B, k + 4)
+        far, near = d.topk(min(k + 4, len(x) - 1), largest=False)  # (B, k + 4)
         exact = torch.stack([(x[i : i + block] - x[near[:, j]]).square().sum(1) for j in range(near.shape[1])], 1)
-        out.append(exact.kthvalue(k, 1).values)
+        radius = exact.kthvalue(k, 1).values
+        for row in torch.nonzero(far[:, -1].double() - slack < radius)[:, 0].tolist() if near.shape[1] < len(x) - 1 else ():
+            all_of = (x - x[i + row]).square().sum(1)
+            all_of[i + row] = torch.inf
+            radius[row] = all_of.kthvalue(k).values
+        out.append(radius)
     return torch.cat(out)
 
 

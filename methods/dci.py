@@ -572,7 +572,7 @@ def normalised(images):  # twin: normalised
 
 def open_items(cfg, split, say=False) -> list[Item]:
     if Path(cfg.data, "manifest.json").is_file():
-        return read_boxes(cfg.data, {"test": "val"}.get(split, split), cfg.min_side, cfg.seed)
+        return read_boxes(cfg.data, data.held_out(cfg.data) if split == "test" else split, cfg.min_side, cfg.seed)
     return read_dci(cfg.data, split, cfg.min_side, cfg.allow_missing, say)
 
 
@@ -872,8 +872,7 @@ def train(cfg: Config) -> dict:
                                       for i in (ids, ids_neg, ids_long))  # fmt: skip
             loss, parts = method_loss(wrapped, normalised(batch["image"].to(env.device)), ids, ids_neg, ids_long, cfg)
             (loss / cfg.accum).backward()
-        if cfg.grad_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -881,7 +880,7 @@ def train(cfg: Config) -> dict:
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
         if due or done % cfg.save_every == 0:
-            ddp.check_finite({"loss": loss.item()}, step)
+            ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
         if due:
             log.write(step, **ddp.mean({"loss": loss, **parts}), lr=opt.param_groups[0]["lr"])
         if cfg.eval_every and done % cfg.eval_every == 0 and not last and test:

@@ -643,8 +643,7 @@ def open_folders(cfg, embed) -> World:
             raise ValueError(f"{folder}, {split}: {len(source):,} pictures do not fit into --memory_gb {cfg.memory_gb:g}")
         return source.classes, held["image"], held["label"]
 
-    splits = {n.split("-")[0] for n in data.Shards(cfg.private).names}
-    held_out = "test" if "test" in splits else "val"
+    held_out = data.held_out(cfg.private, ("test", "val"))
     public = pictures(cfg.public, "train")[1]
     classes, test, labels = pictures(cfg.private, held_out)
     rows = np.random.default_rng(cfg.seed).permutation(len(test))[: cfg.prompts]

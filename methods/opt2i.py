@@ -876,13 +876,13 @@ def train_lm(cfg: Config) -> dict:
         optim.set_lr(opt, optim.warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr))
         loss = loss_of(step * cfg.batch_size + env.rank * share, cfg.seed)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
         if due or done % cfg.save_every == 0:
-            ddp.check_finite({"loss": loss.item()}, step)
+            ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
         if due:
             log.write(step, **ddp.mean({"loss": loss}))
         log.tick(step)

@@ -714,8 +714,7 @@ def generated(count, seed, cfg, **options) -> Pairs:
 
 def prepared(split, cfg, env) -> Pairs:
     """Shards with captions; boxes tell which objects are there."""
-    names = {n.split("-")[0] for n in data.Shards(cfg.data).names}
-    source = data.Shards(cfg.data, "val" if split == "test" and "test" not in names else split)
+    source = data.Shards(cfg.data, data.held_out(cfg.data, ("test", "val")) if split == "test" else split)
     found = data.records(source)
     rows = [i for i, r in enumerate(found) if r.get("captions")]
     if not rows:
@@ -1379,8 +1378,7 @@ def train(cfg: Config) -> dict:
             with torch.autocast(env.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
                 loss, parts = wrapped(batch)
             (loss / cfg.accum).backward()
-        if cfg.grad_clip:
-            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.grad_clip)
+        norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
         if hasattr(model, "log_scale"):
@@ -1388,7 +1386,7 @@ def train(cfg: Config) -> dict:
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
         if due or done % cfg.save_every == 0:
-            ddp.check_finite({"loss": loss.item()}, step)
+            ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
         if due:
             log.write(step, **ddp.mean({"loss": loss, **parts}), lr=opt.param_groups[0]["lr"])
         log.tick(step)

@@ -496,8 +496,7 @@ def further_tests(model, probe, guess, world, cfg, env) -> dict[str, float]:
     out = {}
     if cfg.real:
         lists = json.loads(Path(cfg.real).read_text())
-        held = next(s for s in ("val", "test") if any(n.startswith(f"{s}-") for n in data.Shards(cfg.data).names))
-        found = [re.search(r"val_(\d{8})", r["key"]) for r in data.records(data.Shards(cfg.data, held))]
+        found = [re.search(r"val_(\d{8})", r["key"]) for r in data.records(data.Shards(cfg.data, data.held_out(cfg.data)))]
         if None in found or len(lists) != 50_000:
             raise ValueError(f"--real {cfg.real} needs ImageNet's 50,000 validation pictures under their own file names")
         out["real"] = real_accuracy(guess, [lists[int(m[1]) - 1] for m in found])
@@ -603,14 +602,13 @@ def train(cfg: Config) -> dict:
             ids = trim(tok([texts[i] for i in batch["row"].tolist()], 77), 8).to(env.device) if texts else None
             loss, parts = method_loss(wrapped, batch, images, graph, ids, micro, cfg)
             (loss / cfg.accum).backward()
-        if cfg.grad_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
         if due or done % cfg.save_every == 0:
-            ddp.check_finite({"loss": loss.item()}, step)
+            ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
         if due:
             log.write(step, **ddp.mean({"loss": loss, **parts()}), lr=opt.param_groups[0]["lr"])
         if cfg.eval_every and done % cfg.eval_every == 0 and not last:

@@ -373,3 +373,12 @@ def test_inputs_of_dino_and_clip():
                       t.ToDtype(torch.float32, scale=True), t.Normalize(*M.MEAN_STD["clip"])])(wide)  # fmt: skip
     torch.testing.assert_close(clip[0], want)
     assert not torch.allclose(squash, crop)
+
+
+def test_radii_of_tight_clusters_are_float64s():
+    """Two clusters so far apart that float32 cannot tell neighbours inside one of them."""
+    g = torch.Generator().manual_seed(0)
+    x = 0.01 * torch.randn(60, 8, dtype=torch.float64, generator=g)
+    x[30:] += 100.0
+    far = torch.cdist(x, x).square().fill_diagonal_(torch.inf)
+    torch.testing.assert_close(M.knn_radius(x, 5, block=16), far.kthvalue(5, 1).values, rtol=1e-6, atol=0)
