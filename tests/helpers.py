@@ -23,16 +23,17 @@ def run(*args, cwd=ROOT, timeout=300, **env):
 
 
 def inside(module, *args):
-    """What run() gives for a method, without starting a process: for the many ways in which a command can be wrong."""
+    """What run() gives for a script's module, without starting a process, which takes seconds."""
     from common import cli
 
-    out, code = io.StringIO(), 0
-    with contextlib.redirect_stderr(out):
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            cli.main(module.run, module.Config, module.PRESETS, [str(a) for a in args])
+            work = module.run if hasattr(module, "run") else module.train
+            cli.main(work, module.Config, getattr(module, "PRESETS", None), [str(a) for a in args])
         except SystemExit as leave:
             code = leave.code
-    return subprocess.CompletedProcess(args, code, "", out.getvalue())
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 def torchrun(n, *args, cwd=ROOT, timeout=300):

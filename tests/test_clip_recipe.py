@@ -466,14 +466,15 @@ def test_smoke_in_all_three_ways(tmp_path):
     assert direct.returncode == 0, direct.stderr
     assert time.monotonic() - began < 60
     assert "claim" in direct.stdout and "paper" in direct.stdout
-    module = run("-m", "methods.clip_recipe", "--preset", "smoke", "--out_dir", tmp_path / "b")
+    module = run("-m", "methods.clip_recipe", "--preset", "smoke", "--recipe", "plain", "--extra", "none", "--out_dir",
+                 tmp_path / "b")  # fmt: skip
     assert module.returncode == 0, module.stderr
-    assert (tmp_path / "a" / "metrics.json").read_bytes() == (tmp_path / "b" / "metrics.json").read_bytes()
-    two = torchrun(2, "methods/clip_recipe.py", "--preset", "smoke", "--out_dir", tmp_path / "c", "--text_drop", 0)
+    assert (tmp_path / "a/plain_none/metrics.json").read_bytes() == (tmp_path / "b/plain_none/metrics.json").read_bytes()
+    small = ["--preset", "smoke", "--text_drop", 0, "--recipe", "rocket"]
+    two = torchrun(2, "methods/clip_recipe.py", *small, "--out_dir", tmp_path / "c")
     assert two.returncode == 0, two.stderr
-    one = run("methods/clip_recipe.py", "--preset", "smoke", "--out_dir", tmp_path / "d", "--text_drop", 0)
-    assert one.returncode == 0
-    for arm in ("plain_none", "rocket_siam"):
+    assert inside(M, *small, "--out_dir", tmp_path / "d").returncode == 0
+    for arm in ("rocket_none", "rocket_siam"):
         losses = [
             [json.loads(x)["loss"] for x in (tmp_path / d / arm / "log.jsonl").read_text().splitlines() if '"loss"' in x]
             for d in "cd"
@@ -519,10 +520,10 @@ def test_batch_must_divide(tmp_path):
 
 
 def test_changed_settings_do_not_continue_an_old_run(tmp_path):
-    base = ["methods/clip_recipe.py", "--preset", "smoke", "--recipe", "plain", "--extra", "none", "--out_dir", tmp_path]
-    assert run(*base).returncode == 0
-    user_error(run(*base, "--lr", "0.1"), "lr was 0.002 and is now 0.1", "--no-resume")
-    assert run(*base, "--lr", "0.1", "--no-resume").returncode == 0
+    base = [M, "--preset", "smoke", "--recipe", "plain", "--extra", "none", "--out_dir", tmp_path]
+    assert inside(*base).returncode == 0
+    user_error(inside(*base, "--lr", "0.1"), "lr was 0.002 and is now 0.1", "--no-resume")
+    assert inside(*base, "--lr", "0.1", "--no-resume").returncode == 0
 
 
 def test_real_pairs_end_to_end(shared, tmp_path):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from common import data
 from data_prep import _write, captions, cc12m, cifar100, coco, imagenet, scenes, wordnet
-from tests.helpers import run, user_error
+from tests.helpers import inside, run, user_error
 from tests.test_data import picture
 
 
@@ -68,20 +68,22 @@ def test_tsv_with_stray_quotes_and_other_columns(pairs):
 
 
 def test_captions_command_line(pairs):
-    base = ["data_prep/captions.py", "--images", pairs / "images.zip", "--out", pairs / "o", "--val", 0, "--test", 1]
-    done = run(*base, "--table", pairs / "t.csv")
+    base = ["--images", pairs / "images.zip", "--out", pairs / "o", "--val", 0, "--test", 1]
+    done = run("data_prep/captions.py", *base, "--table", pairs / "t.csv")
     assert done.returncode == 0 and "licence:" in done.stdout and "left out: 1 damaged" in done.stdout
-    user_error(run(*base, "--table", pairs / "none.csv"), "none.csv does not exist")
-    user_error(run(*base, "--table", pairs / "t.csv", "--caption_column", "words"), "no column 'words'", "image, caption")
+    user_error(inside(captions, *base, "--table", pairs / "none.csv"), "none.csv does not exist")
     user_error(
-        run("data_prep/captions.py", "--table", pairs / "t.csv", "--images", pairs / "nope", "--out", pairs / "o2"),
+        inside(captions, *base, "--table", pairs / "t.csv", "--caption_column", "words"), "no column 'words'", "image, caption"
+    )
+    user_error(
+        inside(captions, "--table", pairs / "t.csv", "--images", pairs / "nope", "--out", pairs / "o2"),
         "nope does not exist",
     )
     user_error(
-        run("data_prep/captions.py", "--table", pairs / "t.csv", "--images", pairs / "t.csv", "--out", pairs / "o2"),
+        inside(captions, "--table", pairs / "t.csv", "--images", pairs / "t.csv", "--out", pairs / "o2"),
         "neither a folder nor a zip",
     )
-    user_error(run(*base, "--table", pairs / "t.csv", "--test", 50), "cannot give splits")
+    user_error(inside(captions, *base, "--table", pairs / "t.csv", "--test", 50), "cannot give splits")
 
 
 def test_interrupted_preparation_continues_to_the_same_bytes(tmp_path):
@@ -322,7 +324,7 @@ def test_wordnet(tmp_path):
     (tmp_path / "data.adv").write_text("00001740 02 r zz fast\n")
     with pytest.raises(ValueError, match="line 1 is not a synset"):
         wordnet.run(wordnet.Config(str(tmp_path), str(tmp_path / "t.tsv")))
-    user_error(run("data_prep/wordnet.py", "--dict", tmp_path / "no", "--out", tmp_path / "t.tsv"), "data.noun does not exist")
+    user_error(inside(wordnet, "--dict", tmp_path / "no", "--out", tmp_path / "t.tsv"), "data.noun does not exist")
 
 
 # A server that answers like the web ---------------------------------------------------------------------------------

@@ -427,7 +427,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
 
 
 def test_command_line_in_one_and_two_processes(tmp_path):
-    one = run("methods/ldm_conditioning.py", "--preset", "smoke", "--out_dir", tmp_path / "1")
+    one = inside(M, "--preset", "smoke", "--out_dir", tmp_path / "1")
     assert one.returncode == 0 and "paper" in one.stdout and "control-swap" in one.stdout, one.stderr
     for name in (
         "attn+schedule/samples/samples.png",
@@ -442,7 +442,7 @@ def test_command_line_in_one_and_two_processes(tmp_path):
     for key in ("adaln-sum_val_loss", "attn+schedule_val_loss"):
         assert a[key] == pytest.approx(b[key], rel=1e-3)
     low = tmp_path / "1" / "attn+schedule" / "model.safetensors"
-    transfer = run("methods/ldm_conditioning.py", "--preset", "smoke", "--conditioning", "attn+schedule", "--image_size", "64", "--init", low,
+    transfer = inside(M, "--preset", "smoke", "--conditioning", "attn+schedule", "--image_size", "64", "--init", low,
                    "--out_dir", tmp_path / "3")  # fmt: skip
     assert transfer.returncode == 0 and "transferred" in transfer.stdout, transfer.stderr
 

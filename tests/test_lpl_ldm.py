@@ -389,7 +389,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
 
 
 def test_command_line_in_one_and_two_processes(tmp_path):
-    one = run("methods/lpl_ldm.py", "--preset", "smoke", "--out_dir", tmp_path / "1")
+    one = inside(M, "--preset", "smoke", "--out_dir", tmp_path / "1")
     assert one.returncode == 0 and "equal updates" in one.stdout and "Frechet" in one.stdout, one.stderr
     for name in ("lpl/samples/samples.png", "lpl/curves.png", "spectrum.png", "lpl/config.json", "metrics.json"):
         assert (tmp_path / "1" / name).exists(), name

@@ -16,7 +16,7 @@ from PIL import Image
 from common import data, ddp
 from data_prep._write import png, prepare
 from methods import semisup_cluster as M
-from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
+from tests.helpers import ROOT, in_processes, inside, torchrun, user_error
 
 ENV = ddp.Env(0, 1, torch.device("cpu"))
 
@@ -331,7 +331,7 @@ def test_clusters_become_classes(tmp_path, monkeypatch):
 
 
 def test_smoke_prints_the_table_and_two_processes_run(tmp_path):
-    one = run("methods/semisup_cluster.py", *SMALL, "--out_dir", tmp_path / "1", "--finetune", "0.25")
+    one = inside(M, *SMALL, "--out_dir", tmp_path / "1", "--finetune", "0.25")
     assert one.returncode == 0, one.stderr
     for words in ("supervised only", "SwAV + linear probe", "Suave beats supervised only", "the paper, CIFAR-100"):
         assert words in one.stdout
@@ -339,7 +339,7 @@ def test_smoke_prints_the_table_and_two_processes_run(tmp_path):
         (tmp_path / "1/metrics.json").read_text()
     ).keys()
     assert (tmp_path / "1/suave_2_finetune/samples/clusters.png").exists()
-    again = run("methods/semisup_cluster.py", *SMALL, "--out_dir", tmp_path / "1", "--finetune", "0.25")
+    again = inside(M, *SMALL, "--out_dir", tmp_path / "1", "--finetune", "0.25")
     assert again.stdout == one.stdout and "step/s" not in again.stderr  # finished phases are kept
     two = torchrun(2, "methods/semisup_cluster.py", *SMALL, "--out_dir", tmp_path / "2", "--method", "suave,daino,ssl+ft")
     assert two.returncode == 0, two.stderr
@@ -373,17 +373,15 @@ def test_labelled_shards_and_starting_weights(tmp_path):
     plan = {"train": [("train", i) for i in range(45)], "test": [("test", i) for i in range(45, 60)]}
     prepare(tmp_path / "s", plan, make, per_shard=20, classes=["a", "b", "c"])
     args = [*SMALL, "--data", tmp_path / "s", "--canvas", 24, "--labels", "3", "--method", "suave", "--queue", "32"]
-    one = run("methods/semisup_cluster.py", *args, "--stage", "ssl", "--out_dir", tmp_path / "a")
+    one = inside(M, *args, "--stage", "ssl", "--out_dir", tmp_path / "a")
     assert one.returncode == 0, one.stderr
     weights = tmp_path / "a/ssl_suave_8/model.safetensors"
-    two = run("methods/semisup_cluster.py", *args, "--stage", "semi", "--init", weights, "--memory_gb", 0, "--workers", 1,
+    two = inside(M, *args, "--stage", "semi", "--init", weights, "--memory_gb", 0, "--workers", 1,
               "--out_dir", tmp_path / "b")  # fmt: skip
     assert two.returncode == 0, two.stderr
-    r = run(
-        "methods/semisup_cluster.py", *args, "--stage", "semi", "--init", weights, "--width", 16, "--out_dir", tmp_path / "c"
-    )
+    r = inside(M, *args, "--stage", "semi", "--init", weights, "--width", 16, "--out_dir", tmp_path / "c")
     user_error(r, "--init", "does not fit")
-    r = run("methods/semisup_cluster.py", *args[:-4], "--labels", "30", "--out_dir", tmp_path / "d")
+    r = inside(M, *args[:-4], "--labels", "30", "--out_dir", tmp_path / "d")
     user_error(r, "30 samples a class", "only 15")
 
 

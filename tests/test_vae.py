@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from common import ckpt
 from common import vae as V
-from tests.helpers import ROOT, run, user_error
+from data_prep import train_vae
+from tests.helpers import ROOT, inside, run, user_error
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +279,6 @@ def test_train_vae_resumes_exactly_and_its_file_loads(tmp_path):
     assert same[0] == same[1]
     vae = V.load_vae(tmp_path / "a" / "model.safetensors")
     assert vae.z == 8 and re.fullmatch(r"[0-9a-f]{16}", vae.fingerprint())
-    user_error(run("data_prep/train_vae.py", "--size", "30", "--out_dir", tmp_path / "c"), "--size 30", "multiple of 4")
-    user_error(run("data_prep/train_vae.py", "--groups", "5", "--out_dir", tmp_path / "c"), "--groups 5")
-    user_error(run("data_prep/train_vae.py", "--vgg", "none.pth", "--out_dir", tmp_path / "c"), "none.pth", "does not exist")
+    user_error(inside(train_vae, "--size", "30", "--out_dir", tmp_path / "c"), "--size 30", "multiple of 4")
+    user_error(inside(train_vae, "--groups", "5", "--out_dir", tmp_path / "c"), "--groups 5")
+    user_error(inside(train_vae, "--vgg", "none.pth", "--out_dir", tmp_path / "c"), "none.pth", "does not exist")

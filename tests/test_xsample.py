@@ -18,7 +18,7 @@ from common.vision import torchvision  # noqa: F401
 from common.vit import CLIP, TextTransformer, ViT
 from data_prep._write import png, prepare
 from methods import xsample as M
-from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
+from tests.helpers import ROOT, in_processes, inside, torchrun, user_error
 
 N, D = 6, 8
 
@@ -274,7 +274,7 @@ def test_captions_and_classes_teach_what_random_pairs_do_not(tmp_path):
 
 
 def test_one_and_two_processes_and_the_report(tmp_path):
-    one = run("methods/xsample.py", *SMALL, "--out_dir", tmp_path / "1", "--dtype", "float32")
+    one = inside(M, *SMALL, "--out_dir", tmp_path / "1", "--dtype", "float32")
     assert one.returncode == 0, one.stderr
     for words in ("X-CLR beats CLIP", "other background", "pictures, labels", "it does (ImageNet)"):
         assert words in one.stdout
@@ -336,16 +336,16 @@ def test_real_data_with_precomputed_captions_in_memory_and_from_the_loader(prepa
     np.save(tmp_path / "e.npy", M.bag_of_words(texts[:48]).half().numpy())
     np.save(tmp_path / "e.ids.npy", np.array([data.text_id(k) for k in keys]))
     args = [*SMALL, "--data", out / "s", "--images_per_class", "0", "--embeddings", tmp_path / "e.npy", "--canvas", 24]
-    one = run("methods/xsample.py", *args, "--method", "simclr,clip,xclr", "--out_dir", tmp_path / "a")
+    one = inside(M, *args, "--method", "simclr,clip,xclr", "--out_dir", tmp_path / "a")
     assert one.returncode == 0, one.stderr
     # above --memory_gb the pictures come from the loader: the same pictures, another order
-    two = run("methods/xsample.py", *args, "--method", "xclr", "--memory_gb", "0", "--probe", "sgd", "--probe_steps", 20, "--workers", 1,
+    two = inside(M, *args, "--method", "xclr", "--memory_gb", "0", "--probe", "sgd", "--probe_steps", 20, "--workers", 1,
               "--out_dir", tmp_path / "b")  # fmt: skip
     assert two.returncode == 0, two.stderr
     got = [json.loads((tmp_path / k / "metrics.json").read_text()) for k in "ab"]
     assert {"xclr_0_probe", "xclr_0_knn"} <= got[0].keys() & got[1].keys()
     for graph in ("tree", "text"):
-        r = run("methods/xsample.py", *SMALL, "--data", out / "s", "--images_per_class", "5", "--method", "xclr", "--graph", graph,
+        r = inside(M, *SMALL, "--data", out / "s", "--images_per_class", "5", "--method", "xclr", "--graph", graph,
                 "--text_of", "classes", "--optimiser", "lars", "--out_dir", tmp_path / graph)  # fmt: skip
         assert r.returncode == 0, r.stderr
 

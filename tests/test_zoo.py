@@ -1,15 +1,17 @@
 """common/zoo.py and the scripts that train the stand-ins: what they claim holds, and they resume."""
 
+import importlib
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from common import scenes, zoo
-from data_prep import train_judge, train_reader, train_vae
-from tests.helpers import run, user_error
+from data_prep import cache_latents, train_judge, train_reader, train_vae
+from tests.helpers import inside, user_error
 
 
 def pictures(world, size=32):
@@ -116,8 +118,9 @@ def test_painter_draws_what_is_asked_for(judge):
 
 
 @pytest.mark.parametrize("script", ["train_judge", "train_reader"])
-def test_trainers_run_and_write_weights(script, tmp_path):
-    done = run(f"data_prep/{script}.py", "--preset", "smoke", "--out_dir", tmp_path)
+def test_trainers_run_and_write_weights(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_judge, "evaluate", partial(train_judge.evaluate, count=64))
+    done = inside(importlib.import_module(f"data_prep.{script}"), "--preset", "smoke", "--out_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model.safetensors").exists() and json.loads((tmp_path / "metrics.json").read_text())
 
@@ -132,26 +135,10 @@ def test_latent_cache(tmp_path):
     """Two views of each picture, resumed after a kill, refused for another autoencoder, read by both methods."""
     from common import data
 
-    assert (
-        run(
-            "data_prep/scenes.py", "--out", tmp_path / "s", "--train", "30", "--val", "10", "--test", "0", "--size", "32"
-        ).returncode
-        == 0
-    )
-    base = [
-        "data_prep/cache_latents.py",
-        "--data",
-        tmp_path / "s",
-        "--size",
-        "32",
-        "--views",
-        "2",
-        "--min_crop",
-        "0.5",
-        "--per_shard",
-        "8",
-    ]
-    assert run(*base, "--out", tmp_path / "a").returncode == 0
+    write = importlib.import_module("data_prep.scenes")
+    write.run(write.Config(str(tmp_path / "s"), train=30, val=10, test=0, size=32))
+    base = [cache_latents, "--data", tmp_path / "s", "--size", 32, "--views", 2, "--min_crop", 0.5, "--per_shard", 8]
+    assert inside(*base, "--out", tmp_path / "a").returncode == 0
     vae = zoo.load_vae()
     train, val = (data.Latents(tmp_path / "a", split, vae.fingerprint()) for split in ("train", "val"))
     few = data.Latents(tmp_path / "a", "train", vae.fingerprint(), keep=2)
@@ -164,19 +151,27 @@ def test_latent_cache(tmp_path):
     torch.testing.assert_close(val.read(0, 0)["mean"], vae.encode(x)[0][0], atol=5e-3, rtol=5e-3)
     assert val.read(0, 0)["controls"].tolist() == [0, 0, 1, 1, 0, 32, 32]
     # interrupted: half the files are there, the manifest says so
-    assert run(*base, "--out", tmp_path / "b").returncode == 0
+    assert inside(*base, "--out", tmp_path / "b").returncode == 0
     manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
     (tmp_path / "b" / "train-000001.safetensors").unlink()
     (tmp_path / "b" / "manifest.json").write_text(json.dumps({**manifest, "complete": False, "shards": []}))
-    assert run(*base, "--out", tmp_path / "b").returncode == 0
+    assert inside(*base, "--out", tmp_path / "b").returncode == 0
     for f in (tmp_path / "a").glob("*.safetensors"):
         assert f.read_bytes() == (tmp_path / "b" / f.name).read_bytes()
-    user_error(run(*base, "--out", tmp_path / "b", "--flip", "0"), "other settings")
-    user_error(run(*base, "--out", tmp_path / "c", "--size", "30"), "--size 30", "multiple of")
+    user_error(inside(*base, "--out", tmp_path / "b", "--flip", "0"), "other settings")
+    user_error(inside(*base, "--out", tmp_path / "c", "--size", "30"), "--size 30", "multiple of")
     with pytest.raises(ValueError, match="encoded by another autoencoder"):
         data.Latents(tmp_path / "a", "train", "0" * 16)
     for method in ("lpl_ldm", "ldm_conditioning"):
-        done = run(f"methods/{method}.py", "--preset", "smoke", "--data", tmp_path / "a", "--out_dir", tmp_path / method)
+        done = inside(
+            importlib.import_module(f"methods.{method}"),
+            "--preset",
+            "smoke",
+            "--data",
+            tmp_path / "a",
+            "--out_dir",
+            tmp_path / method,
+        )
         assert done.returncode == 0 and "validation loss" in done.stdout, done.stderr
-    user_error(run("methods/lpl_ldm.py", "--preset", "smoke", "--data", tmp_path / "a", "--image_size", "64", "--out_dir", tmp_path / "x"),
+    user_error(inside(importlib.import_module("methods.lpl_ldm"), "--preset", "smoke", "--data", tmp_path / "a", "--image_size", "64", "--out_dir", tmp_path / "x"),
                "holds latents of 32 px")  # fmt: skip
