@@ -454,7 +454,8 @@ def embed_images(model, source, cfg, env):
             x = torch.from_numpy(np.stack([img for img, _ in batch])).to(env.device)
             f = {k: v.cpu() for k, v in model.embed("img", augment.normalise(augment.to_float(x)), cfg.ensemble).items()}
             items += [(r, {k: v[i] for k, v in f.items()}) for i, (_, r) in enumerate(batch)]
-    items = sorted(ddp.gather_lists(items), key=lambda item: item[0]["key"])
+    items = ddp.gather_lists(items) if env.world > 1 else items  # rank 0 alone draws pictures
+    items = sorted(items, key=lambda item: item[0]["key"])
     return {k: torch.stack([f[k] for _, f in items]) for k in items[0][1]}, [r for r, _ in items]
 
 

@@ -10,18 +10,21 @@ Idea       A generator that is to stand in for the world must do what the prompt
 Equations  front -> pareto_front()     volume under it -> hypervolume()     diversity, realism of a prompt -> diversity(),
            realism()     consistency -> dsg_score()     filtering -> top_m()
 Read first section 2, then measure() in section 5 and run(); the generators of section 4 can be replaced by folders
-Symbols    P prompts, n pictures of each, r real pictures of the same prompt, f feature; a point is (model, knob, value)
+Symbols    n pictures of a prompt, real ones of the same prompt, f feature; a point is (model, knob, value)
 Run        python methods/pareto_eval.py --preset smoke                      (CPU, no files, under 30 s)
            python methods/pareto_eval.py                                     (CPU, no files; 11 min on one busy thread)
-           python methods/pareto_eval.py --points points.csv --prompts prompts.csv --real real --answers answers.csv
+           python methods/pareto_eval.py --points points.csv --prompts prompts.csv --real real --answers answers.csv \
+                                          --extractor inception --weights pt_inception-2015-12-05-6726825d.pth
            python methods/pareto_eval.py --people DIR                        (the DSG score against human ratings)
 Data       generated (common/scenes.py) with the stand-in text-to-image models of common/weights; or any generator's pictures:
-           points.csv (model, knob, value, folder), prompts.csv (id, prompt[, group]), folders with files named ID_anything.png
+           points.csv (model, knob, value, folder[, given: text or picture]), prompts.csv (id, prompt[, group]), folders with
+           files named ID_anything.png, several of each prompt
 Expect     laptop: guidance 1 to 8 lifts consistency by 0.03 to 0.15 and costs 0.07 to 0.15 of diversity; commit 6151365
 Differs    from the paper: no code was published and only its abstract is known to us. Grids, sample counts and the conditional
            realism are ours; its DreamSim and Inception features are here those of a classifier of scenes (or --extractor).
-           Retrieval-augmented models enter as folders. Intervals: spread over random halves of the prompts, which is the
-           standard error of the whole, and needs no repeated samples, which break nearest-neighbour metrics.
+           Retrieval-augmented models enter as folders. Intervals: spread over random halves of the prompts; of a mean over
+           prompts that is the standard error of the whole, of a set metric just the spread at half the size. Samples are
+           never repeated, which would break nearest-neighbour metrics.
            from EvalGIM: the front is taken after rows without a value are dropped, not before; conditional diversity is there;
            features are not half-precision; filtered sets are compared at equal sizes; DSG also per group; equal points stay.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py plot.py resnet.py scenes.py tokenizer.py vae.py vit.py
@@ -39,6 +42,7 @@ import math
 import sys
 import zlib
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +89,8 @@ class Config:
     models: str = "early,middle,late,codec"  # comma list; three stages of a text-to-image model, and a codec of real pictures
     guidance: str = "1,1.5,2,3,5,8"  # knob: guidance scales
     sampler_steps: str = "2,4"  # knob: further numbers of sampling steps, at --at
-    top_m: str = "4,2"  # knob: keep the m best pictures of a prompt by CLIPScore, at --at
+    top_m: str = "4,2"  # knob of the stand-ins: keep the m best pictures of a prompt by CLIPScore, at --at; all points
+    # then enter set metrics with as many pictures a prompt as the smallest
     levels: str = "2,3,5,9"  # knob of the codec: values a latent number may take
     at: float = 3.0  # guidance while another knob is turned
     prompts: str = "96"  # number of generated prompts, or a csv or tsv with the columns id, prompt[, group]
@@ -252,6 +257,7 @@ class Point:
     knob: str
     value: float
     folder: str = ""
+    given: str = "text"  # or picture, as to a codec: fronts are taken within one task
 
     @property
     def label(self):
@@ -376,6 +382,10 @@ class Folders:
         self.cfg, self.prompts, self.extract, self.single = cfg, prompts, Extractor(cfg, env.device), len(plan(cfg)) == 1
         self.clip = ClipScorer(cfg, env.device) if cfg.clip else None
         self.answers = read_answers(cfg.answers) if cfg.answers else {}
+        folders = [Path(p.folder).name for p in plan(cfg)]
+        if cfg.answers and len(set(folders)) < len(folders):
+            twice = next(f for f in folders if folders.count(f) > 1)
+            raise ValueError(f"--points names two folders {twice!r}, which --answers cannot tell apart; rename one")
         self.index = {p.id: i for i, p in enumerate(prompts)}
 
     def dsg(self, path):
@@ -466,9 +476,12 @@ def read_points(path) -> list[Point]:
     out = []
     for r in read_rows(path, ("model", "knob", "value", "folder")):
         try:
-            out.append(Point(r["model"], r["knob"], float(r["value"]), str(Path(path).parent / r["folder"])))
+            given, folder = r.get("given") or "text", str(Path(path).parent / r["folder"])
+            out.append(Point(r["model"], r["knob"], float(r["value"]), folder, given))
         except ValueError:
             raise ValueError(f"{path}: the value {r['value']!r} of {r['model']} is not a number") from None
+        if given not in ("text", "picture"):
+            raise ValueError(f"{path}: {r['model']} is given {given!r}; expected text or picture")
     return out
 
 
@@ -483,7 +496,7 @@ def read_answers(path) -> dict[str, tuple[dict, dict]]:
 
 
 def parse_parents(cell) -> list[str]:
-    """'1,2' -> ['1', '2']; '0', blanks and malformed parts name no question."""
+    """'1,2' -> ['1', '2']: ids are numbers; '0', blanks and malformed parts name no question."""
     return [p.strip() for p in (cell or "").split(",") if p.strip().isdigit() and p.strip() != "0"]
 
 
@@ -507,15 +520,15 @@ def measure(fake, real, prompts, count, cfg) -> dict[str, float]:
         rows.append(mine[:count])
         real_rows.append(its)
     out = {k: float(np.nanmean(v)) if not np.isnan(v).all() else math.nan for k, v in per.items()}
-    every = (real["prompt"] < 0).nonzero()[:, 0]  # real pictures that belong to no prompt serve all
+    every = (real["prompt"] < 0).nonzero()[:, 0]  # those that belong to no prompt serve all
     x, y = real["feature"][torch.cat([*real_rows, every])], fake["feature"][torch.cat(rows)]
     sets = metrics.prdc(x, y, cfg.k) | {"fd": metrics.frechet_distance(x, y), "vendi": metrics.vendi(y)}
     return out | sets | {"n_real": len(x), "n_gen": len(y)}
 
 
 def halves(prompts, cfg):
-    """Random halves of the prompts. The deviation of a mean over halves equals the standard error of the mean over all:
-    sigma^2 (1 / (P / 2) - 1 / P) = sigma^2 / P."""
+    """Random halves of the N prompts. The deviation of a mean over halves equals the standard error of the mean over all:
+    sigma^2 (1 / (N / 2) - 1 / N) = sigma^2 / N."""
     g = torch.Generator().manual_seed(cfg.seed)
     return [
         [prompts[i] for i in torch.randperm(len(prompts), generator=g)[: max(2, len(prompts) // 2)]] for _ in range(cfg.halves)
@@ -574,7 +587,7 @@ def plan(cfg) -> list[Point]:
     out = []
     for model in cfg.models.split(","):
         if model == "codec":
-            out += [Point(model, "levels", v) for v in numbers(cfg, "levels")]
+            out += [Point(model, "levels", v, given="picture") for v in numbers(cfg, "levels")]
             continue
         out += [Point(model, "guidance", v) for v in numbers(cfg, "guidance")]
         out += [Point(model, "steps", v) for v in numbers(cfg, "sampler_steps")]
@@ -612,8 +625,9 @@ def cached(source, point, cfg, prompts, folder) -> dict[str, torch.Tensor]:
     return out
 
 
+@lru_cache
 def zoo_fingerprint() -> list:
-    return [(p.name, p.stat().st_size) for p in sorted(zoo.WEIGHTS.glob("*.safetensors"))]
+    return [hashlib.blake2b(p.read_bytes(), digest_size=8).hexdigest() for p in sorted(zoo.WEIGHTS.glob("*.safetensors"))]
 
 
 def check(cfg: Config) -> None:
@@ -653,6 +667,9 @@ def run(cfg: Config) -> dict:
         return show_people(cfg)
     check(cfg)
     env, out = ddp.start(cfg.seed, timeout_s=7200), Path(cfg.out_dir)
+    if cfg.points and cfg.extractor == "judge" and env.is_main:
+        print("features are those of a classifier of scenes; for photographs pass --extractor inception --weights FILE",
+              file=sys.stderr)  # fmt: skip
     prompts = read_prompts(cfg.prompts) if cfg.points else make_prompts(cfg)
     points = plan(cfg)
     source = (Folders if cfg.points else StandIns)(cfg, env, prompts)
@@ -691,9 +708,14 @@ def report(cfg, prompts, real, sets, out) -> dict:
     count = max(1, min(int((s["prompt"] == p).sum()) for s in sets.values() for p in home))
     points, samples = list(sets), halves(home, cfg)
     names = list(dict.fromkeys(p.model for p in points))
-    if any(
-        s["consistency"].isnan().any() for s in sets.values()
-    ):  # one score for all points: CLIP's where an answer is missing
+    missing = {p: int(s["consistency"].isnan().sum()) for p, s in sets.items()}
+    if any(missing.values()):  # one score for all points
+        worst = max(missing, key=missing.get)
+        if not cfg.clip:
+            raise ValueError(f"--answers {cfg.answers} lacks {missing[worst]} pictures of {worst.model}, {worst.label}; "
+                             "add them, or pass --clip for CLIPScore in place of DSG")  # fmt: skip
+        if cfg.answers:
+            print(f"consistency is CLIPScore / 100: --answers lacks {missing[worst]} pictures of {worst.model}, {worst.label}")
         sets = {p: {**s, "consistency": s["clip"] / 100} for p, s in sets.items()}
     rows = {p: measure(sets[p], real, home, count, cfg) for p in points}
     spread = {p: [] for p in points}
@@ -710,16 +732,16 @@ def report(cfg, prompts, real, sets, out) -> dict:
     write_front(out / "front.csv", cfg, points, rows, error, front, stable)
     pairs = (("diversity", "consistency"), ("diversity", "realism"), ("realism", "consistency"))
     draw_fronts(out / "fronts.png", points, rows, error, pairs, names)
-    draw_fronts(out / "fronts_sets.png", points, rows, error, (("recall", "precision"), ("coverage", "precision"),
+    draw_fronts(out / "fronts_sets.png", points, rows, error, (("recall", "precision"), ("precision", "consistency"),
                                                                ("recall", "consistency")), names)  # fmt: skip
     result = {f"{p.model}_{p.knob}_{p.value:g}_{k}": v for p in points for k, v in rows[p].items()}
 
     ref = [0.0, 0.0, 0.0]
     summary = []
     for name in names:
-        kind = task(next(p for p in points if p.model == name))
+        kind = next(p.given for p in points if p.model == name)
         own = [x for x, p in zip(P, points) if p.model == name]
-        rest = [x for x, p in zip(P, points) if p.model != name and task(p) == kind]
+        rest = [x for x, p in zip(P, points) if p.model != name and p.given == kind]
         share = sum(f for f, p in zip(front, points) if p.model == name)
         held = sum(f and stable[p] >= 0.9 for f, p in zip(front, points) if p.model == name)
         best = {a: max(rows[p][a] for p in points if p.model == name) for a in AXES}
@@ -736,10 +758,13 @@ def report(cfg, prompts, real, sets, out) -> dict:
     head = ["model", "given a", *(f"best {a}" for a in AXES), "on the front", "in 90 % of halves", "volume", "exclusive"]
     print(table(summary, head))
     print(f"reference point of the volumes: 0, 0, 0; real pictures: diversity {np.mean(spans or [math.nan]):.3f}")
-    given = [i for i, p in enumerate(points) if task(p) == "text"]
+    given = [i for i, p in enumerate(points) if p.given == "text"]
     if given and (i := knee([P[j] for j in given])) is not None:
         print(f"knee of the front: {points[given[i]].model}, {points[given[i]].label}")
-    print("\n" + table(claims(cfg, points, rows, error, names), ["claim", "from", "to", "difference", "paper"]))
+    print("\n" + table(claims(cfg, points, rows, spread, names), ["claim", "from", "to", "difference", "reported"]))
+    smallest = next(iter(rows.values()))["n_gen"]
+    if smallest <= (dims := real["feature"].shape[1]):
+        print(f"fd is dominated by its bias: {smallest} pictures, {dims} features; compare points of this table only")
     result |= by_group(cfg, prompts, real, sets, count, out)
     if any("image" in s for s in sets.values()):
         draw_samples(out / "samples.png", prompts, real, sets)
@@ -747,18 +772,20 @@ def report(cfg, prompts, real, sets, out) -> dict:
     return result
 
 
-def claims(cfg, points, rows, error, names) -> list[list]:
-    """The paper's abstract beside what was measured; +-: one standard error of each side, together."""
+def claims(cfg, points, rows, spread, names) -> list[list]:
+    """What the paper, summaries of it and follow-ups report, beside what was measured; +-: spread of the difference over the
+    same halves of the prompts."""
     out = []
 
     def add(text, a, b, key, paper):
-        d, e = rows[b][key] - rows[a][key], math.hypot(error[a][key], error[b][key])
+        d = rows[b][key] - rows[a][key]
+        e = float(np.std([y[key] - x[key] for x, y in zip(spread[a], spread[b])])) if spread[a] else math.nan
         out.append([text, f"{rows[a][key]:.3f}", f"{rows[b][key]:.3f}", f"{d:+.3f} +- {e:.3f}", paper])
 
     for name in names:
         swept = sorted((p for p in points if p.model == name and p.knob == "guidance"), key=lambda p: p.value)
         if len(swept) > 1:
-            for key, paper in (("consistency", "up"), ("realism", "up"), ("diversity", "down"), ("recall", "down")):
+            for key, paper in (("consistency", "up"), ("realism", "up, then down"), ("diversity", "down"), ("recall", "down")):
                 add(f"{name}: {key}, guidance {swept[0].value:g} to {swept[-1].value:g}", swept[0], swept[-1], key, paper)
     at = {p.model: p for p in points if p.knob == "guidance" and p.value == cfg.at}
     if len(at) > 1:
@@ -768,6 +795,7 @@ def claims(cfg, points, rows, error, names) -> list[list]:
             ("realism", "later models gain"),
             ("diversity", "later models lose"),
         ):
+            paper = "" if cfg.points else paper
             add(f"{first.model} to {last.model} model: {key}, guidance {cfg.at:g}", first, last, key, paper)
     return out
 
@@ -785,16 +813,11 @@ def write_front(path, cfg, points, rows, error, front, stable) -> None:
     Path(f"{path}.tmp").replace(path)
 
 
-def task(point) -> str:
-    """What a point was given: a text, or a real picture. Fronts are taken within one task."""
-    return "picture" if point.model == "codec" else "text"
-
-
 def fronts(points, values) -> list[bool]:
     """Whether each point is on the front of its task. values: rows of equal length, all "larger is better"."""
     out = [False] * len(points)
-    for kind in {task(p) for p in points}:
-        rows = [i for i, p in enumerate(points) if task(p) == kind]
+    for kind in {p.given for p in points}:
+        rows = [i for i, p in enumerate(points) if p.given == kind]
         for i, on in zip(rows, pareto_front([values[i] for i in rows]).tolist()):
             out[i] = on
     return out
@@ -812,20 +835,22 @@ def draw_fronts(path, points, rows, error, pairs, names) -> None:
         knob = {n: [p.knob for p in points if p.model == n][0] for n in names}  # the first knob, in order of its values
         order = sorted(range(len(points)), key=lambda j: points[j].value)
         paths = {n: [flat[j] for j in order if (points[j].model, points[j].knob) == (n, knob[n])] for n in names}
-        edge = sorted(q for q, o, p in zip(flat, on, points) if o and task(p) == "text")
+        edge = sorted(q for q, o, p in zip(flat, on, points) if o and p.given == "text")
         last = i == len(pairs) - 1
         panels.append(plot.scatter(series, paths, edge, f"{y} against {x}", x, (620 if last else 520, 440), legend=last))
     plot.save(plot.row(panels), path)
 
 
 def by_group(cfg, prompts, real, sets, count, out) -> dict:
-    """The same for each group's prompts and real pictures alone, at equal sizes. Prints worst group and gap of each model."""
+    """The same for each group's prompts and real pictures alone, equally many prompts. Prints worst group and gap of each
+    model. Real pictures of no prompt count only where no picture has one."""
     groups = sorted({p.group for p in prompts if p.group})
     if not groups:
         return {}
     ids = {g: [i for i, p in enumerate(prompts) if p.group == g] for g in groups}
     size = min(map(len, ids.values()))
-    kept = [p for p in sets if p.knob != "top_m"]
+    kept, own = [p for p in sets if p.knob != "top_m"], real["prompt"] >= 0
+    real = {k: v[own] for k, v in real.items()} if own.any() else real
     rows = {(p, g): measure(sets[p], real, ids[g][:size], count, cfg) for p in kept for g in groups}
     at = {p.model: p for p in kept} | {p.model: p for p in kept if p.knob == "guidance" and p.value == cfg.at}
     lines, result = [], {}
@@ -836,7 +861,7 @@ def by_group(cfg, prompts, real, sets, count, out) -> dict:
             lines.append([f"{model}, {p.label}", key, *(f"{values[g]:.3f}" for g in groups), worst, f"{gap:.3f}"])
             result |= {f"{model}_{key}_gap": gap, f"{model}_{key}_worst": min(values.values())}
     print(f"\nper region, {size} prompts each\n" + table(lines, ["point", "metric", *groups, "worst", "gap"]))
-    panels, text = [], [p for p in kept if task(p) == "text"]
+    panels, text = [], [p for p in kept if p.given == "text"]
     for i, (x, y) in enumerate((("diversity", "consistency"), ("diversity", "realism")) if text else ()):
         series, paths, last = {}, {}, i == 1
         for g in groups:
@@ -864,14 +889,14 @@ def draw_samples(path, prompts, real, sets) -> None:
             labels.setdefault((p.model, "first"), f"{p.model}, {p.label}")
             labels[p.model, "last"] = f"{p.model}, {p.label}"
     pair = [i for i, p in enumerate(prompts) if p.scene and len(p.scene.things) == 2][:2]
-    cells, texts = [], []
+    cells, texts, many = [], [], min([4, *(int((s["prompt"] == p).sum()) for s in chosen.values() for p in pair)])
     for key, s in chosen.items():
         for p in pair:
-            rows = torch.nonzero(s["prompt"] == p)[:4, 0]
+            rows = torch.nonzero(s["prompt"] == p)[:many, 0]
             cells += list(s["image"][rows].numpy())
             texts += [labels[key], *[""] * (len(rows) - 1)]
     title = "   |   ".join(prompts[p].text for p in pair)
-    plot.save(plot.grid(cells, 4 * len(pair), texts, None, title, 84, 2), path)
+    plot.save(plot.grid(cells, many * len(pair), texts, None, title, 84, 2), path)
 
 
 def show_people(cfg) -> dict:
@@ -895,7 +920,8 @@ PRESETS = {
     "laptop": {},
     "gpu": dict(prompts="2000", regions=500, per_prompt=10, real_per_prompt=10, guidance="1,1.5,2,3,5,7.5,10", top_m="5,3,1",
                 sampler_steps="2,4,8,32", steps=32, batch_size=2048, halves=200, out_dir="runs/pareto_eval_gpu"),
-    # MSCOCO val 2014 as EvalGIM has it: 40,504 first captions; the pictures come by --points, from generators of your own
+    # MSCOCO val 2014 as EvalGIM has it: 40,504 first captions; the pictures come by --points, from generators of your
+    # own, two at least and better ten of each prompt, or diversity is not defined
     "paper": dict(prompts="data/coco_val2014/prompts.csv", points="data/coco_val2014/points.csv",
                   real="data/coco_val2014/images", extractor="inception",
                   weights="data/pt_inception-2015-12-05-6726825d.pth", clip="data/clip-vit-large-patch14",

@@ -157,7 +157,7 @@ def test_smoke_writes_everything_and_a_second_run_draws_nothing(smoke):
     assert all(r["n_gen"] == "8" and r["extractor"] == "judge" for r in rows)  # equal sizes, whatever was filtered
     assert all(r["diversity"] == "nan" and r["on_front"] == "0" for r in rows if r["knob"] == "top_m")  # one picture: undefined
     for name in ("fronts.png", "fronts_sets.png", "regions.png", "samples.png"):
-        assert Image.open(out / name).width > 400
+        assert Image.open(out / name).width > 300
     before = {p: p.stat().st_mtime_ns for p in (out / "cache").iterdir()}
     again = inside(M, *SMALL, "--out_dir", out)
     assert again.returncode == 0 and {p: p.stat().st_mtime_ns for p in (out / "cache").iterdir()} == before

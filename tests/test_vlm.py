@@ -516,7 +516,8 @@ SMALL = ["--preset", "smoke"]
 
 
 def test_smoke_makes_its_files_and_the_table(tmp_path):
-    done = inside(M, *SMALL, "--out_dir", tmp_path / "r")
+    arms = ["--arms", "infonce,siglip,negclip,mask,coca,frozen"]
+    done = inside(M, *SMALL, *arms, "--out_dir", tmp_path / "r")
     assert done.returncode == 0, done.stderr
     for arm in ("infonce", "siglip", "negclip", "mask", "coca", "lm", "frozen"):
         for name in ("config.json", "log.jsonl", "metrics.json", "curves.png", "last.pt", "model.safetensors"):
@@ -525,7 +526,7 @@ def test_smoke_makes_its_files_and_the_table(tmp_path):
     assert all(w in done.stdout for w in ("coca, likelihood - blind", "chance", "VQA blind, yes/no", "attribute F1"))
     flat = json.loads((tmp_path / "r/metrics.json").read_text())
     assert all(isinstance(v, float) for v in flat.values()) and "frozen VQA few-shot, open" in flat
-    again = inside(M, *SMALL, "--out_dir", tmp_path / "r")
+    again = inside(M, *SMALL, *arms, "--out_dir", tmp_path / "r")
     assert again.stdout == done.stdout and "step/s" not in again.stderr  # finished arms are kept
     asked = inside(
         M, *SMALL, "--out_dir", tmp_path / "r", "--ask", tmp_path / "r/coca/curves.png", "--question", "Is there a star?"
