@@ -288,6 +288,8 @@ def test_one_picture_and_too_few_for_the_neighbours(world):
     (world / "points.csv").write_text("model,knob,value,folder\nb,guidance,1,one\n")
     (world / "prompts.csv").write_text("id,prompt\np0,a\n")
     (world / "one").mkdir()
+    with open(world / "answers.csv", "a") as f:
+        f.writelines(f"one/p0_{j}.png,1,yes,0\n" for j in range(2))
     shutil.copy(world / "b1/p0_0.png", world / "one")
     user_error(inside(M, *flags(world)), "one picture only")
     shutil.copy(world / "b1/p0_1.png", world / "one")
