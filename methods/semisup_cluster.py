@@ -551,6 +551,8 @@ def train(cfg: Config) -> dict:
     wrapped = ddp.wrap(torch.compile(net) if cfg.compile else net, env)
     teacher = copy.deepcopy(net).requires_grad_(False) if cfg.method == "daino" else None  # with the wrapped model's batch norm
     length = cfg.queue // max(1, B_u) * B_u  # whole batches
+    if cfg.method == "suave" and cfg.queue and B_u and not length:
+        raise ValueError(f"--queue {cfg.queue} is shorter than the {B_u} unlabelled pictures of a batch; 0 = none")
     queue, center = Queue(2, length, cfg.embed_dim).to(env.device), nn.Parameter(torch.zeros(1, K), requires_grad=False)
     groups = optim.decay_groups(net, cfg.wd)  # biases and norms do not decay
     opt = optim.Lars(groups, cfg.lr) if cfg.optimiser == "lars" else torch.optim.AdamW(groups, cfg.lr, fused=True)
