@@ -6,6 +6,7 @@
     reader, tok = load_reader(), load_tokenizer()      captions -> tokens, frozen: the text encoder
     painter = load_painter()                text -> 32 px scenes on a grid of 2 x 2 cells
     images = painter.draw(["a large striped red star on a dark background"], seed=1)
+    load_vqa().yes(images, ["Is there a star?"])       probability of yes
 
 They let every method start without a download. common/weights/README.md says how each was made and how good it is.
 """
@@ -185,6 +186,36 @@ class Painter(nn.Module):
         return torch.cat(out)
 
 
+class Vqa(nn.Module):
+    """Answers yes or no to questions about scenes of four cells: the judge's features of each cell and its number, standardised
+    and projected, stand as words before the question in a small language model (methods/vlm.py --preset standin)."""
+
+    def __init__(self, judge: Judge, words: Tokenizer, size: dict):
+        super().__init__()
+        self.judge, self.tok, self.text = judge, words, TextTransformer(**size, act="gelu", eps=1e-6)
+        self.text.norm.eps = 1e-5
+        inputs, width = judge.body.out_dim + 4, self.text.width
+        self.register_buffer("centre", torch.zeros(inputs))
+        self.register_buffer("spread", torch.ones(inputs))
+        self.projector = nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width))
+
+    @torch.no_grad()
+    def yes(self, images: torch.Tensor, questions: list[str]) -> torch.Tensor:
+        """Images (B, 3, 32, 32) in [-1, 1], a question each -> probability of yes against no (B,)."""
+        f = self.judge.features(images, 2).unflatten(1, (4, -1))
+        f = torch.cat([f, torch.eye(4, device=f.device).expand(len(f), -1, -1)], 2)
+        seen = self.projector((f - self.centre) / self.spread)
+        rows = [[self.tok.start, *self.tok.encode(q)] for q in questions]
+        last = torch.tensor([len(r) for r in rows], device=images.device) - 1
+        ids = torch.tensor([r + [0] * (int(last.max()) + 1 - len(r)) for r in rows], device=images.device)
+        x = torch.cat([seen, self.text.token_embed(ids) + self.text.pos_embed[: ids.shape[1]]], 1)
+        for block in self.text.blocks:
+            x = block(x, causal=True)
+        x = self.text.norm(x[torch.arange(len(x), device=x.device), 4 + last])
+        yes, no = (self.text.token_embed.weight[self.tok.encode(w)[0]] for w in ("yes", "no"))
+        return (x @ (yes - no)).sigmoid()
+
+
 def replicate_padding(tokens, lengths, slots, beta, noise=None):  # twin: replicate_padding
     """Fills the slots behind a short text with copies of its tokens, the m-th copy with noise beta * std * sqrt(m).
 
@@ -229,6 +260,17 @@ def load_clip(path="") -> CLIP:
     clip = CLIP(ViT(**meta["visual"]), TextTransformer(**meta["text"]))
     clip.load_state_dict({k: v.float() for k, v in state.items()})
     return clip.eval().requires_grad_(False)
+
+
+def load_vqa() -> Vqa:
+    state, meta = vae.read_tensors(WEIGHTS / "vqa.safetensors")
+    words = Tokenizer([tuple(line.split()) for line in meta["merges"].splitlines()[1:]])
+    vqa = Vqa(load_judge(), words, meta["text"])
+    names = {"stack.layers.": "text.blocks.", "stack.": "text.", "vision.": ""}  # of methods/vlm.py -> of this file
+    for old, new in names.items():
+        state = {k.replace(old, new): v.float() for k, v in state.items()}
+    vqa.load_state_dict({**{f"judge.{k}": v for k, v in vqa.judge.state_dict().items()}, **state})
+    return vqa.eval().requires_grad_(False)
 
 
 def load_painter(name: str = "painter") -> Painter:

@@ -1413,7 +1413,9 @@ def train(cfg: Config) -> dict:
     log.write(cfg.steps - 1, **result)
     if env.is_main:
         tok.save(out / "merges.txt")
-        ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms)
+        size = dict(vocab=len(tok), context=2 * cfg.context, width=cfg.width, depth=cfg.lm_depth, heads=cfg.heads)
+        own = {"text": size, "merges": (out / "merges.txt").read_text()} if cfg.vision == "judge" else {}  # for common/zoo.py
+        ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms, **own)
         names = ("loss", "contrastive", "caption", "qa", "gc", "itm", "mim", "mlm", "mmm_img", "mmm_txt", "box")
         found = log.history(*names)
         plot.save(plot.lines({n: found[n] for n in names if n in found}, cfg.arms), out / "curves.png")
