@@ -62,10 +62,10 @@ class Config:
     # run: the same names in all ten files
     out_dir: str = "runs/vlm"  # one folder a run; each arm gets a sub-folder
     seed: int = 0  # of weights, scenes, data order, questions and masks
-    steps: int = 300  # optimiser updates of each arm
+    steps: int = 400  # optimiser updates of each arm
     batch_size: int = 64  # GLOBAL number of pictures, divided by the number of processes
     accum: int = 1  # micro-batches an update; no negatives of each other, words are averaged in each
-    lr: float = 2e-3  # peak, AdamW
+    lr: float = 1.5e-3  # peak, AdamW
     wd: float = 0.05  # weight decay
     warmup: int = 30  # updates of linear warm-up, then half a cosine
     grad_clip: float = 1.0  # largest gradient norm, 0 = off

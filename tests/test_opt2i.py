@@ -562,5 +562,6 @@ def test_questions_asked_to_the_vqa_stand_in(tmp_path):
         rows = [[s.answers(t, x[(i + shift) % 24][None])[0] for i, t in enumerate(tasks)] for s in said]
         same = [a[k] == b[k] for a, b in zip(*rows) for k in a]
         assert np.mean(same) > 0.9 and all(r.keys() == t.questions.keys() for r, t in zip(rows[1], tasks))
-    assert np.mean([v for r in [s.answers(t, x[i][None])[0] for i, t in enumerate(tasks) for s in said[1:]] for v in r.values()]) > 0.9
+    yes = [v for i, t in enumerate(tasks) for v in said[1].answers(t, x[i][None])[0].values()]
+    assert np.mean(yes) > 0.9  # what is asked about a prompt is true of its own scene
     assert inside(M, *SMALL, "--vqa", "vlm", "--prompts", 1, "--out_dir", tmp_path).returncode == 0

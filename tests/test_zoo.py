@@ -175,3 +175,17 @@ def test_latent_cache(tmp_path):
         assert done.returncode == 0 and "validation loss" in done.stdout, done.stderr
     user_error(inside(importlib.import_module("methods.lpl_ldm"), "--preset", "smoke", "--data", tmp_path / "a", "--image_size", "64", "--out_dir", tmp_path / "x"),
                "holds latents of 32 px")  # fmt: skip
+
+
+def test_the_vqa_stand_in_reads_pictures_and_questions():
+    vlm = importlib.import_module("methods.vlm")
+    cfg = vlm.Config(objects=3, region="", kinds=",".join(vlm.YES_NO))
+    test, vqa = vlm.generated(150, 77, cfg), zoo.load_vqa()
+    asked = [(i, *test.question(i, np.random.default_rng((5, i, j)))) for i in range(150) for j in range(6)]
+    images = test.pictures["image"][[i for i, *_ in asked]].float() / 127.5 - 1
+    said, truth = vqa.yes(images, [q for _, q, _, _ in asked]) > 0.5, np.array([a == "yes" for *_, a, _ in asked])
+    right = said.numpy() == truth
+    for kind in vlm.YES_NO:
+        assert right[[k == kind for *_, k in asked]].mean() > 0.93, kind
+    blind = vqa.yes(torch.zeros_like(images), [q for _, q, _, _ in asked]) > 0.5
+    assert (blind.numpy() == truth).mean() < 0.65  # the questions do not give their answers away
