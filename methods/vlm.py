@@ -1564,7 +1564,7 @@ PRESETS = {
     "laptop": {},
     # the VQA model of common/weights: what opt2i.py and pareto_eval.py ask about pictures of the painters
     "standin": dict(arms="frozen+all", vision="judge", region="", objects=3, kinds=",".join(YES_NO), pairs=20_000, steps=6_000,
-                    width=64, lm_depth=3, vocab=640, asked=4, warmup=200, eval_images=200, save_every=1_000, log_every=50,
+                    lr=3e-3, width=64, lm_depth=3, asked=4, warmup=200, eval_images=200, save_every=1_000, log_every=50,
                     out_dir="runs/standin_vqa"),
     "gpu": dict(steps=6_000, batch_size=512, lr=1e-3, pairs=100_000, eval_images=1_000, width=384, depth=8, heads=6,
                 text_depth=3, lm_depth=6, embed_dim=256, patch=4, warmup=300, dtype="bfloat16", out_dir="runs/vlm_gpu",
