@@ -89,7 +89,7 @@ class Config:
     mixtures: int = 8  # Llip: tokens of a picture that a caption mixes
     drop_tokens: float = 0.5  # arm flip: share of patches that are dropped in training
     noise: float = 0.0  # share of training pictures that get the caption of another one; arm filtered throws pairs away
-    keep: float = 0.5  # arm filtered: share of pairs with the highest CLIPScore that stay
+    keep: float = 0.5  # arm filtered: share of pairs with the highest CLIPScore that stay, one batch at least
     lora: int = 8  # arm frozen+lora: rank of the language model's updates
     shots: int = 2  # solved examples before a question, for the frozen family
     vision: str = "infonce"  # encoder of the frozen family: the arm infonce's, or judge (stand-in)
@@ -273,6 +273,10 @@ class Vision(ViT):
             x = block(x)
         return self.norm(x) if layers is None else x
 
+    def words(self, images):
+        """LLaVA's choice: patch tokens of the penultimate layer, since the last one only serves the class token."""
+        return self(images, layers=-1)[:, 1:]
+
 
 def full(x):
     """At least float32, whatever the autocast."""
@@ -351,8 +355,7 @@ class Masked(nn.Module):
         self.img_proj, self.txt_proj = (nn.Linear(W, cfg.embed_dim, bias=False) for _ in range(2))
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.box = nn.Linear(W, 4) if boxes else None
-        patch = cfg.patch
-        self.register_buffer("codebook", torch.zeros(cfg.codes, 3 * patch * patch))
+        self.register_buffer("codebook", torch.zeros(cfg.codes, 3 * cfg.patch**2))
 
     def see(self, images, **options):
         return self.vision(images, **options)
@@ -500,18 +503,18 @@ class Frozen(nn.Module):
     Words keep the positions of their training, pictures have none, since the encoder's tokens carry their own. trained: what
     learns beside the projector: "", "lora", or "all" of the language model, as in LLaVA's second stage."""
 
-    def __init__(self, cfg, tok, vision, width: int, stack: Stack, trained: str = ""):
+    def __init__(self, cfg, vision, stack: Stack, trained: str = ""):
         super().__init__()
         self.vision, self.stack = vision.requires_grad_(False).eval(), stack.requires_grad_(trained == "all")
         self.heads = ("likelihood", "likelihood - blind")
-        self.projector = nn.Sequential(nn.Linear(width, cfg.width), nn.GELU(), nn.Linear(cfg.width, cfg.width))
+        self.projector = nn.Sequential(nn.Linear(vision.width, cfg.width), nn.GELU(), nn.Linear(cfg.width, cfg.width))
         if trained == "lora":
             for layer in self.stack.layers:
                 layer.attn.qkv, layer.attn.proj = LoRA(layer.attn.qkv, cfg.lora), LoRA(layer.attn.proj, cfg.lora)
 
     @torch.no_grad()
     def features(self, images):
-        return self.vision(images)
+        return self.vision.words(images)
 
     def see(self, images):
         return self.projector(self.features(images))
@@ -545,17 +548,6 @@ class Frozen(nn.Module):
         return loss, {}
 
 
-class Patches(nn.Module):
-    """LLaVA's choice: patch tokens of a ViT's penultimate layer, since the last one only serves the class token."""
-
-    def __init__(self, vision: Vision):
-        super().__init__()
-        self.vision = vision
-
-    def forward(self, images):
-        return self.vision(images, layers=len(self.vision.blocks) - 1)[:, 1:]
-
-
 class Cells(nn.Module):
     """The stand-in classifier's features of the four cells, in place of a ViT's patches, and which cell it is: alone they could
     not say where. Standardised: otherwise the few large ones, of colours, hide sizes for thousands of updates."""
@@ -563,15 +555,13 @@ class Cells(nn.Module):
     def __init__(self):
         super().__init__()
         self.judge = zoo.load_judge()
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in metrics.MEAN_STD["clip"])
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
         self.width = self.judge.body.out_dim + 4
         self.register_buffer("centre", torch.zeros(self.width))
         self.register_buffer("spread", torch.ones(self.width))
 
-    def forward(self, images):
-        images = (images * self.std + self.mean) * 2 - 1
+    def words(self, images):
+        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in metrics.MEAN_STD["clip"])
+        images = (images * std + mean) * 2 - 1
         f = self.judge.features(images, 2).unflatten(1, (4, -1))
         return (torch.cat([f, torch.eye(4, device=f.device).expand(len(f), -1, -1)], 2) - self.centre) / self.spread
 
@@ -662,10 +652,6 @@ class Pairs:
                 return text
         return "nothing"
 
-    def only(self, rows) -> Pairs:
-        """The same with some rows of pictures; captions keep their numbers."""
-        return replace(self, pictures={k: v[rows] for k, v in self.pictures.items()})
-
 
 def existence(name):
     return scenes.articles(f"Is there a {name}?")
@@ -745,10 +731,8 @@ def open_pairs(split, cfg, env) -> Pairs:
     rng = np.random.default_rng((cfg.seed, 31))
     pairs.noisy = (rng.random(len(pairs.captions)) < cfg.noise) & [len(c) > 0 for c in pairs.captions]
     rows = np.flatnonzero(pairs.noisy)
-    moved = [pairs.captions[r] for r in np.roll(rows, 1)]
-    pairs.captions = [list(c) for c in pairs.captions]
-    for row, texts in zip(rows, moved):
-        pairs.captions[row] = texts
+    moved = {r: pairs.captions[other] for r, other in zip(rows, np.roll(rows, 1))}
+    pairs.captions = [moved.get(i, c) for i, c in enumerate(pairs.captions)]
     return pairs
 
 
@@ -782,7 +766,7 @@ def make_batch(pairs: Pairs, part, arm, tok, cfg, micro, first, device):
     captions = [pairs.captions[r][g.integers(len(pairs.captions[r]))] for r, g in zip(rows, rngs)]
     out = {"image": normalised(part["image"].to(device))} if "image" in part else {"features": part["features"]}
     out["ids"] = rows_of(tok, [""] * len(rows), captions, cfg.context)[0]
-    family = ARMS[arm].family
+    family = ARMS[arm][0]
     if family in ("mask", "coca", "frozen") and pairs.classes:
         asked = [pairs.question(r, g) or ("", "no", "") for r, g in zip(rows, rngs) for _ in range(cfg.asked)]
         out["qa"], out["qa_counted"] = rows_of(tok, [q for q, _, _ in asked], [a for _, a, _ in asked], cfg.context)
@@ -791,7 +775,7 @@ def make_batch(pairs: Pairs, part, arm, tok, cfg, micro, first, device):
         tell = [TELL[g.integers(len(TELL))] for g in rngs]
         out["told"], out["told_counted"] = rows_of(tok, tell, captions, cfg.context)
     if family == "lm":  # words are quickly learned: few texts do
-        some = [g for i, g in enumerate(rngs, first) if i % 4 == 0]
+        some = [g for i, g in enumerate(rngs, first) if i % 4 == 0] or rngs[:1]
         out = {"packed": torch.tensor([packed(pairs, tok, g, 2 * cfg.context) for g in some])}
     if arm == "negclip":
         wrong = [pairs.negative(r, c, g) for r, c, g in zip(rows, captions, rngs)]
@@ -839,6 +823,8 @@ def codebook(pairs, cfg, iters=10):
     """k-means centres (codes, 3 p p) of the training pictures' patches: the discrete codes of MIM, without a tokenizer."""
     part = pairs.pictures if isinstance(pairs.pictures, dict) else next(data.parts_of(pairs.pictures, cfg.image_size))
     x = F.unfold(normalised(part["image"][:1000]), cfg.patch, stride=cfg.patch).transpose(1, 2).flatten(0, 1)
+    if len(x) < cfg.codes:
+        raise ValueError(f"--codes {cfg.codes} is more than the {len(x)} patches of the training pictures")
     rng = np.random.default_rng((cfg.seed, 41))
     x = x[rng.permutation(len(x))[:20_000]]
     centres = x[: cfg.codes].clone()
@@ -995,7 +981,8 @@ def attribute_f1(given, world):
 def chair(given, objects, classes):
     """CHAIR_i: share of mentioned objects that are not there; CHAIR_s: share of captions with one. A silent model scores 0, so
     look at the length too."""
-    plain = [" ".join(WORDS.get(w, w) for w in text.lower().split()) for text in given]
+    words = WORDS if set(classes) <= set(scenes.SHAPES) else {}  # a "traffic light" is not pale
+    plain = [" ".join(words.get(w, w) for w in text.lower().split()) for text in given]
     mentions = [[c for c in classes if re.search(rf"\b{re.escape(c)}s?\b", text)] for text in plain]
     wrong = [sum(m not in set(here) for m in some) for some, here in zip(mentions, objects)]
     return sum(wrong) / max(1, sum(map(len, mentions))), float(np.mean([w > 0 for w in wrong]))
@@ -1004,8 +991,8 @@ def chair(given, objects, classes):
 class Scorer:
     """score(pictures, texts) for every head of every family, in blocks; all benchmarks go through it."""
 
-    def __init__(self, model, tok, cfg, device, block=512):
-        self.model, self.tok, self.cfg, self.device, self.block = model, tok, cfg, device, block
+    def __init__(self, model, tok, cfg, device):
+        self.model, self.tok, self.cfg, self.device = model, tok, cfg, device
         self.prompt = TELL[0] if isinstance(model, Frozen) else ""
         S = cfg.image_size
         self.blank = model.see(torch.zeros(1, 3, S, S, device=device))  # mean grey: what the blind reader sees
@@ -1017,59 +1004,45 @@ class Scorer:
         ids, counted = rows_of(self.tok, prompts or [self.prompt] * len(texts), texts, self.cfg.context)
         return ids.to(self.device), counted.to(self.device)
 
+    def blocks(self, score, seen, *rows, size=512):
+        """score(pictures, *rows) in blocks -> (n,); seen (n or 1, N, W)."""
+        every = (seen.expand(len(rows[0]), -1, -1), *rows)
+        return torch.cat([score(*part) for part in zip(*(x.split(size) for x in every))])
+
     def likelihood(self, seen, ids, counted, **options):
-        """Mean log p of the counted words (n,), seen (n or 1, N, W)."""
-        return torch.cat([
-            log_p(self.model.logits(seen.expand(len(ids), -1, -1)[i : i + self.block], ids[i : i + self.block], **options),
-                  ids[i : i + self.block], counted[i : i + self.block]) for i in range(0, len(ids), self.block)])  # fmt: skip
+        """Mean log p of the counted words (n,)."""
+        return self.blocks(lambda s, x, c: log_p(self.model.logits(s, x, **options), x, c), seen, ids, counted)
 
-    def pairs(self, seen, texts) -> dict[str, torch.Tensor]:
-        """Picture n with text n -> (n,), by every head of the model."""
-        (ids, counted), out = self.ids(texts), {}
-        parts = range(0, len(ids), 64)
-        for head in self.model.heads:
-            if head == "likelihood":
-                out[head] = self.likelihood(seen, ids, counted)
-            elif head == "likelihood - blind":
+    def pairs(self, seen, texts, every=False) -> dict[str, torch.Tensor]:
+        """Picture n with text n -> (n,), or every picture with every text -> (N, M), by each head of the model."""
+        (ids, counted), out, model = self.ids(texts), {}, self.model
+        slow = {"likelihood": lambda s: self.likelihood(s, ids, counted),
+                "matching": lambda s: self.blocks(model.match, s, ids)}  # fmt: skip
+        for head in model.heads:
+            if head == "likelihood - blind":
                 out[head] = out["likelihood"] - self.likelihood(self.blank, ids, counted)
-            elif head == "matching":
-                out[head] = torch.cat([self.model.match(seen[i : i + 64], ids[i : i + 64]) for i in parts])
+            elif head in slow:
+                out[head] = torch.stack([slow[head](s[None]) for s in seen]) if every else slow[head](seen)
+            elif every:
+                out[head] = torch.cat([model.cosines(seen, t) for t in ids.split(512)], 1)
             else:
-                out[head] = torch.cat([self.model.cosines(seen[i : i + 64], ids[i : i + 64]).diagonal() for i in parts])
-        return {head: v.float().cpu() for head, v in out.items()}
-
-    def matrix(self, seen, texts) -> dict[str, torch.Tensor]:
-        """All pictures with all texts -> (N, M), by every head."""
-        (ids, counted), out = self.ids(texts), {}
-        for head in self.model.heads:
-            if head == "likelihood":
-                out[head] = torch.stack([self.likelihood(s[None], ids, counted) for s in seen])
-            elif head == "likelihood - blind":
-                out[head] = out["likelihood"] - self.likelihood(self.blank, ids, counted)
-            elif head == "matching":
-                rows = [[self.model.match(s.expand(len(t), -1, -1), t) for t in ids.split(self.block)] for s in seen]
-                out[head] = torch.stack([torch.cat(row) for row in rows])
-            else:
-                out[head] = torch.cat([self.model.cosines(seen, t) for t in ids.split(self.block)], 1)
+                out[head] = self.blocks(lambda s, x: model.cosines(s, x).diagonal(), seen, ids, size=64)
         return {head: v.float().cpu() for head, v in out.items()}
 
     def answers(self, seen, questions, candidates, **options):
         """The likeliest of each question's candidates -> (indices, -1 for a tie; their probabilities among the candidates)."""
-        owner = [i for i, some in enumerate(candidates) for _ in some]
-        ids, counted = self.ids([c for some in candidates for c in some], [questions[i] for i in owner])
-        own = torch.tensor(owner, device=self.device)
+        own = [i for i, some in enumerate(candidates) for _ in some]
+        ids, counted = self.ids([c for some in candidates for c in some], [questions[i] for i in own])
+        seen = seen.expand(len(questions), -1, -1)[own]
+
+        def hidden_words(s, x, c):
+            return (self.model.cloze(s, x, c).float().log_softmax(2).gather(2, x[..., None])[..., 0] * c).sum(1)
+
         if isinstance(self.model, Masked):
-            counted = counted & (ids < self.model.mask_id - 2)
-            parts = []
-            for i in range(0, len(ids), self.block):
-                x, c = ids[i : i + self.block], counted[i : i + self.block]
-                logits = self.model.cloze(seen.expand(len(questions), -1, -1)[own[i : i + self.block]], x, c)
-                parts.append((logits.float().log_softmax(2).gather(2, x[..., None])[..., 0] * c).sum(1))
-            total = torch.cat(parts)
+            total = self.blocks(hidden_words, seen, ids, counted & (ids < self.model.mask_id - 2))
         else:
-            total = self.likelihood(seen.expand(len(questions), -1, -1)[own], ids, counted, **options) * counted.sum(1)
-        groups = total.split([len(c) for c in candidates])
-        best = [g.softmax(0).topk(2) for g in groups]
+            total = self.likelihood(seen, ids, counted, **options) * counted.sum(1)
+        best = [g.softmax(0).topk(2) for g in total.split([len(c) for c in candidates])]
         return [int(i[0]) if v[0] > v[1] else -1 for v, i in best], [float(v[0]) for v, _ in best]
 
     def write(self, seen, prompts):
@@ -1087,7 +1060,7 @@ class Scorer:
 
 @torch.no_grad()
 def evaluate(model, tok, test: Pairs, cfg, env) -> dict:
-    """Flat dict of percentages; what a family cannot do is not there. Every process does the whole. Asked to
+    """Flat dict, percentages for the most part; what a family cannot do is not there. Every process does the whole. Asked to
     stop, it leaves between two tests: the last checkpoint is there, and the next start goes on here."""
     model.eval()
     score = Scorer(model, tok, cfg, env.device)
@@ -1110,7 +1083,6 @@ def evaluate(model, tok, test: Pairs, cfg, env) -> dict:
         if ddp.interrupted():
             raise KeyboardInterrupt
         out |= stages[name]()
-    model.train()
     return out
 
 
@@ -1118,7 +1090,7 @@ def retrieval(score, test, rows, seen) -> dict:
     """Captions that several pictures share count for each; generated pictures have one full caption, others all of theirs."""
     records = [{"captions": [scenes.caption(test.scenes[r], brief=True)] if test.scenes else test.captions[r]} for r in rows]
     (texts, match), out = metrics.caption_matches(records), {}
-    for head, scores in score.matrix(seen, texts).items():
+    for head, scores in score.pairs(seen, texts, every=True).items():
         out[f"{head}: text to image R@1"] = recall_at_1(scores.T, match)
         out[f"{head}: image to text R@1"] = recall_at_1(scores, match.T)
     return out
@@ -1138,8 +1110,9 @@ def zero_shot(score, cfg) -> dict:
         single = generated(min(64, cfg.eval_images), 2_000_003, cfg, objects=(1, 1), pairs=pairs)
         seen = score.see(single.pictures["image"])
         label = torch.tensor([names.index(f"{s.things[0].colour} {s.things[0].shape}") for s in single.scenes])
-        both = [score.matrix(seen, [f.format(n) for n in names]) for f in ("a {}", "there is a {}")]
-        out |= {f"{head}: {name}": metrics.accuracy(both[0][head] + both[1][head], label) for head in both[0]}
+        both = [score.pairs(seen, [f.format(n) for n in names], True) for f in ("a {}", "there is a {}")]
+        own = F.one_hot(label, len(names)).bool()
+        out |= {f"{head}: {name}": recall_at_1(both[0][head] + both[1][head], own) for head in both[0]}
     return out
 
 
@@ -1147,28 +1120,21 @@ def compositional(score, cfg) -> dict:
     """ARO's and SugarCrepe's form by kind, Winoground's form from the same records: each wrong caption has its own picture."""
     world = generated(cfg.eval_images, 3_000_017, cfg, objects=(2, 2))
     made = [(i, n) for i, s in enumerate(world.scenes) for n in counters(s, i)]
-    kinds = {"replace": ("replace_obj", "replace_att"), "swap": ("swap_att", "swap_obj"), "add": ("add_obj",)}
-    chosen = [m for group in kinds.values() for m in [m for m in made if m[1]["kind"] in group][: cfg.eval_images]]
+    chosen = [m for g in ("replace", "swap", "add") for m in [m for m in made if m[1]["kind"].startswith(g)][: cfg.eval_images]]
+    own = {g: torch.tensor([n["kind"].startswith(g) for _, n in chosen]) for g in ("replace", "swap", "add")}
     counter = torch.from_numpy(scenes.render([n["scene"] for _, n in chosen], cfg.image_size)).permute(0, 3, 1, 2)
     texts = [[scenes.caption(world.scenes[i], brief=True) for i, _ in chosen], [n["caption"] for _, n in chosen]]
     seen, out = [score.see(world.pictures["image"])[[i for i, _ in chosen]], score.see(counter)], {}
     results = [[score.pairs(x, t) for x in seen] for t in texts]  # [caption][picture]
-    group_of = {kind: group for group, members in kinds.items() for kind in members}
-    groups = [group_of[n["kind"]] for _, n in chosen]
     for head in score.model.heads:
         s = torch.stack([torch.stack([r[head] for r in row], 1) for row in results], 1)
-        for group in kinds:
-            own = torch.tensor([g == group for g in groups])
-            out[f"{head}: {group}"] = 100 * prefers(s[own, 0, 0], s[own, 1, 0])[0]
-        swapped = torch.tensor([g == "swap" for g in groups])
-        for name, value in zip(("text", "image", "group"), winoground(s[swapped])):
+        out |= {f"{head}: {g}": 100 * prefers(s[mine, 0, 0], s[mine, 1, 0])[0] for g, mine in own.items()}
+        for name, value in zip(("text", "image", "group"), winoground(s[own["swap"]])):
             out[f"{head}: pairs, {name}"] = 100 * value
         out[f"{head}: ties"] = 100 * prefers(s[:, 0, 0], s[:, 1, 0])[1]
         if head == "likelihood":  # what the words alone give away
-            blind = [score.likelihood(score.blank, *score.ids(t)).cpu() for t in texts]
-            for group in kinds:
-                own = torch.tensor([g == group for g in groups])
-                out[f"{head}: blind {group}"] = 100 * prefers(blind[0][own], blind[1][own])[0]
+            a, b = (score.likelihood(score.blank, *score.ids(t)).cpu() for t in texts)
+            out |= {f"{head}: blind {g}": 100 * prefers(a[mine], b[mine])[0] for g, mine in own.items()}
     return out
 
 
@@ -1196,19 +1162,13 @@ def sugarcrepe(score, seen, keys, cfg) -> dict:
     return out
 
 
-def asked_of(test, rows, per_picture=4):
-    """Questions about the test pictures, the same for every model: [(place, question, answer, kind)]."""
-    out = []
-    for place, row in enumerate(rows):
-        rng = np.random.default_rng((7, row))
-        made = dict.fromkeys(q for q in (test.question(row, rng) for _ in range(per_picture)) if q)
-        out += [(place, *q) for q in made]
-    return out
-
-
 def questions(score, test, rows, seen, cfg) -> dict:
     """VQA with fixed candidates and in free text, blind baselines, solved examples first, selective prediction; POPE."""
-    asked = asked_of(test, rows)
+    rngs, asked = [np.random.default_rng((7, row)) for row in rows], []  # the same questions for every model
+    for place, (row, rng) in enumerate(zip(rows, rngs)):
+        asked += [(place, *q) for q in dict.fromkeys(test.question(row, rng) for _ in range(4)) if q]
+    if not asked:
+        return {}
     kinds = [k for _, _, _, k in asked]
     candidates = [OPEN.get(k, ("yes", "no")) for k in kinds]
     places, text = [p for p, *_ in asked], [q for _, q, _, _ in asked]
@@ -1278,55 +1238,37 @@ def grounding(score, world, seen, cfg) -> float:
 
 
 # 6. TRAIN ----------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Arm:
-    family: str
-    text: str
-    needs: tuple = ()  # arms that are trained first
-
-
-ARMS = {
-    "infonce": Arm("contrastive", "two towers, InfoNCE"),
-    "siglip": Arm("contrastive", "two towers, a yes or no for every pair"),
-    "llip": Arm("contrastive", "the caption mixes the picture's tokens"),
-    "negclip": Arm("contrastive", "InfoNCE with a hard negative caption each"),
-    "flip": Arm("contrastive", "InfoNCE, part of the patches dropped"),
-    "filtered": Arm("contrastive", "InfoNCE on the pairs with the highest CLIPScore of the arm infonce", ("infonce",)),
-    "mask": Arm("mask", "FLAVA-like: MIM, MLM, MMM, ITM, GC"),
-    "mask+boxes": Arm("mask", "... and the box of a named object"),
-    "coca": Arm("coca", "InfoNCE and a caption decoder"),
-    "lm": Arm("lm", "the language model, text alone"),
-    "frozen": Arm("frozen", "a projector into the frozen language model", ("infonce", "lm")),
-    "frozen+lora": Arm("frozen", "... and low-rank updates of it", ("infonce", "lm")),
-    "frozen+all": Arm("frozen", "... and all of its weights: only the picture encoder stays frozen", ("infonce", "lm")),
+ARMS = {  # family, arms that are trained first
+    "infonce": ("contrastive", ()),  # two towers, InfoNCE
+    "siglip": ("contrastive", ()),  # two towers, a yes or no for every pair
+    "llip": ("contrastive", ()),  # the caption mixes the picture's tokens
+    "negclip": ("contrastive", ()),  # InfoNCE with a hard negative caption each
+    "flip": ("contrastive", ()),  # InfoNCE, part of the patches dropped
+    "filtered": ("contrastive", ("infonce",)),  # InfoNCE on the pairs with the highest CLIPScore of the arm infonce
+    "mask": ("mask", ()),  # FLAVA-like: MIM, MLM, MMM, ITM, GC
+    "mask+boxes": ("mask", ()),  # ... and the box of a named object
+    "coca": ("coca", ()),  # InfoNCE and a caption decoder
+    "lm": ("lm", ()),  # the language model, text alone
+    "frozen": ("frozen", ("infonce", "lm")),  # a projector into the frozen language model
+    "frozen+lora": ("frozen", ("infonce", "lm")),  # ... and low-rank updates of it
+    "frozen+all": ("frozen", ("infonce", "lm")),  # ... and all of its weights: only the picture encoder stays frozen
 }
 
 
-def build(cfg, tok, env):
-    """The model of the arm cfg.arms; what it needs is read from the folders beside its own."""
-    arm, root = ARMS[cfg.arms], Path(cfg.out_dir).parent
-
-    def trained(name, model):
-        model.load_state_dict(vae.read_tensors(root / name / "model.safetensors")[0])
-        return model
-
-    if arm.family == "contrastive":
-        model = Contrastive(cfg, tok, cfg.arms if cfg.arms in ("siglip", "llip") else "infonce")
-    elif arm.family == "mask":
-        model = Masked(cfg, tok, cfg.arms == "mask+boxes")
-    elif arm.family == "coca":
-        model = CoCa(cfg, tok)
-    elif arm.family == "lm":
-        model = LM(cfg, tok)
-    else:
-        stack = trained("lm", LM(cfg, tok)).stack
-        if cfg.vision == "judge":
-            vision = Cells()
-            width = vision.width
-        else:
-            vision, width = Patches(trained("infonce", Contrastive(cfg, tok, "infonce")).vision), cfg.width
+def build(cfg, tok, env, trained=False):
+    """The model of the arm cfg.arms; its weights if it is trained, and the models that it needs, lie beside cfg.out_dir."""
+    arm, family = cfg.arms, ARMS[cfg.arms][0]
+    if family == "contrastive":
+        model = Contrastive(cfg, tok, arm if arm in ("siglip", "llip") else "infonce")
+    elif family == "frozen":
+        stack = build(replace(cfg, arms="lm"), tok, env, True).stack
+        vision = Cells() if cfg.vision == "judge" else build(replace(cfg, arms="infonce"), tok, env, True).vision
         ddp.reseed(cfg.seed, 0, 1)
-        model = Frozen(cfg, tok, vision, width, stack, cfg.arms.removeprefix("frozen").removeprefix("+"))
+        model = Frozen(cfg, vision, stack, arm.removeprefix("frozen").removeprefix("+"))
+    else:
+        model = Masked(cfg, tok, arm == "mask+boxes") if family == "mask" else {"coca": CoCa, "lm": LM}[family](cfg, tok)
+    if trained:
+        model.load_state_dict(vae.read_tensors(Path(cfg.out_dir).parent / arm / "model.safetensors")[0])
     return model.to(env.device)
 
 
@@ -1344,9 +1286,8 @@ def make_tokenizer(pairs, cfg):
 def best_pairs(pairs, tok, cfg, env):
     """Rows with the highest CLIPScore under the arm infonce, share --keep of them -> rows, precision in percent (we know which
     captions are wrong), that of a random choice."""
-    model = build(replace(cfg, arms="infonce"), tok, env).eval()
-    model.load_state_dict(vae.read_tensors(Path(cfg.out_dir).parent / "infonce" / "model.safetensors")[0])
-    score, rows = Scorer(model, tok, cfg, env.device), pairs.pictures["row"].tolist()
+    score = Scorer(build(replace(cfg, arms="infonce"), tok, env, True), tok, cfg, env.device)
+    rows = pairs.pictures["row"].tolist()
     cos = score.pairs(score.see(pairs.pictures["image"]), [pairs.captions[r][0] for r in rows])["cosine"]
     best = cos.argsort(descending=True, stable=True)[: max(cfg.batch_size, round(cfg.keep * len(rows)))].sort().values
     good = ~pairs.noisy[rows]
@@ -1355,7 +1296,7 @@ def best_pairs(pairs, tok, cfg, env):
 
 def train(cfg: Config) -> dict:
     """One arm (cfg.arms names it), in cfg.out_dir. Returns its metrics."""
-    env, out, arm = ddp.start(cfg.seed), Path(cfg.out_dir), ARMS[cfg.arms]
+    env, out, family = ddp.start(cfg.seed), Path(cfg.out_dir), ARMS[cfg.arms][0]
     pairs, test, extra = open_pairs("train", cfg, env), open_pairs("test", cfg, env), {}
     tok = make_tokenizer(pairs, cfg)
     if cfg.arms == "mask+boxes" and not pairs.scenes:
@@ -1364,12 +1305,12 @@ def train(cfg: Config) -> dict:
         if not isinstance(pairs.pictures, dict):
             raise ValueError(f"the arm filtered keeps pictures in memory, more than --memory_gb {cfg.memory_gb}")
         best, extra["kept pairs that are right"], extra["pairs that are right"] = best_pairs(pairs, tok, cfg, env)
-        pairs = pairs.only(best)
+        pairs = replace(pairs, pictures={k: v[best] for k, v in pairs.pictures.items()})
     ddp.reseed(cfg.seed, 0, 0)
     model = build(cfg, tok, env)
-    if arm.family == "mask":
+    if family == "mask":
         model.codebook.copy_(codebook(pairs, cfg))
-    if arm.family == "frozen" and isinstance(pairs.pictures, dict):  # nothing changes a picture: look at each once
+    if family == "frozen" and isinstance(pairs.pictures, dict):  # nothing changes a picture: look at each once
         blocks = tqdm(pairs.pictures["image"].split(256), "features", disable=not env.is_main, mininterval=5)
         parts = [model.features(normalised(x.to(env.device))) for x in blocks]
         seen = torch.cat(parts)
@@ -1408,7 +1349,7 @@ def train(cfg: Config) -> dict:
         if leave:
             log.close()
             raise KeyboardInterrupt
-    result = extra if arm.family == "lm" else {**evaluate(model, tok, test, cfg, env), **extra}
+    result = extra if family == "lm" else {**evaluate(model, tok, test, cfg, env), **extra}
     result["trained parameters, millions"] = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     log.write(cfg.steps - 1, **result)
     if env.is_main:
@@ -1428,7 +1369,6 @@ def train(cfg: Config) -> dict:
 @torch.no_grad()
 def draw_answers(model, tok, test, cfg, env, path):
     """Twelve test pictures: what the model writes, a question and its answer; green: all of the caption is true."""
-    model.eval()
     score = Scorer(model, tok, cfg, env.device)
     rows, images = test.pictures["row"].tolist()[:12], test.pictures["image"][:12]
     seen = score.see(images)
@@ -1444,32 +1384,30 @@ def draw_answers(model, tok, test, cfg, env, path):
 
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
-    for arm in cfg.arms.split(","):
-        if arm not in ARMS:
-            raise ValueError(f"--arms {cfg.arms}: {arm!r} is unknown; choose from {', '.join(ARMS)}")
-    for kind in cfg.kinds.split(","):
-        if kind not in (*YES_NO, *OPEN):
-            raise ValueError(f"--kinds {cfg.kinds}: {kind!r} is unknown; choose from {', '.join((*YES_NO, *OPEN))}")
+    choices = {"arms": ARMS, "kinds": (*YES_NO, *OPEN), "dtype": ("float32", "bfloat16"), "vision": ("infonce", "judge"),
+               "region": ("", "any", *scenes.REGIONS)}  # fmt: skip
+    for name, known in choices.items():
+        given = getattr(cfg, name)
+        for value in given.split(",") if name in ("arms", "kinds") else [given]:
+            if value not in known:
+                raise ValueError(f"--{name} {given}: {value!r} is unknown; choose from {', '.join(map(repr, known))}")
     if set(cfg.kinds.split(",")) == {"relation"}:
         raise ValueError("--kinds relation needs another kind beside it, for pictures with one object")
-    stem = [max(16, cfg.width >> i) for i in range(max(1, cfg.patch.bit_length() - 1))]
+    for name in ("steps", "batch_size", "accum", "log_every", "save_every", "pairs", "eval_images", "patch", "width", "depth",
+                 "heads", "text_depth", "lm_depth", "embed_dim", "codes", "mixtures", "lora", "asked", "objects",
+                 "image_size"):  # fmt: skip
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name} {getattr(cfg, name)} must be at least 1")
     if cfg.patch < 2 or cfg.patch & (cfg.patch - 1):
         raise ValueError(f"--patch {cfg.patch} must be a power of two, 2 at least")
-    if any(w % 8 for w in stem) or cfg.width % cfg.heads:
-        raise ValueError(f"--width {cfg.width} must be a multiple of --heads {cfg.heads}, and the channels of the convolutions "
-                         f"before it ({', '.join(map(str, stem))}) multiples of 8")  # fmt: skip
+    stem = [max(16, cfg.width >> i) for i in range(cfg.patch.bit_length() - 1)]
+    if cfg.width < 16 or any(w % 8 for w in stem) or cfg.width % cfg.heads:
+        raise ValueError(f"--width {cfg.width} must be 16 at least, a multiple of --heads {cfg.heads}, and the channels of the "
+                         f"convolutions before it ({', '.join(map(str, stem))}) multiples of 8")  # fmt: skip
     if not 0 <= cfg.shots <= 3:
         raise ValueError(f"--shots {cfg.shots} must be 0 to 3: more do not fit in front of a question")
     if cfg.objects > 3:
         raise ValueError(f"--objects {cfg.objects} is more than the three that a generated picture may hold")
-    choices = {"dtype": ("float32", "bfloat16"), "vision": ("infonce", "judge"), "region": ("", "any", *scenes.REGIONS)}
-    for name, known in choices.items():
-        if getattr(cfg, name) not in known:
-            raise ValueError(f"--{name} {getattr(cfg, name)!r} is unknown; choose from {', '.join(map(repr, known))}")
-    for name in ("steps", "batch_size", "accum", "log_every", "save_every", "pairs", "eval_images", "patch", "width", "depth",
-                 "heads", "text_depth", "lm_depth", "embed_dim", "codes", "mixtures", "lora", "asked", "objects"):  # fmt: skip
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} {getattr(cfg, name)} must be at least 1")
     for name in ("noise", "keep", "mask_words", "mask_patches", "wrong", "drop_tokens"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise ValueError(f"--{name} {getattr(cfg, name)} must be a share from 0 to 1")
@@ -1477,8 +1415,8 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--batch_size {cfg.batch_size} is no multiple of --accum {cfg.accum}")
     if cfg.image_size % cfg.patch or cfg.context < 8:
         raise ValueError(f"--image_size {cfg.image_size} must be a multiple of --patch {cfg.patch}, --context at least 8")
-    if cfg.sugarcrepe and not Path(cfg.sugarcrepe).is_file():
-        raise ValueError(f"--sugarcrepe {cfg.sugarcrepe} does not exist")
+    if cfg.sugarcrepe and not (cfg.data and Path(cfg.sugarcrepe).is_file()):
+        raise ValueError(f"--sugarcrepe {cfg.sugarcrepe} does not exist, or --data, COCO's val2017, is missing")
     if cfg.data and cfg.vision == "judge":
         raise ValueError("--vision judge knows generated pictures only; leave --data out")
 
@@ -1490,7 +1428,7 @@ def run(cfg: Config) -> dict:
     check(cfg)
     out, scores, wanted = Path(cfg.out_dir), {}, []
     for arm in cfg.arms.split(","):
-        needs = [n for n in ARMS[arm].needs if not (n == "infonce" and cfg.vision == "judge" and arm != "filtered")]
+        needs = [n for n in ARMS[arm][1] if not (n == "infonce" and cfg.vision == "judge" and arm != "filtered")]
         wanted += [a for a in (*needs, arm) if a not in wanted]
     for arm in wanted:
         steps = min(cfg.steps, 1_000) if arm == "lm" else cfg.steps  # the grammar of captions is soon learned
@@ -1511,24 +1449,21 @@ def run(cfg: Config) -> dict:
 def report(cfg, scores) -> None:
     heads = {f"{arm}, {h}" if h != "cosine" else arm: {k.split(": ", 1)[1]: v for k, v in s.items() if k.startswith(f"{h}: ")}
              for arm, s in scores.items() for h in dict.fromkeys(k.split(": ")[0] for k in s if ": " in k)}  # fmt: skip
-    chance = {"zero-shot": 100 / 72, "zero-shot, unseen pairs": 100 / 72, "replace": 50.0, "swap": 50.0, "add": 50.0,
-              "pairs, text": 25.0, "pairs, image": 25.0, "pairs, group": 100 / 6, "SugarCrepe": 50.0}  # fmt: skip
-    columns = ("zero-shot", "zero-shot, unseen pairs", "text to image R@1", "image to text R@1", "replace", "swap", "add",
-               "pairs, text", "pairs, image", "pairs, group", "SugarCrepe")  # fmt: skip
-    columns = [c for c in columns if any(c in h for h in heads.values())]
+    chance = {"zero-shot": 100 / 72, "zero-shot, unseen pairs": 100 / 72, "text to image R@1": None, "image to text R@1": None,
+              "replace": 50.0, "swap": 50.0, "add": 50.0, "pairs, text": 25.0, "pairs, image": 25.0, "pairs, group": 100 / 6,
+              "SugarCrepe": 50.0}  # fmt: skip
+    columns = [c for c in chance if any(c in h for h in heads.values())]
     rows = [[name, *[h.get(c) for c in columns]] for name, h in heads.items()]
-    blind = [[f"{name}, blind", *[h.get(f"blind {c}") for c in columns]] for name, h in heads.items() if "blind swap" in h]
-    rows += [*blind, ["chance", *[chance.get(c) for c in columns]]]
-    print("\nwhich belongs to which, percent\n" + table(rows, ["", *columns]))
-    columns = ["VQA, yes/no", "VQA blind, yes/no", "VQA majority, yes/no", "VQA, open", "VQA blind, open", "VQA majority, open",
-               "VQA free, open", "VQA few-shot, open", "POPE adversarial accuracy", "answered at 5 % risk"]  # fmt: skip
-    rows = [[arm, *[s.get(c) for c in columns]] for arm, s in scores.items() if "VQA, yes/no" in s]
-    if rows:
-        print("\nquestions, percent\n" + table(rows, ["", *columns]))
-    columns = ["attribute F1", "CIDEr-D", "CHAIR_i", "words", "distinct"]
-    rows = [[arm, *[s.get(c) for c in columns]] for arm, s in scores.items() if "CIDEr-D" in s]
-    if rows:
-        print("\ncaptions\n" + table(rows, ["", *columns]))
+    rows += [[f"{name}, blind", *[h.get(f"blind {c}") for c in columns]] for name, h in heads.items() if "blind swap" in h]
+    print("\nwhich belongs to which, percent\n" + table([*rows, ["chance", *[chance[c] for c in columns]]], ["", *columns]))
+    tables = {"questions, percent": ("VQA, yes/no", "VQA blind, yes/no", "VQA majority, yes/no", "VQA, open", "VQA blind, open",
+                                     "VQA majority, open", "VQA free, open", "VQA few-shot, open", "POPE adversarial accuracy",
+                                     "answered at 5 % risk"),
+              "captions": ("attribute F1", "CIDEr-D", "CHAIR_i", "words", "distinct")}  # fmt: skip
+    for title, columns in tables.items():
+        rows = [[arm, *[s.get(c) for c in columns]] for arm, s in scores.items() if columns[1] in s]
+        if rows:
+            print(f"\n{title}\n" + table(rows, ["", *columns]))
     names = ("kept pairs that are right", "pairs that are right", "box IoU > 0.5")
     more = [[arm, k, s[k]] for arm, s in scores.items() for k in names if k in s]
     if more:
@@ -1547,9 +1482,7 @@ def answer_once(cfg) -> str:
             old = Config(**{k: v for k, v in saved.items() if k in Config.__dataclass_fields__})
             old, tok = replace(old, out_dir=str(folder)), Tokenizer.load(folder / "merges.txt")
             env = ddp.start(cfg.seed)
-            model = build(old, tok, env).eval()
-            model.load_state_dict(vae.read_tensors(folder / "model.safetensors")[0])
-            score = Scorer(model, tok, old, env.device)
+            score = Scorer(build(old, tok, env, True).eval(), tok, old, env.device)
             part = data.stack([data.squeezed(old.image_size)({"image": img, "row": 0})])
             text = score.write(score.see(part["image"]), [cfg.question])[0]
             print(f"{arm}: {text}")

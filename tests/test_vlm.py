@@ -44,7 +44,7 @@ def model_of(arm, tok, seed=0, cfg=CFG):
     elif arm == "coca":
         model = M.CoCa(cfg, tok)
     elif arm == "frozen":
-        model = M.Frozen(cfg, tok, M.Patches(M.Vision(cfg)), cfg.width, M.LM(cfg, tok).stack)
+        model = M.Frozen(cfg, M.Vision(cfg), M.LM(cfg, tok).stack)
     else:
         model = M.Contrastive(cfg, tok, arm)
     return model.eval()
