@@ -13,13 +13,13 @@ Read first section 2, then LoRA in section 3, items_of() in section 4, official_
 Symbols    B crops, M captions of each, s (B, B, M) scores times the logit scale, row: picture; g pooled scores; p, t scores of
            a picture with its own positive and negative; alpha, beta weights of the two losses; r rank of LoRA's update
 Run        python methods/dci.py --preset smoke                              (CPU, no data, under 30 s)
-           python methods/dci.py                                             (CPU, no data; 15 min on one busy thread)
+           python methods/dci.py                                             (CPU, no data; 9 to 20 min on one busy thread)
            torchrun --nproc_per_node=2 methods/dci.py --preset paper --data DIR --init CLIP --tokenizer MERGES
            python methods/dci.py --arms clip --data data/coco_mini --min_side 32 --init CLIP --tokenizer MERGES   (boxes)
 Data       a generated copy of DCI's files (schema of the release), the release itself with SA-1B's photos beside it, or shards
            with boxes by data_prep/coco.py (their pictures are unpacked once, below DIR/.pictures). DCI: CC BY-NC 4.0, photos:
            SA-1B research licence
-Expect     laptop: SCM 68.8 CLIP, 82.2 dense, 72.8 with L_neg; Neg 50.3, 62.3, 86.1; 3 seeds, commit 8c01404
+Expect     laptop: SCM 68.8 CLIP, 82.1 dense, 71.6 with L_neg; Neg 50.8, 66.2, 88.1; 3 seeds, commit fa79d3e
 Differs    from the released code: pooling "hardest" takes the minimum of the positives before anything is pooled (there it
            comes too late: 0.154 for 0.904 on the test matrix), max and min do not fall back to the mean; missing photos
            are counted, and refused in the test split; masks without a caption too; crops are cut when needed, negatives drawn
