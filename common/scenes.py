@@ -339,6 +339,45 @@ def answer(s: Scene, question: dict) -> bool:
     return getattr(thing, "cell" if kind == "place" else kind) == about[1]
 
 
+YES_NO = ("object", "colour", "texture", "size", "place", "relation", "background")
+OPEN = {"what colour": tuple(COLOURS), "what shape": SHAPES, "count": ("one", "two", "three")}
+
+
+def ask(s: Scene, rng, kinds=(*YES_NO, *OPEN)) -> tuple[str, str, str]:
+    """A question about a scene: half of those with yes or no have the answer no, made by changing the one thing asked for."""
+    kinds = [k for k in kinds if k != "relation" or len(s.things) > 1]
+    kind, i, yes = kinds[rng.integers(len(kinds))], int(rng.integers(len(s.things))), rng.random() < 0.5
+    t, others = s.things[i], s.things[:i] + s.things[i + 1 :]
+
+    def other(options, taken):
+        options = [o for o in options if o not in taken]
+        return options[rng.integers(len(options))]
+
+    if kind == "count":
+        return "How many objects are there?", OPEN["count"][len(s.things) - 1], kind
+    if kind == "what shape" and any(o.colour == t.colour for o in others):
+        kind = "what colour"
+    if kind == "what colour":
+        return f"What colour is the {t.shape}?", t.colour, kind
+    if kind == "what shape":
+        return f"What shape is {t.colour}?", t.shape, kind
+    asked = s
+    if kind == "relation":
+        a, b = s.things[:2]
+        asked = s if yes else replace(s, things=(replace(a, cell=b.cell), replace(b, cell=a.cell), *s.things[2:]))
+    elif kind == "background":
+        asked = s if yes else replace(s, tone=other(TONES, [s.tone]))
+    elif not yes:
+        pool = {"object": (SHAPES, [x.shape for x in s.things]), "colour": (COLOURS, [t.colour]),
+                "size": (SIZES, [t.size]), "texture": (TEXTURES, [t.texture]),
+                "place": (range(s.grid**2), [t.cell])}[kind]  # fmt: skip
+        t = replace(t, **{{"object": "shape", "place": "cell"}.get(kind, kind): other(*pool)})
+        asked = replace(s, things=(*s.things[:i], t, *s.things[i + 1 :]))
+    about = {"relation": s.things[0].shape, "background": asked.tone}.get(kind, t.shape)
+    found = [q for q in questions(asked) if q["kind"] == kind and q["about"][0] == about]
+    return found[0]["text"], "yes" if yes else "no", kind
+
+
 def negatives(s: Scene, seed: int = 0) -> list[dict]:
     """Hard negatives {kind, caption, scene}: a caption wrong for s, with the scene that it is right for.
 

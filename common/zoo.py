@@ -13,6 +13,7 @@ They let every method start without a download. common/weights/README.md says ho
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from common import ckpt, scenes, vae
 from common.dit import Attention, DiT, Mlp
 from common.resnet import ResNet
 from common.tokenizer import Tokenizer
-from common.vit import CLIP, TextTransformer, ViT, trim
+from common.vit import CLIP, Block, TextTransformer, ViT, trim
 
 WEIGHTS = Path(__file__).parent / "weights"
 ANSWERS = {  # what the judge tells of one cell of the grid
@@ -187,33 +188,47 @@ class Painter(nn.Module):
 
 
 class Vqa(nn.Module):
-    """Answers yes or no to questions about scenes of four cells: the judge's features of each cell and its number, standardised
-    and projected, stand as words before the question in a small language model (methods/vlm.py --preset standin)."""
+    """Answers yes or no to questions about scenes of four cells. The judge's features of each cell and its number, standardised
+    (else the large ones, of colours, hide sizes) and projected, stand as words before the question in a small transformer,
+    whose last place answers."""
 
-    def __init__(self, judge: Judge, words: Tokenizer, size: dict):
+    def __init__(self, words: list[str], width: int = 96, depth: int = 3, heads: int = 4, longest: int = 12):
         super().__init__()
-        self.judge, self.tok, self.text = judge, words, TextTransformer(**size, act="gelu", eps=1e-6)
-        self.text.norm.eps = 1e-5
-        inputs, width = judge.body.out_dim + 4, self.text.width
+        self.config = dict(words=words, width=width, depth=depth, heads=heads, longest=longest)
+        self.number, self.longest, self.judge = {w: i for i, w in enumerate(words, 1)}, longest, load_judge()
+        inputs = self.judge.body.out_dim + 4
         self.register_buffer("centre", torch.zeros(inputs))
         self.register_buffer("spread", torch.ones(inputs))
         self.projector = nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width))
+        self.token_embed = nn.Embedding(len(words) + 1, width)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(longest, width))
+        self.blocks = nn.ModuleList(Block(width, heads, 4 * width) for _ in range(depth))
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, 1)
+
+    def ids(self, questions: list[str]) -> torch.Tensor:
+        """(B, longest): numbers of the words, at the right; ValueError for a word that no scene is asked with."""
+        rows = [re.findall(r"[a-z]+", q.lower()) for q in questions]
+        new = [w for row in rows for w in row if w not in self.number]
+        if new or max(map(len, rows), default=0) > self.longest:
+            raise ValueError(f"the VQA stand-in does not know {new[:3]} in questions of up to {self.longest} words")
+        return torch.tensor([[0] * (self.longest - len(row)) + [self.number[w] for w in row] for row in rows])
+
+    @torch.no_grad()
+    def see(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, 32, 32) in [-1, 1] -> (B, 4, D), not yet standardised."""
+        f = self.judge.features(images, 2).unflatten(1, (4, -1))
+        return torch.cat([f, torch.eye(4, device=f.device).expand(len(f), -1, -1)], 2)
+
+    def forward(self, seen, ids):
+        x = torch.cat([self.projector((seen - self.centre) / self.spread), self.token_embed(ids) + self.pos_embed], 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.norm(x[:, -1]))[:, 0]  # log-odds of yes
 
     @torch.no_grad()
     def yes(self, images: torch.Tensor, questions: list[str]) -> torch.Tensor:
-        """Images (B, 3, 32, 32) in [-1, 1], a question each -> probability of yes against no (B,)."""
-        f = self.judge.features(images, 2).unflatten(1, (4, -1))
-        f = torch.cat([f, torch.eye(4, device=f.device).expand(len(f), -1, -1)], 2)
-        seen = self.projector((f - self.centre) / self.spread)
-        rows = [[self.tok.start, *self.tok.encode(q)] for q in questions]
-        last = torch.tensor([len(r) for r in rows], device=images.device) - 1
-        ids = torch.tensor([r + [0] * (int(last.max()) + 1 - len(r)) for r in rows], device=images.device)
-        x = torch.cat([seen, self.text.token_embed(ids) + self.text.pos_embed[: ids.shape[1]]], 1)
-        for block in self.text.blocks:
-            x = block(x, causal=True)
-        x = self.text.norm(x[torch.arange(len(x), device=x.device), 4 + last])
-        yes, no = (self.text.token_embed.weight[self.tok.encode(w)[0]] for w in ("yes", "no"))
-        return (x @ (yes - no)).sigmoid()
+        """Images (B, 3, 32, 32) in [-1, 1], a question each -> probability of yes (B,)."""
+        return self(self.see(images), self.ids(questions).to(images.device)).sigmoid()
 
 
 def replicate_padding(tokens, lengths, slots, beta, noise=None):  # twin: replicate_padding
@@ -264,12 +279,8 @@ def load_clip(path="") -> CLIP:
 
 def load_vqa() -> Vqa:
     state, meta = vae.read_tensors(WEIGHTS / "vqa.safetensors")
-    words = Tokenizer([tuple(line.split()) for line in meta["merges"].splitlines()[1:]])
-    vqa = Vqa(load_judge(), words, meta["text"])
-    names = {"stack.layers.": "text.blocks.", "stack.": "text.", "vision.": ""}  # of methods/vlm.py -> of this file
-    for old, new in names.items():
-        state = {k.replace(old, new): v.float() for k, v in state.items()}
-    vqa.load_state_dict({**{f"judge.{k}": v for k, v in vqa.judge.state_dict().items()}, **state})
+    vqa = Vqa(**meta["vqa"])
+    vqa.load_state_dict({k: v.float() for k, v in state.items()} | {f"judge.{k}": v for k, v in vqa.judge.state_dict().items()})
     return vqa.eval().requires_grad_(False)
 
 

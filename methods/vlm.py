@@ -22,8 +22,8 @@ Differs    the tutorial has no numbers of its own; everything here is tiny. FLAV
            of negatives teaches negclip and makes the tests. mask, coca and frozen are taught answers too.
            from benchmark code: ties never count as right; yes and no are compared by their probabilities, so that garbage is
            not a yes (POPE). Left out: MaskVLM, CM3leon, Chameleon, classifiers by Bayes, Q-Former, RLHF, video.
-Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
-           vae.py vision.py vit.py zoo.py and weights/   (copy these with this file)
+Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py scenes.py tokenizer.py vae.py
+           vision.py vit.py   (copy these with this file)
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, torchrun and python -m all find common/
 
-from common import ckpt, cli, data, ddp, metrics, optim, plot, scenes, vae, zoo
+from common import ckpt, cli, data, ddp, metrics, optim, plot, scenes, vae
 from common.dit import sincos_2d
 from common.log import RunLog, table, write_json
 from common.tokenizer import Tokenizer
@@ -92,7 +92,6 @@ class Config:
     keep: float = 0.5  # arm filtered: share of pairs with the highest CLIPScore that stay, one batch at least
     lora: int = 8  # arm frozen+lora: rank of the language model's updates
     shots: int = 2  # solved examples before a question, for the frozen family
-    vision: str = "infonce"  # encoder of the frozen family: the arm infonce's, or judge (stand-in)
     # data and model
     pairs: int = 6_000  # generated training pictures; a folder gives all it has
     eval_images: int = 96  # pictures of the tests
@@ -548,30 +547,6 @@ class Frozen(nn.Module):
         return loss, {}
 
 
-class Cells(nn.Module):
-    """The stand-in classifier's features of the four cells, in place of a ViT's patches, and which cell it is: alone they could
-    not say where. Standardised: otherwise the few large ones, of colours, hide sizes for thousands of updates."""
-
-    def __init__(self):
-        super().__init__()
-        self.judge = zoo.load_judge()
-        self.width = self.judge.body.out_dim + 4
-        self.register_buffer("centre", torch.zeros(self.width))
-        self.register_buffer("spread", torch.ones(self.width))
-
-    def words(self, images):
-        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in metrics.MEAN_STD["clip"])
-        images = (images * std + mean) * 2 - 1
-        f = self.judge.features(images, 2).unflatten(1, (4, -1))
-        return (torch.cat([f, torch.eye(4, device=f.device).expand(len(f), -1, -1)], 2) - self.centre) / self.spread
-
-    def standardise(self, f):
-        """f (N, 4, W), of all training pictures: from now on their mean is 0 and their deviation 1 -> the same in f."""
-        self.centre.copy_(f.mean((0, 1)))
-        self.spread.copy_(f.std((0, 1)).clamp_min(0.05))
-        return (f - self.centre) / self.spread
-
-
 class LoRA(nn.Module):
     """y = W0 x + b + (alpha / r) B A x, alpha = 2 r: A Kaiming-uniform, B = 0, W0 frozen; at first the same model."""
 
@@ -604,8 +579,6 @@ def generate(model, seen, prompts, end, longest=24):
 
 # 4. DATA: pictures with captions, questions, wrong captions; everything random is a function of (seed, position) -------------
 TELL = ("describe the picture:", "what do you see?", "caption:")  # instructions of the frozen family
-YES_NO = ("object", "colour", "texture", "size", "place", "relation", "background")
-OPEN = {"what colour": tuple(scenes.COLOURS), "what shape": scenes.SHAPES, "count": ("one", "two", "three")}
 
 
 @dataclass
@@ -625,7 +598,7 @@ class Pairs:
     def question(self, row, rng):
         """-> (question, answer, kind), or None. Generated scenes: all kinds; pictures with boxes: is there such an object?"""
         if self.scenes:
-            return ask(self.scenes[row], rng, self.kinds)
+            return scenes.ask(self.scenes[row], rng, self.kinds)
         here, yes = set(self.objects[row]), rng.random() < 0.5
         pool = sorted(here if yes else set(self.classes) - here) if here else []
         return (existence(pool[rng.integers(len(pool))]), "yes" if yes else "no", "object") if pool else None
@@ -655,41 +628,6 @@ class Pairs:
 
 def existence(name):
     return scenes.articles(f"Is there a {name}?")
-
-
-def ask(s: scenes.Scene, rng, kinds=(*YES_NO, *OPEN)) -> tuple[str, str, str]:
-    """A question about a scene: half of those with yes or no have the answer no, made by changing the one thing asked for."""
-    kinds = [k for k in kinds if k != "relation" or len(s.things) > 1]
-    kind, i, yes = kinds[rng.integers(len(kinds))], int(rng.integers(len(s.things))), rng.random() < 0.5
-    t, others = s.things[i], s.things[:i] + s.things[i + 1 :]
-
-    def other(options, taken):
-        options = [o for o in options if o not in taken]
-        return options[rng.integers(len(options))]
-
-    if kind == "count":
-        return "How many objects are there?", OPEN["count"][len(s.things) - 1], kind
-    if kind == "what shape" and any(o.colour == t.colour for o in others):
-        kind = "what colour"
-    if kind == "what colour":
-        return f"What colour is the {t.shape}?", t.colour, kind
-    if kind == "what shape":
-        return f"What shape is {t.colour}?", t.shape, kind
-    asked = s
-    if kind == "relation":
-        a, b = s.things[:2]
-        asked = s if yes else replace(s, things=(replace(a, cell=b.cell), replace(b, cell=a.cell), *s.things[2:]))
-    elif kind == "background":
-        asked = s if yes else replace(s, tone=other(scenes.TONES, [s.tone]))
-    elif not yes:
-        pool = {"object": (scenes.SHAPES, [x.shape for x in s.things]), "colour": (scenes.COLOURS, [t.colour]),
-                "size": (scenes.SIZES, [t.size]), "texture": (scenes.TEXTURES, [t.texture]),
-                "place": (range(s.grid**2), [t.cell])}[kind]  # fmt: skip
-        t = replace(t, **{{"object": "shape", "place": "cell"}.get(kind, kind): other(*pool)})
-        asked = replace(s, things=(*s.things[:i], t, *s.things[i + 1 :]))
-    about = {"relation": s.things[0].shape, "background": asked.tone}.get(kind, t.shape)
-    found = [q for q in scenes.questions(asked) if q["kind"] == kind and q["about"][0] == about]
-    return found[0]["text"], "yes" if yes else "no", kind
 
 
 def counters(s, seed):
@@ -1170,12 +1108,12 @@ def questions(score, test, rows, seen, cfg) -> dict:
     if not asked:
         return {}
     kinds = [k for _, _, _, k in asked]
-    candidates = [OPEN.get(k, ("yes", "no")) for k in kinds]
+    candidates = [scenes.OPEN.get(k, ("yes", "no")) for k in kinds]
     places, text = [p for p, *_ in asked], [q for _, q, _, _ in asked]
     out, own = {}, seen[places]
 
     def add(name, right):
-        for group, pick in (("yes/no", lambda k: k not in OPEN), ("open", lambda k: k in OPEN)):
+        for group, pick in (("yes/no", lambda k: k not in scenes.OPEN), ("open", lambda k: k in scenes.OPEN)):
             mine = [r for r, k in zip(right, kinds) if pick(k)]
             if mine:
                 out[f"{name}, {group}"] = 100 * float(np.mean(mine))
@@ -1195,7 +1133,7 @@ def questions(score, test, rows, seen, cfg) -> dict:
     if hasattr(score.model, "caches"):
         free = score.write(own, text)
         add("VQA free", [vqa_accuracy(f, [a]) for f, (_, _, a, _) in zip(free, asked)])
-        unclear = [not yes_or_no(f) for f, k in zip(free, kinds) if k not in OPEN]
+        unclear = [not yes_or_no(f) for f, k in zip(free, kinds) if k not in scenes.OPEN]
         out |= {"VQA free, unclear": 100 * float(np.mean(unclear))} if unclear else {}
     if isinstance(score.model, Frozen) and cfg.shots and test.scenes:
         solved = generated(cfg.shots, 4_000_037, cfg)
@@ -1262,7 +1200,7 @@ def build(cfg, tok, env, trained=False):
         model = Contrastive(cfg, tok, arm if arm in ("siglip", "llip") else "infonce")
     elif family == "frozen":
         stack = build(replace(cfg, arms="lm"), tok, env, True).stack
-        vision = Cells() if cfg.vision == "judge" else build(replace(cfg, arms="infonce"), tok, env, True).vision
+        vision = build(replace(cfg, arms="infonce"), tok, env, True).vision
         ddp.reseed(cfg.seed, 0, 1)
         model = Frozen(cfg, vision, stack, arm.removeprefix("frozen").removeprefix("+"))
     else:
@@ -1278,7 +1216,8 @@ def make_tokenizer(pairs, cfg):
     rng = np.random.default_rng((cfg.seed, 51))
     asked = [pairs.question(int(r), rng) for r in rng.integers(0, len(pairs.captions), 2_000)] if pairs.classes else []
     texts = [c for some in pairs.captions for c in some] + [f"{q} {a}" for q, a, _ in filter(None, asked)] + 20 * list(TELL)
-    texts += 2 * [w for some in OPEN.values() for w in some] + [existence(c) for c in 2 * pairs.classes] + ["yes", "no"] * 2
+    texts += 2 * [w for some in scenes.OPEN.values() for w in some] + [existence(c) for c in 2 * pairs.classes]
+    texts += ["yes", "no"] * 2
     return Tokenizer.train(texts, cfg.vocab)
 
 
@@ -1313,9 +1252,7 @@ def train(cfg: Config) -> dict:
     if family == "frozen" and isinstance(pairs.pictures, dict):  # nothing changes a picture: look at each once
         blocks = tqdm(pairs.pictures["image"].split(256), "features", disable=not env.is_main, mininterval=5)
         parts = [model.features(normalised(x.to(env.device))) for x in blocks]
-        seen = torch.cat(parts)
-        seen = model.vision.standardise(seen) if cfg.vision == "judge" else seen
-        pairs.pictures = {"features": seen, "row": pairs.pictures["row"]}
+        pairs.pictures = {"features": torch.cat(parts), "row": pairs.pictures["row"]}
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
     rate = cfg.lr * (3 if cfg.arms in ("frozen", "frozen+lora") else 1)  # few new weights between frozen ones
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), rate, (0.9, 0.98), fused=True)
@@ -1354,9 +1291,7 @@ def train(cfg: Config) -> dict:
     log.write(cfg.steps - 1, **result)
     if env.is_main:
         tok.save(out / "merges.txt")
-        size = dict(vocab=len(tok), context=2 * cfg.context, width=cfg.width, depth=cfg.lm_depth, heads=cfg.heads)
-        own = {"text": size, "merges": (out / "merges.txt").read_text()} if cfg.vision == "judge" else {}  # for common/zoo.py
-        ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms, **own)
+        ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms)
         names = ("loss", "contrastive", "caption", "qa", "gc", "itm", "mim", "mlm", "mmm_img", "mmm_txt", "box")
         found = log.history(*names)
         plot.save(plot.lines({n: found[n] for n in names if n in found}, cfg.arms), out / "curves.png")
@@ -1384,7 +1319,7 @@ def draw_answers(model, tok, test, cfg, env, path):
 
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
-    choices = {"arms": ARMS, "kinds": (*YES_NO, *OPEN), "dtype": ("float32", "bfloat16"), "vision": ("infonce", "judge"),
+    choices = {"arms": ARMS, "kinds": (*scenes.YES_NO, *scenes.OPEN), "dtype": ("float32", "bfloat16"),
                "region": ("", "any", *scenes.REGIONS)}  # fmt: skip
     for name, known in choices.items():
         given = getattr(cfg, name)
@@ -1417,8 +1352,6 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--image_size {cfg.image_size} must be a multiple of --patch {cfg.patch}, --context at least 8")
     if cfg.sugarcrepe and not (cfg.data and Path(cfg.sugarcrepe).is_file()):
         raise ValueError(f"--sugarcrepe {cfg.sugarcrepe} does not exist, or --data, COCO's val2017, is missing")
-    if cfg.data and cfg.vision == "judge":
-        raise ValueError("--vision judge knows generated pictures only; leave --data out")
 
 
 def run(cfg: Config) -> dict:
@@ -1428,8 +1361,7 @@ def run(cfg: Config) -> dict:
     check(cfg)
     out, scores, wanted = Path(cfg.out_dir), {}, []
     for arm in cfg.arms.split(","):
-        needs = [n for n in ARMS[arm][1] if not (n == "infonce" and cfg.vision == "judge" and arm != "filtered")]
-        wanted += [a for a in (*needs, arm) if a not in wanted]
+        wanted += [a for a in (*ARMS[arm][1], arm) if a not in wanted]
     for arm in wanted:
         steps = min(cfg.steps, 1_000) if arm == "lm" else cfg.steps  # the grammar of captions is soon learned
         one = replace(cfg, arms=arm, out_dir=str(out / arm), steps=steps)
@@ -1495,10 +1427,6 @@ PRESETS = {
     "smoke": dict(steps=4, batch_size=8, pairs=64, eval_images=12, width=32, depth=2, heads=2, text_depth=1, lm_depth=1,
                   embed_dim=32, warmup=1, log_every=2, save_every=2, codes=16, out_dir="runs/vlm_smoke"),
     "laptop": {},
-    # the VQA model of common/weights: what opt2i.py and pareto_eval.py ask about pictures of the painters
-    "standin": dict(arms="frozen+all", vision="judge", region="", objects=3, kinds=",".join(YES_NO), pairs=20_000, steps=6_000,
-                    lr=3e-3, width=64, lm_depth=3, asked=4, warmup=200, eval_images=200, save_every=1_000, log_every=50,
-                    out_dir="runs/standin_vqa"),
     "gpu": dict(steps=6_000, batch_size=512, lr=1e-3, pairs=100_000, eval_images=1_000, width=384, depth=8, heads=6,
                 text_depth=3, lm_depth=6, embed_dim=256, patch=4, warmup=300, dtype="bfloat16", out_dir="runs/vlm_gpu",
                 arms="infonce,siglip,llip,negclip,flip,mask,mask+boxes,coca,frozen,frozen+lora,frozen+all"),
