@@ -17,7 +17,7 @@ Run        python methods/dp_rdm.py --preset smoke                        (CPU, 
            python methods/dp_rdm.py --attack                              (a planted record, and whether the bound holds)
 Data       generated (common/scenes.py): the public world has every colour, the private one a palette of its own; or shards by
            data_prep (--public, --private) with --vae and --clip
-Expect     laptop: see RESULTS.md
+Expect     laptop: Frechet distance 101 public only, 45 not private, 43 at epsilon 10, T = 10,000; 3 seeds, commit fa79d3e
 Differs    from the paper: a small DiT for its 401 M UNet, condition dropout for guidance, stand-in CLIP and features; "public
            only" is the same model, told the noiseless mean of public neighbours (the paper's was trained with separate ones);
            T sets the noise, 256 prompts are drawn. From the released code: too few neighbours are summed and divided by k
