@@ -24,9 +24,10 @@ from common.log import RunLog, table
 class Config:
     out_dir: str = "runs/vqa"  # folder of the run; model.safetensors holds the weights
     seed: int = 0  # of weights, scenes and questions
-    steps: int = 3_500  # updates
+    steps: int = 3_000  # updates
     batch_size: int = 256  # questions, GLOBAL
-    pictures: int = 8_000  # seen once before the first update, asked about again and again
+    pictures: int = 8_000  # seen once before the first update
+    questions: int = 64_000  # different ones, asked again and again: with endless new ones places and relations stay unlearned
     lr: float = 2e-3  # peak, AdamW; warm-up, then cosine
     warmup: int = 200  # updates
     wd: float = 0.02  # weight decay
@@ -78,7 +79,8 @@ def train(cfg: Config) -> dict:
     log = RunLog(cfg, env, "vqa", start)
     for step in range(start, cfg.steps):
         optim.set_lr(opt, optim.warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr))
-        rows, texts, answers, _ = asked(some, step * cfg.batch_size + env.rank * share, share, cfg.seed)
+        place = (step * cfg.batch_size + env.rank * share) % cfg.questions
+        rows, texts, answers, _ = asked(some, place, share, cfg.seed)
         logits = model(seen[rows].to(env.device), vqa.ids(texts).to(env.device))
         loss = F.binary_cross_entropy_with_logits(logits, torch.tensor(answers, device=env.device))
         opt.zero_grad(set_to_none=True)
