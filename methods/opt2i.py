@@ -106,7 +106,6 @@ class Config:
     sampler_steps: int = 16  # of the stand-in
     image_command: str = ""  # command that writes a picture: {prompt}, {seed} and {out} are filled in, one call a picture
     image_url: str = ""  # base url of an OpenAI-style server with /images/generations; key: IMAGE_API_KEY
-    vqa: str = "judge"  # answers about generated prompts: judge (reads attributes) or vlm (a model that reads the question)
     vqa_url: str = ""  # base url of a server that sees pictures and answers DSG's questions; key: VQA_API_KEY
     clip: str = ""  # CLIP weights for dcs; "" = the stand-in
     tokenizer: str = ""  # CLIP's merges file
@@ -658,7 +657,6 @@ class Scorer:
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, device
         self.judge = zoo.load_judge().to(device)
-        self.reader = zoo.load_vqa().to(device) if cfg.vqa == "vlm" else None
         if cfg.score == "dcs":
             self.clip = (load_clip(cfg.clip) if cfg.clip else zoo.load_clip()).to(device).eval()
             self.tok = Tokenizer.from_clip(cfg.tokenizer) if cfg.clip else zoo.load_tokenizer()
@@ -670,10 +668,6 @@ class Scorer:
 
     def answers(self, task, images) -> list[dict]:
         """For each picture {question id: bool}."""
-        if task.scene is not None and self.reader is not None:
-            x, texts = images.to(self.device), list(task.questions.values())
-            yes = self.reader.yes(x.repeat_interleave(len(texts), 0), texts * len(x)).view(len(x), -1) > 0.5
-            return [dict(zip(task.questions, row)) for row in yes.tolist()]
         if task.scene is not None:
             seen = seen_scenes(self.judge, images.to(self.device))
             return [{q["id"]: scenes.answer(s, q) for q in task.asked} for s in seen]
@@ -926,7 +920,7 @@ def lm_batch(pairs, context):
 
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
-    for name, known in {"score": ("dsg", "dcs"), "proposer": ("lm", "grammar", "http"), "vqa": ("judge", "vlm"),
+    for name, known in {"score": ("dsg", "dcs"), "proposer": ("lm", "grammar", "http"),
                         "painter": ("painter_early", "painter_middle", "painter")}.items():  # fmt: skip
         if getattr(cfg, name) not in known:
             raise ValueError(f"--{name} {getattr(cfg, name)} is unknown; choose from {', '.join(known)}")

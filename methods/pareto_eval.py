@@ -101,7 +101,6 @@ class Config:
     points: str = ""  # csv: model, knob, value, folder
     real: str = ""  # folder of real pictures; named like the others they also serve the conditional realism
     answers: str = ""  # csv of a VQA model: file (FOLDER/NAME), question_id, answer[, dependency_id]: consistency by DSG
-    vqa: str = "judge"  # answers about the stand-ins: judge (reads attributes) or vlm (a model that reads the question)
     extractor: str = "judge"  # features: judge (of scenes), inception, dinov2, clip
     weights: str = ""  # file with the extractor's weights
     clip: str = ""  # CLIP weights for the CLIPScore of other generators' pictures
@@ -329,7 +328,7 @@ class StandIns:
         self.cfg, self.prompts, self.env = cfg, prompts, env
         self.judge, self.vae = zoo.load_judge().to(env.device), zoo.load_vae().to(env.device)
         self.extract, self.clip = Extractor(cfg, env.device), ClipScorer(cfg, env.device)
-        self.painters, self.reader = {}, zoo.load_vqa().to(env.device) if cfg.vqa == "vlm" else None
+        self.painters = {}
 
     def draw(self, point: Point):
         """sample(prompts, knob, n per prompt, seed): the noise of picture j of prompt i is the same for all points."""
@@ -367,13 +366,7 @@ class StandIns:
     def consistency(self, images, prompts) -> list[float]:
         """DSG score of each picture for its prompt."""
         asked = [[q for q in scenes.questions(p.scene) if q["kind"] in ("object", "colour", "relation")] for p in prompts]
-        if self.reader:
-            owner = torch.tensor([i for i, some in enumerate(asked) for _ in some], device=images.device)
-            said = iter((self.reader.yes(images[owner], [q["text"] for some in asked for q in some]) > 0.5).tolist())
-            answers = [{q["id"]: next(said) for q in some} for some in asked]
-        else:
-            seen = seen_scenes(self.judge, images)
-            answers = [{q["id"]: scenes.answer(s, q) for q in some} for s, some in zip(seen, asked)]
+        answers = [{q["id"]: scenes.answer(s, q) for q in some} for s, some in zip(seen_scenes(self.judge, images), asked)]
         return [dsg_score(a, {q["id"]: q["parents"] for q in some}) for a, some in zip(answers, asked)]
 
 
@@ -620,7 +613,7 @@ def cached(source, point, cfg, prompts, folder) -> dict[str, torch.Tensor]:
     if where:  # pictures that were changed are read again
         said.append([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in data.Folder(where).files])
     else:
-        said.append([cfg.vqa, cfg.steps, cfg.at, cfg.per_prompt, cfg.real_per_prompt, zoo_fingerprint()])
+        said.append([cfg.steps, cfg.at, cfg.per_prompt, cfg.real_per_prompt, zoo_fingerprint()])
     path = folder / f"{hashlib.blake2b(json.dumps(said).encode(), digest_size=10).hexdigest()}.safetensors"
     if cfg.resume and path.exists():
         try:
@@ -642,7 +635,7 @@ def zoo_fingerprint() -> list:
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
     for field, known in {"extractor": ("judge", "inception", "dinov2", "clip"), "resize": ("pytorch-fid", "tf1", "clean"),
-                         "dtype": ("float32",), "vqa": ("judge", "vlm")}.items():  # fmt: skip
+                         "dtype": ("float32",)}.items():  # fmt: skip
         if getattr(cfg, field) not in known:
             raise ValueError(f"--{field} {getattr(cfg, field)} is unknown; choose from {', '.join(known)}")
     for model in cfg.models.split(","):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common import scenes, zoo
-from data_prep import cache_latents, train_judge, train_reader, train_vae, train_vqa
+from data_prep import cache_latents, train_judge, train_reader, train_vae
 from tests.helpers import inside, user_error
 
 
@@ -117,10 +117,9 @@ def test_painter_draws_what_is_asked_for(judge):
         painter.draw(prompts[:1], guidance=-1)
 
 
-@pytest.mark.parametrize("script", ["train_judge", "train_reader", "train_vqa"])
+@pytest.mark.parametrize("script", ["train_judge", "train_reader"])
 def test_trainers_run_and_write_weights(script, tmp_path, monkeypatch):
-    for module in (train_judge, train_vqa):
-        monkeypatch.setattr(module, "evaluate", partial(module.evaluate, count=64))
+    monkeypatch.setattr(train_judge, "evaluate", partial(train_judge.evaluate, count=64))
     done = inside(importlib.import_module(f"data_prep.{script}"), "--preset", "smoke", "--out_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model.safetensors").exists() and json.loads((tmp_path / "metrics.json").read_text())
@@ -176,12 +175,3 @@ def test_latent_cache(tmp_path):
         assert done.returncode == 0 and "validation loss" in done.stdout, done.stderr
     user_error(inside(importlib.import_module("methods.lpl_ldm"), "--preset", "smoke", "--data", tmp_path / "a", "--image_size", "64", "--out_dir", tmp_path / "x"),
                "holds latents of 32 px")  # fmt: skip
-
-
-def test_the_vqa_stand_in_reads_pictures_and_questions():
-    vqa = zoo.load_vqa()
-    score = train_vqa.evaluate(vqa, "cpu", 150)
-    assert min(score[k] for k in scenes.YES_NO) > 90 and score["all"] > 95, score
-    assert score["blind"] < 60, score  # the questions do not give their answers away
-    with pytest.raises(ValueError, match="unicorn"):
-        vqa.yes(torch.zeros(1, 3, 32, 32), ["Is there a unicorn?"])
