@@ -9,7 +9,7 @@ Equations  Sec. 3, loop -> optimise()     its message -> meta_prompt()     decom
 Read first section 2, meta_prompt() and ChatClient in section 3, then run(); generators and scorers can be replaced
 Symbols    p0 user prompt; f language model, g generator, S score; T iterations, n prompts each, m pictures each, k in history
 Run        python methods/opt2i.py --preset smoke                           (CPU, no files, under 30 s)
-           python methods/opt2i.py                                          (CPU, no files; 6 min on one busy thread)
+           python methods/opt2i.py                                          (CPU, no files; 4 to 6 min on one busy thread)
            python methods/opt2i.py --llm_url URL --image_url URL --score dcs --prompts prompts.tsv
            python methods/opt2i.py --replay RUN/exchanges.jsonl --out_dir AGAIN ...     (same options; no language model needed)
 Data       generated prompts (common/scenes.py) with their questions; or PartiPrompts, DrawBench, COCO captions, DSG-1k
