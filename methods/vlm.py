@@ -10,7 +10,7 @@ Equations  2.2 InfoNCE -> infonce()     SigLIP -> siglip_loss()     Llip -> llip
            2.4 CoCa -> caption_loss(), CoCa     2.5 frozen language model -> Frozen     low-rank updates -> LoRA
 Read first section 2, the four classes of section 3 from forward() on, then evaluate() in section 5
 Symbols    f_img, f_txt unit embeddings (B, D); ids (B, L); counted (B, L): tokens in the loss; seen (B, N, W): encoded pictures
-Run        python methods/vlm.py [--preset smoke]                               (CPU, no data)
+Run        python methods/vlm.py [--preset smoke]                               (CPU, no data; 5.5 min on two quiet cores)
            python methods/vlm.py --arms infonce,siglip,llip,flip,mask+boxes,frozen+lora
            python methods/vlm.py --ask picture.png --question "Is there a star?"
            torchrun --nproc_per_node=8 methods/vlm.py --preset paper --data data/coco --tokenizer MERGES
