@@ -210,7 +210,7 @@ def tree(s: Scene, size: int = 64) -> list[dict]:
     body, spot, _ = _coverage(s.things, np.full(len(s.things), s.grid), size)
 
     def add(parent, label, text, soft):
-        mask = soft > 0.5
+        mask = soft > 0.5 if soft.max() > 0.5 else soft == soft.max()  # a spot below half a pixel: where most of it is
         rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         box = (int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1)
         nodes.append(dict(id=len(nodes), parent=parent, label=label, caption=text, box=box, mask=mask))

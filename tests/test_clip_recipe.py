@@ -542,3 +542,18 @@ def test_real_pairs_end_to_end(shared, tmp_path):
     m = json.loads((tmp_path / "r" / "metrics.json").read_text())
     assert 0 <= m["rocket_none_text_to_image_r10_both"] <= 100 and 0 <= m["rocket_none_classes_both"] <= 100
     assert Path(tmp_path / "r" / "rocket_none" / "samples" / "retrieval.png").exists()
+
+
+def test_splits_to_evaluate_on_and_batches_beyond_the_data(tmp_path):
+    user_error(inside(M, "--preset", "smoke", "--batch_size", "128", "--out_dir", tmp_path / "r"), "64 pairs", "negatives")
+    from data_prep import scenes as write
+
+    write.run(write.Config(str(tmp_path / "s"), train=30, val=12, test=0, size=16))
+    cfg = M.Config(data=str(tmp_path / "s"), eval_data=str(tmp_path / "s"), image_size=16)
+    source, tests, _, _ = M.open_data(cfg)
+    assert sum(source.sizes) == 30 and [(sum(t.source.sizes), t.retrieval) for t in tests] == [(12, True), (12, False)]
+    write.run(write.Config(str(tmp_path / "t"), train=30, val=0, test=0, size=16))  # as CC3M
+    _, tests, _, _ = M.open_data(M.replace(cfg, data=str(tmp_path / "t")))
+    assert [t.retrieval for t in tests] == [False]
+    with pytest.raises(ValueError, match="no split val or test"):
+        M.open_data(M.replace(cfg, data=str(tmp_path / "t"), eval_data=""))

@@ -417,3 +417,18 @@ def test_command_line_in_one_and_two_processes(tmp_path):
 )
 def test_user_errors(flags, words, tmp_path):
     user_error(inside(M, "--preset", "smoke", "--out_dir", tmp_path, *flags), *words)
+
+
+def test_init_has_to_predict_what_is_trained(tmp_path):
+    """Fine-tuning weights that predict eps as a velocity would run without a word. A lost phase 1 would, too."""
+    M.ckpt.export(tmp_path / "w.safetensors", {"x": torch.zeros(1)}, objective="v")
+    start = ["--preset", "smoke", "--pretrain", 0, "--init", tmp_path / "w.safetensors", "--out_dir", tmp_path / "r"]
+    user_error(inside(M, *start), "predicts v", "--objective v")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "w.pt")  # published weights do not say it
+    user_error(inside(M, *start[:-3], tmp_path / "w.pt", *start[-2:]), "predicts eps")
+    assert inside(M, "--preset", "smoke", "--out_dir", tmp_path / "q").returncode == 0
+    (tmp_path / "q/pretrain/last.pt").unlink()
+    for arm in ("control", "lpl"):
+        (tmp_path / "q" / arm / "metrics.json").unlink()
+        (tmp_path / "q" / arm / "last.pt").unlink()
+    user_error(inside(M, "--preset", "smoke", "--out_dir", tmp_path / "q"), "no finished phase 1", "--no-resume")

@@ -442,6 +442,14 @@ def test_real_prompt_files(shared, tmp_path):
         M.read_tasks(tmp_path / "x.csv", 5)
 
 
+def test_an_answer_that_was_cut_ends_with_a_whole_prompt():
+    text = "1. <PROMPT>a red star</PROMPT>\n2. <PROMPT>a red st"
+    for reason, want in (("stop", ["a red star", "a red st"]), ("length", ["a red star"])):
+        reply = {"choices": [{"finish_reason": reason, "message": {"content": text}}]}
+        assert M.parse_candidates(M._content(reply)) == want
+    assert M._content({"choices": ["x"]}) == "" == M._content({"choices": [{"message": {"content": 3}}]})
+
+
 def test_pictures_by_command_and_by_endpoint(tmp_path):
     (tmp_path / "draw.py").write_text(
         "import sys; from PIL import Image; p, s, o = sys.argv[1:]; Image.new('RGB', (8, 8), (len(p), int(s) % 256, 0)).save(o)"

@@ -284,6 +284,24 @@ def test_wrong_folders(world):
     user_error(inside(M, *flags(world)), "prompts.csv", "twice")
 
 
+def test_what_points_must_say(world):
+    (world / "c").mkdir()
+    shutil.copytree(world / "b1", world / "c/b1")
+    head = "model,knob,value,folder,given\n"
+    (world / "points.csv").write_text(head + "b,guidance,1,b1,text\nc,guidance,1,c/b1,text\n")
+    user_error(inside(M, *flags(world)), "two folders 'b1'", "--answers")
+    (world / "points.csv").write_text(head + "b,guidance,1,b1,sound\n")
+    user_error(inside(M, *flags(world)), "'sound'", "text or picture")
+    (world / "points.csv").write_text(head + "a,guidance,1,a1,text\nb,rate,1,b1,picture\n")
+    done = inside(M, *flags(world))
+    assert done.returncode == 0 and "picture" in done.stdout
+    rows = list(csv.DictReader(open(world / "out/front.csv")))
+    assert [r["on_front"] for r in rows] == ["1", "1"]  # each alone with its task
+    text = (world / "answers.csv").read_text().replace("b1/p2_0.png", "b1/other.png")
+    (world / "answers.csv").write_text(text)
+    user_error(inside(M, *flags(world)), "lacks 1 pictures of b, rate 1", "--clip")
+
+
 def test_one_picture_and_too_few_for_the_neighbours(world):
     (world / "points.csv").write_text("model,knob,value,folder\nb,guidance,1,one\n")
     (world / "prompts.csv").write_text("id,prompt\np0,a\n")
