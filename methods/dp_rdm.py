@@ -909,12 +909,13 @@ def run(cfg: Config) -> dict:
         return show_plan(cfg)
     if cfg.attack:
         return show_attack(cfg)
-    env, out = ddp.start(cfg.seed), Path(cfg.out_dir)
+    env, out = ddp.start(cfg.seed, timeout_s=7200), Path(cfg.out_dir)
     embed, vae = Embedder(cfg, env.device), (load_vae(cfg.vae) if cfg.vae else zoo.load_vae()).to(env.device)
     world = open_world(cfg, embed)
     arms = make_arms(cfg, len(world.private_bank))
     model = train(cfg, env, vae, world)
     if not env.is_main:
+        torch.distributed.barrier()  # leaves together with rank 0, which evaluates alone
         return {}
     judge, scores, pictures = zoo.load_judge().to(env.device), {}, {}
     real = features(judge, world.test.float() / 127.5 - 1, env.device)
@@ -924,6 +925,8 @@ def run(cfg: Config) -> dict:
     result = {f"{a.name} {k}": v for a, s in scores.items() for k, v in s.items()}
     report(cfg, world, scores, pictures, out)
     write_json(out / "metrics.json", result)
+    if env.world > 1:
+        torch.distributed.barrier()
     return result
 
 
