@@ -471,29 +471,24 @@ class _LockedLedger:
             self.file.seek(0)
             text = self.file.read()
             whole = text[: text.rfind(b"\n") + 1]
-            if len(whole) < len(text):  # a torn line, unless only its end is missing: in doubt it counts
-                if text.endswith(b"}"):
-                    self.file.write(b"\n")
-                    whole = text + b"\n"
-                elif whole or b'{"budget"'.startswith(text[:9]):
-                    self.file.truncate(len(whole))
-                else:
-                    raise ValueError(f"{me.path} is no ledger; choose another name")
-            self.charges = self._read(whole)
+            if text.endswith(b"}"):  # a line that lacks only its end: in doubt it counts
+                whole = text + b"\n"
+            if not whole and not b'{"budget"'.startswith(text[:9]):
+                raise ValueError(f"{me.path} is no ledger; choose another name")
+            charges = self._read(whole) if whole else {}  # refuses before anything is changed
+            self.file.truncate(min(len(whole), len(text)))  # without a torn line
+            if len(whole) > len(text):
+                self.file.write(b"\n")
+            if not whole:
+                self._begin()
+            self.charges = charges
         except BaseException:
             self.file.close()
             raise
         return self
 
     def _read(self, text):
-        me, charges = self.ledger, {}
-        lines = text.decode("utf-8", "replace").splitlines()
-        if not lines:
-            self.append(me.head)
-            folder = os.open(me.path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-            return {}
+        me, charges, lines = self.ledger, {}, text.decode("utf-8", "replace").splitlines()
         try:
             head = json.loads(lines[0])
             differ = [k for k, v in me.head.items() if head[k] != v]
@@ -509,6 +504,12 @@ class _LockedLedger:
             what = ", ".join(differ)  # no values: the fingerprint is private
             raise ValueError(f"{me.path} belongs to another budget or bank ({what}); use its own settings or another file")
         return charges
+
+    def _begin(self):
+        self.append(self.ledger.head)
+        folder = os.open(self.ledger.path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
     def append(self, record):
         self.file.write(json.dumps(record).encode() + b"\n")

@@ -102,7 +102,7 @@ class Config:
     # data and model
     image_size: int = 32  # pixels
     images: int = 4_096  # generated training pictures
-    views: int = 2  # random crops of each, encoded once; these six are for generated scenes only
+    views: int = 2  # random crops of each, encoded once; of generated scenes, as objects, grid, min_crop, crop and flip
     objects: int = 1  # at most so many in a generated scene
     grid: int = 1  # cells a side of generated scenes: 1 close-up, 2, 3
     min_crop: float = 0.8  # smallest crop, as a share of the area; 1 = no crops

@@ -584,8 +584,8 @@ def show(cfg, scores):
                                  ("high", "log spectrum error, high band", "better")):  # fmt: skip
             if f"{key}_{steps}" in a:
                 x, y = a[f"{key}_{steps}"], b[f"{key}_{steps}"]
-                gain = f"{100 * (y / x - 1):+.1f} %" if key == "fd" else f"{y - x:+.2f}"
-                gain = f"{abs(y) - abs(x):+.2f} from 0" if key in ("low", "high") else gain
+                signed = f"{abs(y) - abs(x):+.2f} from 0"  # an error that may have either sign
+                gain = {"fd": f"{100 * (y / max(x, 1e-9) - 1):+.1f} %", "right": f"{y - x:+.2f}"}.get(key, signed)
                 rows.append([f"{text}, {steps} steps", f"{x:.2f}", f"{y:.2f}", gain, paper if steps == last else ""])
     rows.append(["validation loss", f"{a['val_loss']:.4f}", f"{b['val_loss']:.4f}", "", ""])
     rows.append(["milliseconds a step", f"{a['ms_per_step']:.0f}", f"{b['ms_per_step']:.0f}",

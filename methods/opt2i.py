@@ -110,8 +110,8 @@ class Config:
     clip: str = ""  # CLIP weights for dcs; "" = the stand-in
     tokenizer: str = ""  # CLIP's merges file
     prompts: str = "12"  # number of generated prompts, or a file: PartiPrompts tsv, DrawBench or COCO csv, DSG-1k csv
-    limit: int = 50  # prompts of a file, or of each of PartiPrompts' challenges that are named in the next option
-    challenges: str = ""  # comma list
+    limit: int = 50  # prompts of a file, from its start, or of each of --challenges
+    challenges: str = ""  # comma list of PartiPrompts' challenges; "" = the file as it is
     dry_run: bool = False  # print what would be spent, and end
     train_lm: bool = False  # train the stand-in language model, and end
 

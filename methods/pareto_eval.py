@@ -89,8 +89,7 @@ class Config:
     models: str = "early,middle,late,codec"  # comma list; three stages of a text-to-image model, and a codec of real pictures
     guidance: str = "1,1.5,2,3,5,8"  # knob: guidance scales
     sampler_steps: str = "2,4"  # knob: further numbers of sampling steps, at --at
-    top_m: str = "4,2"  # knob of the stand-ins: keep the m best pictures of a prompt by CLIPScore, at --at; all points
-    # then enter set metrics with as many pictures a prompt as the smallest
+    top_m: str = "4,2"  # knob: the m best of a prompt by CLIPScore, at --at (stand-ins only); set metrics use the smallest m
     levels: str = "2,3,5,9"  # knob of the codec: values a latent number may take
     at: float = 3.0  # guidance while another knob is turned
     prompts: str = "96"  # number of generated prompts, or a csv or tsv with the columns id, prompt[, group]

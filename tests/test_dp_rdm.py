@@ -295,6 +295,10 @@ def test_a_foreign_file_is_no_ledger(tmp_path):
     with pytest.raises(ValueError, match="no ledger"):
         M.Ledger(path, 1.0, 1e-5)
     assert path.read_text() == "my only copy"
+    path.write_text("first line\nmy only copy")
+    with pytest.raises(ValueError, match="damaged"):
+        M.Ledger(path, 1.0, 1e-5)
+    assert path.read_text() == "first line\nmy only copy"
     path.write_text('{"bud')  # killed while the head was written
     assert M.Ledger(path, 1.0, 1e-5).spent() == 0
 
