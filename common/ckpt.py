@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 # Fields that may change between a run and its continuation without changing the result.
-FREE = {"out_dir", "workers", "log_every", "save_every", "resume", "data", "eval_data", "max_bad"}
+FREE = {"out_dir", "workers", "log_every", "save_every", "resume", "data", "eval_data", "sugarcrepe", "max_bad"}
 
 
 def _replace(path, write) -> None:

@@ -365,6 +365,12 @@ class _Stream(torch.utils.data.Dataset):
         raise ValueError(f"100 samples in a row are damaged, the last: {problems[-1]}")
 
 
+def _positions(batch_size, offset, count, step):
+    while True:
+        yield range(step * batch_size + offset, step * batch_size + offset + count)
+        step += 1
+
+
 class Batches:
     """Iterator of this process's part of global batches, from step `start` on, endless.
 
@@ -374,16 +380,11 @@ class Batches:
     def __init__(self, source, make, collate, batch_size, env, seed=0, start=0, workers=0, max_bad=0.01):
         self.local, self.max_bad, self.seen, self.bad, self.first_bad = env.share(batch_size), max_bad, 0, 0, ""
         stream = _Stream(source, make, seed, threads=1 if workers else min(4, os.cpu_count()))
-        positions = self._positions(batch_size, env.rank * self.local, start)
+        positions = _positions(batch_size, env.rank * self.local, self.local, start)
         self.loader = iter(torch.utils.data.DataLoader(
             stream, batch_sampler=positions, num_workers=workers, collate_fn=_Collate(collate),
-            persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available(),
         ))  # fmt: skip
-
-    def _positions(self, batch_size, offset, step):
-        while True:
-            yield range(step * batch_size + offset, step * batch_size + offset + self.local)
-            step += 1
 
     def __iter__(self):
         return self

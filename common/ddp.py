@@ -46,7 +46,10 @@ def start(seed: int, timeout_s: int = 600) -> Env:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device, count = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), torch.cuda.device_count()
+        if device.index >= count:
+            raise ValueError(f"process {device.index} of this machine has no GPU of its own, {count} can be seen: start fewer "
+                             "processes, or hide the GPUs with CUDA_VISIBLE_DEVICES= to use the CPU")  # fmt: skip
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"

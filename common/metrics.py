@@ -250,7 +250,7 @@ def prdc(real: torch.Tensor, fake: torch.Tensor, k: int = 5, closed: bool = Fals
     shift = real.double().mean(0)  # differences stay, rounding of large means goes
     real, fake = real.double() - shift, fake.double() - shift
     r_real, r_fake, slack = knn_radius(real, k, block), knn_radius(fake, k, block), _slack(real, fake)
-    recalled, covered, held = [], [], torch.zeros(len(fake), dtype=torch.float64)
+    recalled, covered, held = [], [], torch.zeros(len(fake), dtype=torch.float64, device=fake.device)
     for i, d in _pairs(real, fake, block):
         balls = []
         for r in (r_real[i : i + block, None], r_fake[None]):  # of the real points, then of the generated ones

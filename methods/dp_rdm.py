@@ -131,17 +131,17 @@ def private_retrieve(query, bank, k, sigma, q=1.0, random=None, norms=None):
     random = random or Random()
     rows = random.subsample(N, q)
     best = nearest(unit(query[None])[0], bank, k, rows, norms)
-    mean = unit(bank[best]).sum(0) / k if len(best) else torch.zeros(d, dtype=torch.float64)
-    return mean + sigma * random.normal(d) if sigma else mean
+    mean = unit(bank[best]).sum(0) / k if len(best) else torch.zeros(d, dtype=torch.float64, device=bank.device)
+    return mean + sigma * random.normal(d).to(mean.device) if sigma else mean
 
 
 def nearest(query, bank, k, rows=None, norms=None, block=262_144):
     """Indices of the k rows (of `rows`, sorted, or all) with the largest cosine to the unit query; ties: the lowest index.
     Found in float32 by blocks, with all near ties, and ranked in float64 row by row: no score depends on the other rows."""
-    rows = torch.arange(len(bank)) if rows is None else rows
+    rows = torch.arange(len(bank), device=bank.device) if rows is None else rows.to(bank.device)
     if not len(rows):
         return rows
-    best = torch.zeros(0, dtype=torch.long)
+    best = torch.zeros(0, dtype=torch.long, device=bank.device)
     for part in rows.split(block):
         whole = len(part) == int(part[-1]) - int(part[0]) + 1  # a run of rows needs no copy
         chosen = bank[int(part[0]) : int(part[-1]) + 1] if whole else bank[part]

@@ -73,6 +73,7 @@ class Config:
     dtype: str = "float32"  # float32, or bfloat16 autocast
     compile: bool = False  # torch.compile the model
     data: str = ""  # folder of shards with captions; "" = generated scenes
+    eval_data: str = ""  # folder of shards to be tested on; "" = the held-out ones of --data
     workers: int = 0  # loader processes of each rank
     log_every: int = 20  # updates between lines of log.jsonl
     eval_every: int = 0  # not used: arms are evaluated at their end
@@ -647,11 +648,12 @@ def generated(count, seed, cfg, **options) -> Pairs:
 
 def prepared(split, cfg, env) -> Pairs:
     """Shards with captions; boxes tell which objects are there."""
-    source = data.Shards(cfg.data, data.held_out(cfg.data, ("test", "val")) if split == "test" else split)
+    folder = cfg.eval_data if split == "test" and cfg.eval_data else cfg.data
+    source = data.Shards(folder, data.held_out(folder, ("test", "val")) if split == "test" else split)
     found = data.records(source)
     rows = [i for i, r in enumerate(found) if r.get("captions")]
     if not rows:
-        raise ValueError(f"--data {cfg.data}: no picture of the split {split} has a caption; see data_prep/captions.py")
+        raise ValueError(f"{folder}: no picture of the split {split} has a caption; see data_prep/captions.py")
     rows = rows if split == "train" else rows[: cfg.eval_images]
     gb = cfg.memory_gb if split == "train" else math.inf  # test pictures are few
     pictures = data.load(source, rows, cfg.image_size, env, gb, cfg.workers, cfg.max_bad)
@@ -1350,6 +1352,8 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--batch_size {cfg.batch_size} is no multiple of --accum {cfg.accum}")
     if cfg.image_size % cfg.patch or cfg.context < 8:
         raise ValueError(f"--image_size {cfg.image_size} must be a multiple of --patch {cfg.patch}, --context at least 8")
+    if cfg.eval_data and not cfg.data:
+        raise ValueError(f"--eval_data {cfg.eval_data} needs --data: a model of generated scenes knows no photographs")
     if cfg.sugarcrepe and not (cfg.data and Path(cfg.sugarcrepe).is_file()):
         raise ValueError(f"--sugarcrepe {cfg.sugarcrepe} does not exist, or --data, COCO's val2017, is missing")
 
@@ -1367,7 +1371,8 @@ def run(cfg: Config) -> dict:
         one = replace(cfg, arms=arm, out_dir=str(out / arm), steps=steps)
         done = Path(one.out_dir, "metrics.json")
         old = json.loads(Path(one.out_dir, "config.json").read_text()) if done.exists() else {}
-        if cfg.resume and old and ckpt.same_config(old, one) and old["data"] == one.data:
+        same = old and all(old.get(k) == getattr(one, k) for k in ("data", "eval_data", "sugarcrepe"))
+        if cfg.resume and same and ckpt.same_config(old, one):  # else a trained arm is evaluated again
             scores[arm] = json.loads(done.read_text())
         else:
             scores[arm] = train(one)

@@ -12,12 +12,16 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "hard: minutes long; runs only with -m hard")
+    config.addinivalue_line("markers", "gpu: needs a GPU, which no other test sees; runs only with -m gpu")
+    if "gpu" not in config.getoption("-m"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the others compare bytes, on the CPU
 
 
 def pytest_collection_modifyitems(config, items):
-    if "hard" not in config.getoption("-m"):
-        config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("hard")])
-        items[:] = [i for i in items if not i.get_closest_marker("hard")]
+    for name in ("hard", "gpu"):
+        if name not in config.getoption("-m"):
+            config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker(name)])
+            items[:] = [i for i in items if not i.get_closest_marker(name)]
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """common/data.py: order, resume, processes and workers, damaged members, foreign shards."""
 
+import gc
 import io
 import json
+import multiprocessing
 import tarfile
 import threading
 from types import SimpleNamespace
@@ -70,6 +72,19 @@ def test_resume_is_exact_and_workers_and_processes_agree(folder):
     assert stream(D.Shards(folder, "train"), 6, workers=2) == whole[:6]
     parts = [stream(source, 20, rank=r, world=2) for r in range(2)]
     assert [a + b for a, b in zip(*parts)] == whole
+
+
+def test_workers_leave_with_their_batches(folder):
+    """Without waiting for the garbage collector: the next arm of a run starts workers of its own, and the exit joins them."""
+    gc.disable()
+    try:
+        batches = D.Batches(D.Shards(folder, "train"), lambda s, rng: s["label"], list, 4, env(), workers=2)
+        next(batches)
+        assert len(multiprocessing.active_children()) == 2
+        del batches
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 def test_damaged_members_are_replaced_counted_and_limited(folder):
