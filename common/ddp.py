@@ -51,6 +51,7 @@ def start(seed: int, timeout_s: int = 600) -> Env:
             raise ValueError(f"process {device.index} of this machine has no GPU of its own, {count} can be seen: start fewer "
                              "processes, or hide the GPUs with CUDA_VISIBLE_DEVICES= to use the CPU")  # fmt: skip
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gave NaN in bfloat16 cross-attention (torch 2.11, H200)
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))

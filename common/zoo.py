@@ -6,12 +6,14 @@
     reader, tok = load_reader(), load_tokenizer()      captions -> tokens, frozen: the text encoder
     painter = load_painter()                text -> 32 px scenes on a grid of 2 x 2 cells
     images = painter.draw(["a large striped red star on a dark background"], seed=1)
+    load_vqa().answer(images, [["Is there a star?", "Is the star red?"]])    -> [[True, True]]
 
 They let every method start without a download. common/weights/README.md says how each was made and how good it is.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from common import ckpt, scenes, vae
 from common.dit import Attention, DiT, Mlp
 from common.resnet import ResNet
 from common.tokenizer import Tokenizer
-from common.vit import CLIP, TextTransformer, ViT, trim
+from common.vit import CLIP, Block, TextTransformer, ViT, trim
 
 WEIGHTS = Path(__file__).parent / "weights"
 ANSWERS = {  # what the judge tells of one cell of the grid
@@ -185,6 +187,53 @@ class Painter(nn.Module):
         return torch.cat(out)
 
 
+class Vqa(nn.Module):
+    """Answers yes or no to questions about scenes of four cells. The judge's features of each cell and its number, standardised
+    (else the large ones, of colours, hide sizes) and projected, stand as words before the question in a small transformer,
+    whose last place answers."""
+
+    def __init__(self, words: list[str], width: int = 96, depth: int = 3, heads: int = 4, longest: int = 12):
+        super().__init__()
+        self.config = dict(words=words, width=width, depth=depth, heads=heads, longest=longest)
+        self.number, self.longest, self.judge = {w: i for i, w in enumerate(words, 1)}, longest, load_judge()
+        inputs = self.judge.body.out_dim + 4
+        self.register_buffer("centre", torch.zeros(inputs))
+        self.register_buffer("spread", torch.ones(inputs))
+        self.projector = nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width))
+        self.token_embed = nn.Embedding(len(words) + 1, width)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(longest, width))
+        self.blocks = nn.ModuleList(Block(width, heads, 4 * width) for _ in range(depth))
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, 1)
+
+    def ids(self, questions: list[str]) -> torch.Tensor:
+        """(B, longest): numbers of the words, at the right; ValueError for a word that no scene is asked with."""
+        rows = [re.findall(r"[a-z]+", q.lower()) for q in questions]
+        new = [w for row in rows for w in row if w not in self.number]
+        if new or max(map(len, rows), default=0) > self.longest:
+            raise ValueError(f"the VQA stand-in does not know {new[:3]} in questions of up to {self.longest} words")
+        return torch.tensor([[0] * (self.longest - len(row)) + [self.number[w] for w in row] for row in rows])
+
+    @torch.no_grad()
+    def see(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, 32, 32) in [-1, 1] -> (B, 4, D), not yet standardised."""
+        f = self.judge.features(images, 2).unflatten(1, (4, -1))
+        return torch.cat([f, torch.eye(4, device=f.device).expand(len(f), -1, -1)], 2)
+
+    def forward(self, seen, ids):
+        x = torch.cat([self.projector((seen - self.centre) / self.spread), self.token_embed(ids) + self.pos_embed], 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.norm(x[:, -1]))[:, 0]  # log-odds of yes
+
+    @torch.no_grad()
+    def answer(self, images: torch.Tensor, questions: list[list[str]]) -> list[list[bool]]:
+        """Images (N, 3, 32, 32) in [-1, 1], some questions about each -> whether yes is likelier than no."""
+        owner = torch.tensor([i for i, some in enumerate(questions) for _ in some], device=images.device)
+        ids = self.ids([q for some in questions for q in some]).to(images.device)
+        said = iter((self(self.see(images)[owner], ids) > 0).tolist())
+        return [[next(said) for _ in some] for some in questions]
+
+
 def replicate_padding(tokens, lengths, slots, beta, noise=None):  # twin: replicate_padding
     """Fills the slots behind a short text with copies of its tokens, the m-th copy with noise beta * std * sqrt(m).
 
@@ -229,6 +278,13 @@ def load_clip(path="") -> CLIP:
     clip = CLIP(ViT(**meta["visual"]), TextTransformer(**meta["text"]))
     clip.load_state_dict({k: v.float() for k, v in state.items()})
     return clip.eval().requires_grad_(False)
+
+
+def load_vqa() -> Vqa:
+    state, meta = vae.read_tensors(WEIGHTS / "vqa.safetensors")
+    vqa = Vqa(**meta["vqa"])
+    vqa.load_state_dict({k: v.float() for k, v in state.items()} | {f"judge.{k}": v for k, v in vqa.judge.state_dict().items()})
+    return vqa.eval().requires_grad_(False)
 
 
 def load_painter(name: str = "painter") -> Painter:

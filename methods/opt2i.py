@@ -656,29 +656,29 @@ class Scorer:
 
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, device
-        self.judge = zoo.load_judge().to(device)
+        self.reader = zoo.load_vqa().to(device)
         if cfg.score == "dcs":
             self.clip = (load_clip(cfg.clip) if cfg.clip else zoo.load_clip()).to(device).eval()
             self.tok = Tokenizer.from_clip(cfg.tokenizer) if cfg.clip else zoo.load_tokenizer()
-        self.vqa = ChatClient(cfg.vqa_url, "", os.environ.get("VQA_API_KEY", ""), cfg.timeout, temperature=0.0,
-                              max_tokens=16, token_field=cfg.token_field) if cfg.vqa_url else None  # fmt: skip
+        self.server = ChatClient(cfg.vqa_url, "", os.environ.get("VQA_API_KEY", ""), cfg.timeout, temperature=0.0,
+                                 max_tokens=16, token_field=cfg.token_field) if cfg.vqa_url else None  # fmt: skip
 
     def __call__(self, task, images):
         return self.dsg(task, images) if self.cfg.score == "dsg" else self.dcs(task, images)
 
     def answers(self, task, images) -> list[dict]:
-        """For each picture {question id: bool}."""
+        """For each picture {question id: bool}: by the stand-in for generated prompts, else by the server."""
         if task.scene is not None:
-            seen = seen_scenes(self.judge, images.to(self.device))
-            return [{q["id"]: scenes.answer(s, q) for q in task.asked} for s in seen]
-        if self.vqa is None:
+            said = self.reader.answer(images.to(self.device), [list(task.questions.values())] * len(images))
+            return [dict(zip(task.questions, row)) for row in said]
+        if self.server is None:
             raise ValueError("real prompts with --score dsg need --vqa_url, a server that sees pictures; or use --score dcs")
         out = []
         for img in images:
             png = io.BytesIO()
             img.save(png, format="PNG")
-            said = {i: self.vqa.chat("", f"{text} Answer yes or no.", [png.getvalue()]) for i, text in task.questions.items()}
-            out.append({i: is_yes(text) for i, text in said.items()})
+            ask = {i: f"{text} Answer yes or no." for i, text in task.questions.items()}
+            out.append({i: is_yes(self.server.chat("", text, [png.getvalue()])) for i, text in ask.items()})
         return out
 
     def dsg(self, task, images):
@@ -707,18 +707,6 @@ def is_yes(text) -> bool:
 
 def to_uint8(x):
     return ((x.clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-
-
-def seen_scenes(judge, images) -> list[scenes.Scene]:  # twin: seen_scenes
-    """What the judge reads off each picture, as scenes, so that questions can be asked about them."""
-    read, out = judge.read(images, 2), []
-    for i in range(len(images)):
-        cell = [{k: zoo.ANSWERS[k][int(v[i, c])] for k, v in read.items()} for c in range(4)]
-        things = tuple(scenes.Thing(c["shape"], c["colour"], c["size"], c["texture"], j) for j, c in enumerate(cell)
-                       if c["shape"] != "nothing")  # fmt: skip
-        tone, pattern = (max(zoo.ANSWERS[k], key=[c[k] for c in cell].count) for k in ("tone", "pattern"))
-        out.append(scenes.Scene(things, tone, pattern, "", 2))
-    return out
 
 
 # 5. EVALUATE ---------------------------------------------------------------------------------------------------------------
@@ -1001,7 +989,7 @@ def run(cfg: Config) -> dict:
              "dcs": "OPT2I +9.3 to +12.2, paraphrasing +8.0 to +11.0"}  # fmt: skip
     print(f"the paper, on the searched seeds, {unit}: {paper[cfg.score]}")
     if all(t.scene is not None for t in tasks) and len(tasks) * cfg.fresh > 3:
-        sets = set_metrics(tasks, results, draw, scorer.judge, cfg)
+        sets = set_metrics(tasks, results, draw, zoo.load_judge().to(env.device), cfg)
         result |= sets
         keys = ("fd", "precision", "recall", "diversity")
         text = [[n, *(f"{sets[f'{n}_{k}']:.3f}" for k in keys)] for n in ("first", "best")]

@@ -308,24 +308,12 @@ def pictures_of(world) -> torch.Tensor:
     return torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def seen_scenes(judge, images) -> list[scenes.Scene]:  # twin: seen_scenes
-    """What the judge reads off each picture, as scenes, so that questions can be asked about them."""
-    read, out = judge.read(images, 2), []
-    for i in range(len(images)):
-        cell = [{k: zoo.ANSWERS[k][int(v[i, c])] for k, v in read.items()} for c in range(4)]
-        things = tuple(scenes.Thing(c["shape"], c["colour"], c["size"], c["texture"], j) for j, c in enumerate(cell)
-                       if c["shape"] != "nothing")  # fmt: skip
-        tone, pattern = (max(zoo.ANSWERS[k], key=[c[k] for c in cell].count) for k in ("tone", "pattern"))
-        out.append(scenes.Scene(things, tone, pattern, "", 2))
-    return out
-
-
 class StandIns:
     """The generated world's models and its VQA model, in one place."""
 
     def __init__(self, cfg, env, prompts):
         self.cfg, self.prompts, self.env = cfg, prompts, env
-        self.judge, self.vae = zoo.load_judge().to(env.device), zoo.load_vae().to(env.device)
+        self.vqa, self.vae = zoo.load_vqa().to(env.device), zoo.load_vae().to(env.device)
         self.extract, self.clip = Extractor(cfg, env.device), ClipScorer(cfg, env.device)
         self.painters = {}
 
@@ -365,8 +353,9 @@ class StandIns:
     def consistency(self, images, prompts) -> list[float]:
         """DSG score of each picture for its prompt."""
         asked = [[q for q in scenes.questions(p.scene) if q["kind"] in ("object", "colour", "relation")] for p in prompts]
-        answers = [{q["id"]: scenes.answer(s, q) for q in some} for s, some in zip(seen_scenes(self.judge, images), asked)]
-        return [dsg_score(a, {q["id"]: q["parents"] for q in some}) for a, some in zip(answers, asked)]
+        said = self.vqa.answer(images, [[q["text"] for q in some] for some in asked])
+        return [dsg_score({q["id"]: yes for q, yes in zip(some, row)}, {q["id"]: q["parents"] for q in some})
+                for some, row in zip(asked, said)]  # fmt: skip
 
 
 def quantise(z, levels):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common import scenes, zoo
-from data_prep import cache_latents, train_judge, train_reader, train_vae
+from data_prep import cache_latents, train_judge, train_reader, train_vae, train_vqa
 from tests.helpers import inside, user_error
 
 
@@ -117,9 +117,10 @@ def test_painter_draws_what_is_asked_for(judge):
         painter.draw(prompts[:1], guidance=-1)
 
 
-@pytest.mark.parametrize("script", ["train_judge", "train_reader"])
+@pytest.mark.parametrize("script", ["train_judge", "train_reader", "train_vqa"])
 def test_trainers_run_and_write_weights(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_judge, "evaluate", partial(train_judge.evaluate, count=64))
+    for module in (train_judge, train_vqa):
+        monkeypatch.setattr(module, "evaluate", partial(module.evaluate, count=64))
     done = inside(importlib.import_module(f"data_prep.{script}"), "--preset", "smoke", "--out_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model.safetensors").exists() and json.loads((tmp_path / "metrics.json").read_text())
@@ -175,3 +176,18 @@ def test_latent_cache(tmp_path):
         assert done.returncode == 0 and "validation loss" in done.stdout, done.stderr
     user_error(inside(importlib.import_module("methods.lpl_ldm"), "--preset", "smoke", "--data", tmp_path / "a", "--image_size", "64", "--out_dir", tmp_path / "x"),
                "holds latents of 32 px")  # fmt: skip
+
+
+def test_the_vqa_stand_in_reads_pictures_and_questions():
+    vqa = zoo.load_vqa()
+    score = train_vqa.evaluate(vqa, "cpu", 150)
+    assert min(score[k] for k in scenes.YES_NO) > 90 and score["all"] > 95, score
+    assert score["blind"] < 60, score  # the questions do not give their answers away
+    with pytest.raises(ValueError, match="unicorn"):
+        vqa.answer(torch.zeros(1, 3, 32, 32), [["Is there a unicorn?"]])
+    world = [scenes.scene(i, 9, (2, 3), grid=2) for i in range(20)]
+    asked = [scenes.questions(s) for s in world]
+    said = vqa.answer(pictures(world), [[q["text"] for q in some] for some in asked])
+    assert [len(row) for row in said] == [len(some) for some in asked] and np.mean([all(row) for row in said]) > 0.9
+    other = vqa.answer(pictures(world[::-1]), [[q["text"] for q in some] for some in asked])
+    assert np.mean([v for row in other for v in row]) < 0.6

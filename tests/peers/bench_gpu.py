@@ -18,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import metrics
+from common import ddp, metrics
 from common.dit import SIZES, DiT
 from common.log import table, versions
 from common.vae import VAE
@@ -112,6 +112,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: this measures a GPU and there is none; tests/peers/bench.py measures a CPU")
+    ddp.start(0)  # what the methods set
     top = peak(2048 if args.small else 8192)
     print(f"{torch.cuda.get_device_name()}, matrix product {top / 1e12:.0f} TFLOP/s in bfloat16; {versions()}", flush=True)
     for job in (j for j in (dit, clip, vae) if j.__name__ in args.only.split(",")):
