@@ -19,7 +19,8 @@ Run        python methods/lpl_ldm.py --preset smoke                            (
            torchrun --nproc_per_node=8 methods/lpl_ldm.py --preset paper --data data/imagenet_latents --vae VAE
 Data       generated (common/scenes.py), or latents by data_prep/cache_latents.py
 Expect     laptop: class right 92.0 +- 3.2 control, 93.2 +- 3.6 LPL (+1.2 +- 0.5), high-frequency error -0.42 and -0.37 (0 is
-           right), but the Frechet distance does not fall (14.2 and 14.8); 3 seeds, commit 5ca2485. Larger presets: not run
+           right), but the Frechet distance does not fall (14.2 and 14.8); 3 seeds, commit 5ca2485. A larger model, longer, on a
+           GPU: 11.3 and 9.9, one seed. The presets gpu and paper as they stand: not run
 Differs    from the paper: class-conditional DiT in place of mmDiT, no text; pixels and depths are averaged where Eq. 3 sums
            them, so that the value does not depend on resolution and decoder; the weight, the gate's tau and whose statistics
            are taken are not verified against the paper's text, hence flags; Frechet distances use a classifier of scenes.
