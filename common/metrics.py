@@ -208,59 +208,69 @@ def _check_features(k: int, **sets):
             raise ValueError(f"{name} features hold NaN or infinity")
 
 
+def _shifted(x, mean):
+    """x - mean in float64, kept in float32: differences stay, rounding of large means goes."""
+    return torch.cat([(part.double() - mean).float() for part in x.split(1024)])
+
+
 def _pairs(a, b, block):
-    """Row blocks of a (N, D) against all of b (M, D): (first row, squared distances (B, M) in float32). Their error is below
+    """Row blocks of a (N, D) against all of b (M, D), float32: (first row, squared distances (B, M)). Their error is below
     `_slack(a, b)`."""
-    a, b = a.float(), b.float()
-    na, nb = a.square().sum(1, keepdim=True), b.square().sum(1)
+    nb = b.square().sum(1)
     for i in range(0, len(a), block):
-        yield i, (-2 * a[i : i + block] @ b.T).add_(na[i : i + block]).add_(nb)
+        part = a[i : i + block]
+        yield i, torch.addmm(nb, part, b.T, alpha=-2).add_(part.square().sum(1, keepdim=True))
 
 
 def _slack(a, b):
     return 4e-6 * (a.square().sum(1).max() + b.square().sum(1).max()).item()
 
 
-def knn_radius(x: torch.Tensor, k: int, block: int = 1024) -> torch.Tensor:
-    """(N, D) float64 -> (N,) squared distance to the k-th neighbour in the own set, without the point itself. Candidates are
-    found in float32, a few more than k, and measured in float64; all points are, where float32 cannot tell the others from
-    the k-th."""
-    out, slack = [], _slack(x, x)
-    for i, d in _pairs(x, x, block):
+def _exact(a, b):
+    return (a.double() - b.double()).square().sum(-1)
+
+
+def knn_radius(x: torch.Tensor, k: int, block: int = 256, near: torch.Tensor | None = None) -> torch.Tensor:
+    """(N, D) -> (N,) squared distance to the k-th neighbour in the own set, without the point itself, in float64. Candidates
+    are found in float32 (near: the rows to find them with, shifted to their mean), a few more than k, and measured in float64;
+    all points are, where float32 cannot tell the others from the k-th."""
+    near = _shifted(x, x.double().mean(0)) if near is None else near
+    out, slack = [], _slack(near, near)
+    for i, d in _pairs(near, near, block):
         own = torch.arange(len(d))
         d[own, own + i] = torch.inf
-        far, near = d.topk(min(k + 4, len(x) - 1), largest=False)  # (B, k + 4)
-        exact = torch.stack([(x[i : i + block] - x[near[:, j]]).square().sum(1) for j in range(near.shape[1])], 1)
+        far, found = d.topk(min(k + 4, len(x) - 1), largest=False)  # (B, k + 4)
+        exact = torch.stack([_exact(x[i : i + block], x[found[:, j]]) for j in range(found.shape[1])], 1)
         radius = exact.kthvalue(k, 1).values
-        for row in torch.nonzero(far[:, -1].double() - slack < radius)[:, 0].tolist() if near.shape[1] < len(x) - 1 else ():
-            all_of = (x - x[i + row]).square().sum(1)
+        for row in torch.nonzero(far[:, -1].double() - slack < radius)[:, 0].tolist() if found.shape[1] < len(x) - 1 else ():
+            all_of = torch.cat([_exact(part, x[i + row]) for part in x.split(1024)])
             all_of[i + row] = torch.inf
             radius[row] = all_of.kthvalue(k).values
         out.append(radius)
     return torch.cat(out)
 
 
-def prdc(real: torch.Tensor, fake: torch.Tensor, k: int = 5, closed: bool = False, block: int = 1024) -> dict[str, float]:
+def prdc(real: torch.Tensor, fake: torch.Tensor, k: int = 5, closed: bool = False, block: int = 256) -> dict[str, float]:
     """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) of features (N, D), (M, D).
 
     A point belongs to a set if it lies in the ball of one of its points, whose radius reaches the k-th neighbour. closed:
     "<=" in place of "<"; they differ for duplicates only, and then completely. Pairs are screened in float32 by row blocks,
     memory O(block x (N + M)); those too near to the border for float32 are measured in float64, so the answer is float64's."""
     _check_features(k, real=real, fake=fake)
-    shift = real.double().mean(0)  # differences stay, rounding of large means goes
-    real, fake = real.double() - shift, fake.double() - shift
-    r_real, r_fake, slack = knn_radius(real, k, block), knn_radius(fake, k, block), _slack(real, fake)
+    mean = sum(part.double().sum(0) for part in real.split(1024)) / len(real)
+    a, b = _shifted(real, mean), _shifted(fake, mean)
+    r_real, r_fake, slack = knn_radius(real, k, block, a), knn_radius(fake, k, block, b), _slack(a, b)
     recalled, covered, held = [], [], torch.zeros(len(fake), dtype=torch.float64, device=fake.device)
-    for i, d in _pairs(real, fake, block):
+    for i, d in _pairs(a, b, block):
         balls = []
         for r in (r_real[i : i + block, None], r_fake[None]):  # of the real points, then of the generated ones
             ball, near = d < (r - slack).float(), d <= (r + slack).float()
             rows, cols = torch.nonzero(ball ^ near, as_tuple=True)
-            for a, b in zip(rows.split(1 << 16), cols.split(1 << 16)):
-                exact, bound = (real[i + a] - fake[b]).square().sum(1), r.expand(d.shape)[a, b]
-                ball[a, b] = exact <= bound if closed else exact < bound
+            for m, n in zip(rows.split(512), cols.split(512)):
+                exact, bound = _exact(real[i + m], fake[n]), r.expand(d.shape)[m, n]
+                ball[m, n] = exact <= bound if closed else exact < bound
             balls.append(ball)
-        held += balls[0].float().sum(0)
+        held += balls[0].sum(0)
         covered.append(balls[0].any(1))
         recalled.append(balls[1].any(1))
     return {"precision": (held > 0).double().mean().item(), "recall": torch.cat(recalled).double().mean().item(),

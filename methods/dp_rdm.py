@@ -141,13 +141,18 @@ def nearest(query, bank, k, rows=None, norms=None, block=262_144):
     rows = torch.arange(len(bank), device=bank.device) if rows is None else rows.to(bank.device)
     if not len(rows):
         return rows
-    best = torch.zeros(0, dtype=torch.long, device=bank.device)
+    best, scores, least = rows[:0], bank.new_zeros(0, dtype=torch.float32), -math.inf
     for part in rows.split(block):
-        whole = len(part) == int(part[-1]) - int(part[0]) + 1  # a run of rows needs no copy
-        chosen = bank[int(part[0]) : int(part[-1]) + 1] if whole else bank[part]
-        score = (chosen.float() @ query.float()) / (chosen.float().norm(dim=1) if norms is None else norms[part])
-        kth = score.topk(min(k, len(part))).values[-1]
-        best = torch.cat([best, part[~(score < kth - 1e-5)]])  # NaN too: unit() names it
+        first, last = int(part[0]), int(part[-1]) + 1
+        place = slice(first, last) if last - first == len(part) else part  # a run of rows needs no copy
+        chosen = bank[place].float()
+        score = (chosen @ query.float()) / (chosen.norm(dim=1) if norms is None else norms[place])
+        near = torch.nonzero(~(score < least - 1e-5))[:, 0]  # NaN too: unit() names it
+        best, scores = torch.cat([best, part[near]]), torch.cat([scores, score[near]])
+        if len(scores) > k:
+            least = scores.topk(k).values[-1]
+            keep = ~(scores < least - 1e-5)
+            best, scores = best[keep], scores[keep]
     best = best.sort().values
     exact = (unit(bank[best]) * query.double()).sum(1)
     return best[torch.argsort(exact, descending=True, stable=True)[:k]]

@@ -4,8 +4,10 @@ python tests/peers/bench.py [--data ../shared/data] [--only tokenizer,clip,...,e
 """
 
 import argparse
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import sys
 import tempfile
@@ -252,6 +254,18 @@ def losses(root):
     return rows
 
 
+def peak_gib(peer: bool, n: int) -> float:
+    """Resident memory that precision to coverage of n x n x 768 add to that of the inputs, at most; for a process of its own."""
+    from common import metrics
+
+    x, y = (torch.randn(n, 768, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    if peer:
+        from prdc import compute_prdc
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    compute_prdc(x.numpy(), y.numpy(), 5) if peer else metrics.prdc(x, y, 5)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+
+
 def evaluation(root):
     """Metrics on features: precision to coverage, Frechet distance, Vendi score."""
     import scipy.sparse
@@ -268,6 +282,10 @@ def evaluation(root):
     a, b = x.numpy(), y.numpy()
     rows = [("precision, recall, density, coverage, 10k x 10k x 768", "prdc", 3,
              *race(lambda: metrics.prdc(x, y, 5), lambda: compute_prdc(a, b, 5), 3))]  # fmt: skip
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        ours, theirs, large = (pool.apply(peak_gib, p) for p in ((False, 10_000), (True, 10_000), (False, 50_000)))
+    rows += [("... their memory, GiB", "prdc", 10, ours, theirs, theirs / ours),
+             ("... ours with 50k x 50k x 768 (target 4)", "", None, large, None, None)]  # fmt: skip
     x, y = (torch.randn(10_000, 2048, generator=g) for _ in range(2))
 
     def theirs():
