@@ -19,8 +19,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-# Fields that may change between a run and its continuation without changing the result.
-FREE = {"out_dir", "workers", "log_every", "save_every", "resume", "data", "eval_data", "sugarcrepe", "max_bad"}
+# Fields that may change between a run and its continuation without changing the result; those that change what a trained
+# model is tested on; and paths, of which so many last parts are compared: folders may move.
+FREE = {"out_dir", "workers", "log_every", "save_every", "resume", "max_bad"}
+TESTED_ON = {"eval_data", "sugarcrepe"}
+PATHS = {"data": 1, "eval_data": 1, "sugarcrepe": 1, "init": 2}
 
 
 def _replace(path, write) -> None:
@@ -60,7 +63,7 @@ def resume(path, cfg, **objects) -> tuple[int, dict]:
         old = dict(data["config"])
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of this project ({type(error).__name__}); move it away") from error
-    new, differ = asdict(cfg), _differences(old, cfg)
+    new, differ = asdict(cfg), _differences(old, cfg, FREE | TESTED_ON)
     if differ:
         what = ", ".join(f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in differ[:3])
         raise ValueError(f"{path} holds a run with other settings ({what}); choose another --out_dir or --no-resume")
@@ -72,13 +75,16 @@ def resume(path, cfg, **objects) -> tuple[int, dict]:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); move it away") from error
 
 
-def _differences(old: dict, cfg) -> list[str]:
-    return [k for k, v in asdict(cfg).items() if old.get(k) != v and k not in FREE]
+def _differences(old: dict, cfg, free: set) -> list[str]:
+    def seen(k, v):
+        return Path(v).parts[-PATHS[k] :] if k in PATHS and isinstance(v, str) else v
+
+    return [k for k, v in asdict(cfg).items() if k not in free and seen(k, old.get(k)) != seen(k, v)]
 
 
 def same_config(old: dict, cfg) -> bool:
-    """Whether a saved config.json is the run that cfg describes."""
-    return not _differences(old, cfg)
+    """Whether a saved config.json is the run that cfg describes, tested on the same."""
+    return not _differences(old, cfg, FREE)
 
 
 def export(path, state_dict: dict[str, torch.Tensor], **meta) -> None:

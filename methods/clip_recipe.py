@@ -635,6 +635,7 @@ def run(cfg: Config) -> dict:
     for field, value, known in asked + [(f, getattr(cfg, f), known) for f, known in choices.items()]:
         if value not in known:
             raise ValueError(f"--{field} {value} is unknown; choose from {', '.join(known)}")
+    ddp.start(cfg.seed)
     out, scores = Path(cfg.out_dir), {}
     for extra, recipe in itertools.product(extras, recipes):
         arm = replace(cfg, recipe=recipe, extra=extra, out_dir=str(out / f"{recipe}_{extra}"))

@@ -792,6 +792,7 @@ def check(cfg: Config) -> None:
 def run(cfg: Config) -> dict:
     """All arms side by side, each in its own folder; finished arms are kept. Prints the claim."""
     check(cfg)
+    ddp.start(cfg.seed)
     out, scores = Path(cfg.out_dir), {}
     if cfg.init:  # before the first arm has trained for nothing
         for how in cfg.conditioning.split(","):

@@ -558,6 +558,7 @@ def check(cfg: Config) -> None:
 def run(cfg: Config) -> dict:
     """Phase 1, then both arms side by side; finished parts are kept. Prints the claim."""
     check(cfg)
+    ddp.start(cfg.seed)
     scores = {}
     for arm in ("pretrain", "control", "lpl") if cfg.pretrain else ("control", "lpl"):
         folder, total = Path(cfg.out_dir, arm), cfg.pretrain + cfg.steps

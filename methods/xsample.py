@@ -87,7 +87,7 @@ class Config:
     tree: str = ""  # text file, line i: path of class i from the root, like animal/dog; "" = the data set's own hierarchy
     tau: float = 0.1  # temperature of the student
     tau_s: float = 0.1  # temperature of the target; 0 = its limit, equal shares among the most similar
-    images_per_class: str = "30,300"  # comma list, one arm each; 0 = all
+    images_per_class: str = "30,300"  # comma list, one arm each; 0 = all, 300 of generated ones
     optimiser: str = "adamw"  # adamw or lars
     probe: str = "lbfgs"  # linear probe on cached features of whole pictures, or "sgd" on random crops
     probe_l2: float = 1e-3  # weight decay of the lbfgs probe
@@ -283,7 +283,10 @@ def make_graph(cfg, world, device):
     if kind == "rand_class":  # random between classes, still 1 within one
         return of_classes(random_similarity(C, cfg.seed))
     if kind == "tree":
-        return of_classes(tree_similarity(Path(cfg.tree).read_text("utf-8").splitlines() if cfg.tree else world.paths))
+        S = tree_similarity(Path(cfg.tree).read_text("utf-8").splitlines() if cfg.tree else world.paths)
+        if len(S) > 2 and len(S[~torch.eye(len(S), dtype=torch.bool)].unique()) == 1:
+            raise ValueError("the classes stand in no hierarchy, their tree would be the class graph; give --tree")
+        return of_classes(S)
     texts = [cfg.template.format(c) for c in world.classes]
     e = unit_rows(read_embeddings(cfg.embeddings, world.classes) if cfg.embeddings else bag_of_words(texts), "classes")
     return of_classes(e @ e.T)
@@ -413,14 +416,15 @@ def whole(x, size):
 
 @torch.no_grad()
 def embed(model, pictures, cfg, env):
-    """Backbone features (N, D) and labels (N,) of a set, on the CPU, in its order; the work is divided over the processes."""
+    """Backbone features (N, D), labels (N,) and rows (N,) of a set, on the CPU, in its order, without damaged pictures; the
+    work is divided over the processes."""
     out = []
     for p in data.parts_of(pictures, canvas(cfg), env.rank, env.world, cfg.workers):
         f = model.body(whole(p["image"].to(env.device), cfg.image_size)).float()
         out.append((f.cpu(), p["label"].cpu(), p["row"].cpu()))
     f, y, row = (torch.cat(x) for x in zip(*(ddp.gather_lists(out) if env.world > 1 else out)))
     order = row.argsort()
-    return f[order], y[order]
+    return f[order], y[order], row[order]
 
 
 def sgd_probe(model, world, cfg, env, classes):
@@ -487,11 +491,11 @@ class Cropped:
 
 
 def guesses(model, probe, source, cfg, env):
-    f, y = embed(model, data.Subset(source, np.arange(sum(source.sizes))), cfg, env)
+    f, y, _ = embed(model, data.Subset(source, np.arange(sum(source.sizes))), cfg, env)
     return probe(f).argmax(1).tolist(), y.tolist()
 
 
-def further_tests(model, probe, guess, world, cfg, env) -> dict[str, float]:
+def further_tests(model, probe, guess, rows, world, cfg, env) -> dict[str, float]:
     """ReaL, ImageNet-9 and ObjectNet by the probe on --data; MIT-States by probes of its own on a random half."""
     out = {}
     if cfg.real:
@@ -499,7 +503,7 @@ def further_tests(model, probe, guess, world, cfg, env) -> dict[str, float]:
         found = [re.search(r"val_(\d{8})", r["key"]) for r in data.records(data.Shards(cfg.data, data.held_out(cfg.data)))]
         if None in found or len(lists) != 50_000:
             raise ValueError(f"--real {cfg.real} needs ImageNet's 50,000 validation pictures under their own file names")
-        out["real"] = real_accuracy(guess, [lists[int(m[1]) - 1] for m in found])
+        out["real"] = real_accuracy(guess, [lists[int(found[r][1]) - 1] for r in rows])
     if cfg.in9:
         mapping = {int(k): int(v) for k, v in json.loads(Path(cfg.in9, "in_to_in9.json").read_text()).items()}
         for variant in ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "no_fg", "only_bg_b", "only_bg_t"):
@@ -514,7 +518,7 @@ def further_tests(model, probe, guess, world, cfg, env) -> dict[str, float]:
         out["objectnet"] = 100 * float(np.mean(judged))
     if cfg.mit_states:
         source = data.Folder(cfg.mit_states)
-        f, y = embed(model, data.Subset(source, np.arange(len(source))), cfg, env)
+        f, y, _ = embed(model, data.Subset(source, np.arange(len(source))), cfg, env)
         for i, name in enumerate(("attributes", "objects")):  # "ancient building"
             words = [c.split(" ", 1)[i] for c in source.classes]
             ids = torch.tensor([sorted(set(words)).index(words[c]) for c in y.tolist()])
@@ -534,24 +538,21 @@ def evaluate(model, world, cfg, env) -> dict[str, float]:
     """Percent right, on frozen backbone features (not the projector's output): probe and k-NN of the class, probes of
     attributes, backgrounds. gap = mixed_same - mixed_rand: what is lost when the background misleads."""
     model.eval()
-    f, y = embed(model, world.train, cfg, env)
-    out, guess = {}, []
-    labelled = bool(world.classes)
-    if labelled:
+    out, guess, rows, probe = {}, [], [], None
+    if world.classes:
+        f, y, _ = embed(model, world.train, cfg, env)
         probe = (metrics.linear_probe(f, y, cfg.probe_l2) if cfg.probe == "lbfgs"
                  else sgd_probe(model, world, cfg, env, len(world.classes)))  # fmt: skip
-    for name, pictures in world.tests.items():
-        if not labelled:
-            break
-        f_test, y_test = embed(model, pictures, cfg, env)
+    for name, pictures in world.tests.items() if world.classes else ():
+        f_test, y_test, seen = embed(model, pictures, cfg, env)
         out["probe" if name == "test" else name] = metrics.accuracy(probe(f_test), y_test)
         if name == "test":
-            guess = probe(f_test).argmax(1).tolist()
+            guess, rows = probe(f_test).argmax(1).tolist(), seen.tolist()
             out["knn"] = metrics.knn_accuracy(f, y, f_test, y_test, 20)
             out.update({k: half_probe(f_test, v, cfg) for k, v in world.attributes.items()})
     if "mixed_rand" in out:
         out["gap"] = out["mixed_same"] - out["mixed_rand"]
-    out.update(further_tests(model, probe if labelled else None, guess, world, cfg, env))
+    out.update(further_tests(model, probe, guess, rows, world, cfg, env))
     model.train()
     return out
 
@@ -574,6 +575,8 @@ def train(cfg: Config) -> dict:
     """One arm: a single method with a single number of pictures a class, in cfg.out_dir. Returns its metrics."""
     env, out = ddp.start(cfg.seed), Path(cfg.out_dir)
     world = open_world(cfg, env)
+    if not world.classes and (cfg.real or cfg.in9 or cfg.objectnet):
+        raise ValueError(f"--real, --in9 and --objectnet need classes, and {cfg.data} has none")
     texts = world.texts if cfg.method == "clip" else []
     if cfg.method == "clip" and not all(texts):
         raise ValueError("--method clip needs captions, and some samples have none; leave it out of the list")
@@ -625,7 +628,7 @@ def train(cfg: Config) -> dict:
     if env.is_main:
         ckpt.export(out / "model.safetensors", model.state_dict(), method=cfg.method, graph=cfg.graph)
         plot.save(plot.lines(log.history("loss", "kl"), log.name, y="loss"), out / "curves.png")
-        if isinstance(world.train, dict):
+        if isinstance(world.tests["test"], dict):
             draw_neighbours(model, world, cfg, env, out / "samples" / "neighbours.png")
     log.finish(result)
     return result
@@ -652,7 +655,7 @@ def draw_neighbours(model, world, cfg, env, path):
     pick = [i * len(f) // 6 for i in range(6)]
     near = (f[pick] @ f.T).topk(6).indices  # the first is the picture itself
     y, flat = test["label"].cpu(), near.flatten().tolist()
-    marks = [None if i % 6 == 0 else plot.GREEN if y[j] == y[flat[i - i % 6]] else plot.FAINT for i, j in enumerate(flat)]
+    marks = [None if i % 6 == 0 else plot.GREEN if y[j] == y[flat[i - i % 6]] >= 0 else plot.FAINT for i, j in enumerate(flat)]
     title = "test picture  |  its five nearest; the same class in green"
     plot.save(plot.grid(shown(test["image"][flat]), 6, None, marks, title, cell=90), path)
     model.train()
@@ -675,16 +678,26 @@ def check(cfg: Config) -> None:
         raise ValueError("--batch_size must be at least 2, --tau above 0, --tau_s not negative, --crop_scale in (0, 1]")
     if not all(v.isdigit() for v in cfg.images_per_class.split(",")):
         raise ValueError(f"--images_per_class {cfg.images_per_class} must be a comma list of numbers, 0 for all")
-    if "{}" not in cfg.template:
-        raise ValueError(f"--template {cfg.template!r} must hold {{}}, the place of the class name")
+    if cfg.template.count("{}") != 1 or cfg.template.count("{") != 1 or cfg.template.count("}") != 1:
+        raise ValueError(f"--template {cfg.template!r} must hold one {{}}, the place of the class name")
+    for field in ("tree", "embeddings", "real", "in9", "objectnet", "mit_states", "init", "tokenizer"):
+        if (path := getattr(cfg, field)) and not Path(path).exists():
+            raise ValueError(f"--{field} {path} does not exist")
+    if cfg.data and cfg.graph == "text" and "xclr" in cfg.method.split(",") and not cfg.embeddings:
+        raise ValueError("--graph text on --data needs --embeddings, of a text encoder (data_prep/cache_text.py)")
+
+
+def arm_folder(cfg, method, count) -> Path:
+    return Path(cfg.out_dir, f"xclr_{cfg.graph}_{count}" if method == "xclr" else f"{method}_{count}")
 
 
 def run(cfg: Config) -> dict:
     """All arms of --method x --images_per_class, each in its own folder; finished arms are kept. Prints the claim."""
     check(cfg)
+    ddp.start(cfg.seed)
     out, scores = Path(cfg.out_dir), {}
     for count, method in itertools.product(cfg.images_per_class.split(","), cfg.method.split(",")):
-        arm = replace(cfg, method=method, images_per_class=count, out_dir=str(out / f"{method}_{count}"))
+        arm = replace(cfg, method=method, images_per_class=count, out_dir=str(arm_folder(cfg, method, count)))
         done = Path(arm.out_dir, "metrics.json")
         if cfg.resume and done.exists() and ckpt.same_config(json.loads(Path(arm.out_dir, "config.json").read_text()), arm):
             scores[method, count] = json.loads(done.read_text())
@@ -722,7 +735,7 @@ def report(cfg, scores):
             print("\n" + table(rows, ["claim", "baseline", "X-CLR", "difference", "paper"]))
     curves = {}
     for m, c in scores:
-        lines = map(json.loads, (Path(cfg.out_dir) / f"{m}_{c}" / "log.jsonl").read_text().splitlines())
+        lines = map(json.loads, (arm_folder(cfg, m, c) / "log.jsonl").read_text().splitlines())
         points = [(line["step"], line["kl"]) for line in lines if "kl" in line]
         if points:
             curves[f"{m}, {c}"] = tuple(map(list, zip(*points)))

@@ -22,6 +22,7 @@ class Config:
     batch_size: int = 2  # items
     lr: float = 0.1  # rate
     fast: bool = False  # a switch
+    data: str = ""  # folder
 
 
 def test_cli_merges_preset_and_flags(capsys):
@@ -99,6 +100,8 @@ def test_checkpoint_of_other_settings_is_refused(tmp_path):
     with pytest.raises(ValueError, match="lr was 0.1 and is now 0.2.*--no-resume"):
         ckpt.resume(tmp_path / "last.pt", replace(cfg, lr=0.2), model=model)
     assert ckpt.same_config({**cfg.__dict__, "processes": 1}, cfg) and not ckpt.same_config({**cfg.__dict__, "lr": 9}, cfg)
+    old = {**cfg.__dict__, "data": "here/photos"}  # data may move, but not become others
+    assert ckpt.same_config(old, replace(cfg, data="/mnt/photos")) and not ckpt.same_config(old, replace(cfg, data=""))
     (tmp_path / "bad.pt").write_bytes(b"garbage")
     with pytest.raises(ValueError, match="not a checkpoint"):
         ckpt.resume(tmp_path / "bad.pt", cfg, model=model)

@@ -245,7 +245,7 @@ def test_imagenet9_objectnet_and_mit_states_are_read(tmp_path):
     folder_of(tmp_path / "mit", ["old cat", "new cat", "old dog", "new dog"], 8)
     cfg = M.replace(CFG, in9=str(tmp_path / "in9"), objectnet=str(tmp_path / "on"), mit_states=str(tmp_path / "mit"))
     env, model = ddp.Env(0, 1, torch.device("cpu")), M.Encoder(CFG).eval()
-    out = M.further_tests(model, lambda f: torch.eye(2)[torch.zeros(len(f)).long()], [], None, cfg, env)  # always class 0
+    out = M.further_tests(model, lambda f: torch.eye(2)[torch.zeros(len(f)).long()], [], [], None, cfg, env)  # always class 0
     assert out["in9_original"] == 50 and out["objectnet"] == 100 and 0 <= out["mit_objects"] <= 100 and "mit_attributes" in out
     (maps / "folder_to_objectnet_label.json").unlink()
     with pytest.raises(ValueError, match="mappings/folder_to_objectnet_label.json"):
@@ -280,11 +280,12 @@ def test_one_and_two_processes_and_the_report(tmp_path):
         assert words in one.stdout
     a = json.loads((tmp_path / "1/metrics.json").read_text())
     assert {f"{m}_6_probe" for m in ("simclr", "supcon", "clip", "xclr")} <= a.keys()
-    assert (tmp_path / "1/xclr_6/samples/neighbours.png").exists() and (tmp_path / "1/curves.png").exists()
+    assert (tmp_path / "1/xclr_text_6/samples/neighbours.png").exists() and (tmp_path / "1/curves.png").exists()
     two = torchrun(2, "methods/xsample.py", *SMALL, "--out_dir", tmp_path / "2")
     assert two.returncode == 0, two.stderr
     for m in ("simclr", "supcon", "clip", "xclr"):
-        logs = [[json.loads(x) for x in (tmp_path / f"{k}/{m}_6/log.jsonl").read_text().splitlines()] for k in (1, 2)]
+        name = M.arm_folder(M.Config(out_dir=""), m, 6)
+        logs = [[json.loads(x) for x in (tmp_path / str(k) / name / "log.jsonl").read_text().splitlines()] for k in (1, 2)]
         for key in logs[0][0].keys() & {"loss", "kl", "pair"}:  # after one update; later, AdamW enlarges the rounding
             assert logs[0][0]["step"] == 1 and logs[0][0][key] == pytest.approx(logs[1][0][key], abs=1e-4), (m, key)
 
@@ -293,14 +294,14 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     args = [sys.executable, "methods/xsample.py", *SMALL, "--steps", "60", "--save_every", "5", "--method", "xclr"]
     subprocess.run([*args, "--out_dir", tmp_path / "a"], cwd=ROOT, check=True, capture_output=True)
     p = subprocess.Popen([*args, "--out_dir", tmp_path / "b"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    last, deadline = tmp_path / "b/xclr_6/last.pt", time.time() + 60
+    last, deadline = tmp_path / "b/xclr_text_6/last.pt", time.time() + 60
     while not last.exists() and time.time() < deadline:
         time.sleep(0.02)
     p.kill()
     p.wait()
     assert not (tmp_path / "b/metrics.json").exists()
     subprocess.run([*args, "--out_dir", tmp_path / "b"], cwd=ROOT, check=True, capture_output=True)
-    for name in ("xclr_6/model.safetensors", "metrics.json"):
+    for name in ("xclr_text_6/model.safetensors", "metrics.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
@@ -347,7 +348,16 @@ def test_real_data_with_precomputed_captions_in_memory_and_from_the_loader(prepa
     for graph in ("tree", "text"):
         r = inside(M, *SMALL, "--data", out / "s", "--images_per_class", "5", "--method", "xclr", "--graph", graph,
                 "--text_of", "classes", "--optimiser", "lars", "--out_dir", tmp_path / graph)  # fmt: skip
-        assert r.returncode == 0, r.stderr
+        if graph == "text":
+            user_error(r, "needs --embeddings")
+        else:
+            assert r.returncode == 0, r.stderr
+    (tmp_path / "flat.txt").write_text("a\nb\nc\nd\n")
+    r = inside(M, *SMALL, "--data", out / "s", "--method", "xclr", "--graph", "tree", "--tree", tmp_path / "flat.txt",
+               "--images_per_class", "5", "--out_dir", tmp_path / "flat")  # fmt: skip
+    user_error(r, "no hierarchy")
+    other = inside(M, *SMALL, "--method", "simclr", "--images_per_class", "0", "--out_dir", tmp_path / "a")  # the same folder
+    user_error(other, "other settings", "data was")
 
 
 def test_cache_text_writes_what_the_tower_says(prepared, tmp_path, monkeypatch):
@@ -402,8 +412,8 @@ def test_embeddings_that_do_not_fit(tmp_path):
         (["--tau", "0"], ["--tau"]),
         (["--images_per_class", "few"], ["--images_per_class few"]),
         (["--template", "a photo"], ["--template"]),
-        (["--data", "nowhere"], ["nowhere", "data_prep/"]),
-        (["--method", "xclr", "--embeddings", "nowhere.npy"], ["nowhere.npy", "cache_text.py"]),
+        (["--data", "nowhere", "--method", "simclr"], ["nowhere", "data_prep/"]),
+        (["--method", "xclr", "--embeddings", "nowhere.npy"], ["nowhere.npy", "does not exist"]),
         (["--method", "xclr", "--graph", "tree", "--tree", "nowhere"], ["nowhere"]),
         (["--init", "nowhere.safetensors"], ["nowhere.safetensors"]),
         (["--batch_size", "1"], ["--batch_size"]),
