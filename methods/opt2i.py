@@ -13,7 +13,7 @@ Run        python methods/opt2i.py --preset smoke                           (CPU
            python methods/opt2i.py --llm_url URL --image_url URL --score dcs --prompts prompts.tsv
            python methods/opt2i.py --replay RUN/exchanges.jsonl --out_dir AGAIN ...     (same options; no language model needed)
 Data       generated prompts (common/scenes.py) with their questions; or PartiPrompts, DrawBench, COCO captions, DSG-1k
-Expect     laptop: +18.0 +- 9.2 DSG points on fresh seeds, paraphrasing +17.7 with twice the pictures; 3 seeds, commit fa79d3e
+Expect     laptop: +21.5 +- 13.8 DSG points on fresh seeds, paraphrasing +21.4 with twice the pictures; 3 seeds, commit 3abf676
 Differs    from the paper: offline, language model, picture model and VQA are small stand-ins for generated captions: nothing
            reproduces its table. Gains on fresh seeds too: the best of many on m seeds flatters itself. Own messages; noun
            phrases by rule. From the DSG code: parents count transitively; malformed cells and cycles do not empty a graph.
