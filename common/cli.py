@@ -21,11 +21,16 @@ def comments(Config) -> dict[str, str]:
     return dict(found)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help lists all options\n")
+
+
 def parse(Config, presets: dict[str, dict] | None = None, argv=None):
     """Command line -> Config. Exits with status 2 and one sentence on an unknown field, preset or bad value. A field without
     a default must be given."""
     doc = inspect.getdoc(inspect.getmodule(Config)) or ""
-    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(description=doc.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
     if presets:
         parser.add_argument("--preset", choices=list(presets), help="a set of defaults (without it: laptop)")
     notes = comments(Config)
@@ -66,4 +71,6 @@ def main(run, Config, presets=None, argv=None) -> None:
               f"processes again to go on from it ({text})", file=sys.stderr, flush=True)  # fmt: skip
         os._exit(1)  # leaving in order would wait for the dead one
     except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("\nstopped; the same command goes on from what is saved", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -43,6 +43,7 @@ class Env:
 
 def start(seed: int, timeout_s: int = 600) -> Env:
     """Joins the process group if torchrun started us. The device follows LOCAL_RANK (never the global rank)."""
+    global _asked
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -58,6 +59,9 @@ def start(seed: int, timeout_s: int = 600) -> Env:
         atexit.register(stop)
     reseed(seed, rank, 0)
     _catch_signals()
+    asked, _asked = _on_any_rank(_asked > 0), 0
+    if asked:  # while the last arm was evaluated
+        raise KeyboardInterrupt
     return Env(rank, world, device)
 
 
@@ -192,9 +196,6 @@ _asked = 0
 
 
 def _catch_signals() -> None:
-    global _asked
-    _asked = 0
-
     def ask(number, frame):
         global _asked
         if _asked:
@@ -208,10 +209,17 @@ def _catch_signals() -> None:
             return
 
 
-def interrupted() -> bool:
-    """True on every rank as soon as one rank was asked to stop. Several processes: a tiny message, call it on logging steps."""
+def _on_any_rank(said: bool) -> bool:
     if world_size() == 1:
-        return bool(_asked)
-    flag = torch.tensor([_asked], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        return said
+    flag = torch.tensor([float(said)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag.item())
+
+
+def interrupted() -> bool:
+    """True on every rank as soon as one rank was asked to stop. Several processes: a tiny message, call it on logging steps."""
+    global _asked
+    if found := _on_any_rank(_asked > 0):
+        _asked = -1  # known; a further signal stops at once
+    return found

@@ -84,7 +84,6 @@ def run(cfg: Config) -> dict:
     shards = list(Path(cfg.data).glob("*.tar"))
     splits = sorted({p.name.split("-")[0] for p in shards} & {"train", "val", "test"}) or [""]
     out, path = Path(cfg.out), Path(cfg.out, "manifest.json")
-    out.mkdir(parents=True, exist_ok=True)
     settings = {k: getattr(cfg, k) for k in ("size", "views", "min_crop", "max_crop", "flip", "seed", "per_shard")}
     manifest = {"kind": "latents", "vae": vae.fingerprint(), "scale": vae.scale, **settings, "complete": False, "shards": []}
     if path.exists():
@@ -93,10 +92,11 @@ def run(cfg: Config) -> dict:
             raise ValueError(f"{out} holds latents of another autoencoder or of other settings; choose another --out")
         if old["complete"]:
             return old
-    elif env.is_main:
-        write_json(path, manifest)
     for split in splits:
         source = data.Shards(cfg.data, split) if shards else data.Folder(cfg.data)
+        out.mkdir(parents=True, exist_ok=True)
+        if env.is_main and not path.exists():  # the input is there
+            write_json(path, manifest)
         manifest.update(classes=source.classes, licence=getattr(source, "manifest", {}).get("licence", "not stated"))
         rows = [(s, r) for s, n in enumerate(source.sizes) for r in range(n)]
         # A folder has no splits: every tenth picture validates

@@ -79,7 +79,7 @@ def from_archive(path):
                 if m.isfile():
                     files[m.name.rpartition("/")[2]] = tar.extractfile(m).read()
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, RecursionError) as error:
-        raise ValueError(f"--archive {path} is not a tar archive: {str(error).splitlines()[:1]}") from error
+        raise ValueError(f"--archive {path} is not a tar archive: {str(error).partition(chr(10))[0]}") from error
     fine = "train" in files
     train = ["train"] if fine else [f"data_batch_{i}" for i in range(1, 6)]
     plan = {"train": train, "test": ["test" if fine else "test_batch"]}

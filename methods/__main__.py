@@ -217,7 +217,7 @@ def run_one(name, seed, preset, folder, bar) -> str:
             while piece := p.stderr.read1(1 << 16):
                 tail = (tail + piece)[-4000:]
                 line = re.split(rb"[\r\n]", tail.rstrip())[-1].decode(errors="replace")
-                bar.set_postfix_str(line[-60:])
+                bar.set_postfix_str(line.rsplit("|", 1)[-1][-60:])
         except KeyboardInterrupt:  # the method has had it too: it saves and leaves
             p.wait()
             raise

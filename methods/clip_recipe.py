@@ -611,8 +611,9 @@ def draw_retrieval(model, source, tok, cfg, device, path):
         text = records[i]["captions"][0]
         for j in [i, *(f[head] @ t).topk(5).indices.tolist()]:
             cells.append(source.read(*place[records[j]["key"]])["image"])
-            labels.append(records[j]["captions"][0])
-            marks.append(None if len(cells) % 6 == 1 else plot.GREEN if text in records[j]["captions"] else plot.FAINT)
+            right = text in records[j]["captions"]
+            labels.append(text if right else records[j]["captions"][0])
+            marks.append(None if len(cells) % 6 == 1 else plot.GREEN if right else plot.FAINT)
     title = "caption with its picture  |  the five pictures nearest to the caption; right ones in green"
     plot.save(plot.grid(cells, 6, labels, marks, title, cell=140, rows_of_text=4), path)
     model.train()

@@ -879,6 +879,8 @@ def training_part(cfg: Config) -> Config:
 
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
+    if cfg.data:
+        raise ValueError("--data is not used here: give --public and --private")
     if cfg.secure and cfg.seed:
         raise ValueError("--secure draws from the operating system and cannot be repeated; leave --seed out")
     if not 0 < cfg.q <= 1 or not cfg.sigma > 0 or not 0 <= cfg.delta < 1 or not 0 <= cfg.lam <= 1:

@@ -908,6 +908,8 @@ def lm_batch(pairs, context):
 
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
+    if cfg.data:
+        raise ValueError("--data is not used here: prompts come by --prompts")
     for name, known in {"score": ("dsg", "dcs"), "proposer": ("lm", "grammar", "http"),
                         "painter": ("painter_early", "painter_middle", "painter")}.items():  # fmt: skip
         if getattr(cfg, name) not in known:

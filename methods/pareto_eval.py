@@ -622,6 +622,8 @@ def zoo_fingerprint() -> list:
 
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
+    if cfg.data:
+        raise ValueError("--data is not used here: pictures come by --points and --real")
     for field, known in {"extractor": ("judge", "inception", "dinov2", "clip"), "resize": ("pytorch-fid", "tf1", "clean"),
                          "dtype": ("float32",)}.items():  # fmt: skip
         if getattr(cfg, field) not in known:

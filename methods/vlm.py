@@ -1412,7 +1412,7 @@ def report(cfg, scores) -> None:
 def answer_once(cfg) -> str:
     """--ask: a picture of your own, a question, the answer of a trained arm."""
     img = data.decode_image(Path(cfg.ask).read_bytes(), cfg.ask)
-    for arm in ("frozen+all", "frozen+lora", "frozen", "coca"):
+    for arm in ("coca", "frozen+all", "frozen+lora", "frozen"):
         folder = Path(cfg.out_dir, arm)
         if (folder / "metrics.json").exists():
             saved = json.loads((folder / "config.json").read_text())

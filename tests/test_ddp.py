@@ -1,5 +1,9 @@
 """common/ddp.py: two and three processes against one, values AND gradients."""
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,6 +125,21 @@ def test_means_and_randomness(tmp_path):
     assert a[0] == b[0] == 0.5 and not torch.equal(a[1], b[1]) and not a[2] and a[3] == 5
     ddp.reseed(3, 1, 5)
     assert torch.equal(torch.rand(3), b[1])
+
+
+def test_a_signal_between_two_arms_is_not_forgotten():
+    """While an arm is evaluated nothing asks for signals: the next arm does not begin."""
+    ddp.start(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        ddp.start(0)
+    ddp.start(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert ddp.interrupted() and not ddp.interrupted()  # said once
+    with pytest.raises(KeyboardInterrupt):  # a second one stops at once
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    ddp.start(0)
 
 
 def test_one_process_is_the_identity():

@@ -38,7 +38,8 @@ def test_cli_merges_preset_and_flags(capsys):
     ):
         with pytest.raises(SystemExit) as stop:
             cli.parse(Config, presets, argv)
-        assert stop.value.code == 2 and words in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and words in said and said.startswith("error: ") and said.count("\n") == 1
     with pytest.raises(SystemExit):
         cli.parse(Config, presets, ["--help"])
     text = capsys.readouterr().out

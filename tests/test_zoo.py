@@ -151,6 +151,8 @@ def test_latent_cache(tmp_path):
     x = torch.from_numpy(np.asarray(source.read(0, 0)["image"]).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
     torch.testing.assert_close(val.read(0, 0)["mean"], vae.encode(x)[0][0], atol=5e-3, rtol=5e-3)
     assert val.read(0, 0)["controls"].tolist() == [0, 0, 1, 1, 0, 32, 32]
+    user_error(inside(cache_latents, "--data", tmp_path / "none", "--out", tmp_path / "n"), "none")
+    assert not (tmp_path / "n").exists()  # nothing to stand in the way of the right path
     # interrupted: half the files are there, the manifest says so
     assert inside(*base, "--out", tmp_path / "b").returncode == 0
     manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
