@@ -7,7 +7,7 @@ import argparse
 import multiprocessing
 import os
 import platform
-import resource
+import re
 import statistics
 import sys
 import tempfile
@@ -261,9 +261,13 @@ def peak_gib(peer: bool, n: int) -> float:
     x, y = (torch.randn(n, 768, generator=torch.Generator().manual_seed(i)) for i in range(2))
     if peer:
         from prdc import compute_prdc
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def highest():  # not getrusage, which a new process inherits
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+
+    before = highest()
     compute_prdc(x.numpy(), y.numpy(), 5) if peer else metrics.prdc(x, y, 5)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    return highest() - before
 
 
 def evaluation(root):
@@ -344,6 +348,7 @@ if __name__ == "__main__":
             rows.append(
                 [work, peer, f"{a:.3f}", "" if b is None else f"{b:.3f}", "" if ratio is None else f"{ratio:.2f}", target]
             )
+            print(*rows[-1], sep=" | ", flush=True)
     print(table(rows, ["work", "peer", "ours s", "peer s", "ratio", "target"]))
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {versions()}"
