@@ -955,11 +955,11 @@ def check(cfg: Config) -> None:
         raise ValueError(
             f"--rank {cfg.rank} must not be negative, --batch_size {cfg.batch_size} a multiple of --accum {cfg.accum}"
         )
+    if cfg.sugarcrepe and not cfg.photos and not cfg.references:
+        raise ValueError("--sugarcrepe needs --photos, or --references for the text-only check")
     for name in ("sugarcrepe", "photos", "references"):
         if (path := getattr(cfg, name)) and not Path(path).exists():
             raise ValueError(f"--{name} {path} does not exist")
-    if cfg.sugarcrepe and not cfg.photos and not cfg.references:
-        raise ValueError("--sugarcrepe needs --photos, or --references for the text-only check")
 
 
 def run(cfg: Config) -> dict:
