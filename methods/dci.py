@@ -980,7 +980,7 @@ def run(cfg: Config) -> dict:
         one = replace(cfg, arms=arm, out_dir=str(out / arm))
         done = Path(one.out_dir, "metrics.json")
         old = json.loads(Path(one.out_dir, "config.json").read_text()) if done.exists() else {}
-        if cfg.resume and old and ckpt.same_config(old, one) and old["data"] == one.data:
+        if cfg.resume and old and ckpt.same_config(old, one):
             scores[arm] = json.loads(done.read_text())
         else:
             scores[arm] = train(one)

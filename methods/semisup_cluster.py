@@ -24,7 +24,7 @@ Differs    from the paper: its settings for CIFAR-100 are in a supplement that w
            from the released code: an unlabelled mixed view counts its rows (there 1, --mix_views); fine-tuning keeps the
            prototypes (there random ones, --reset_prototypes); the queue is whole on every process, so that one and two agree;
            all networks are in training mode at every step; Sinkhorn works in logarithms; evaluated prototypes are unit rows.
-           Left out: drop-path, PAWS, supervised contrastive fine-tuning.
+           LARS scales no biases (there it does). Left out: published label lists, drop-path, PAWS, contrastive fine-tuning.
 Uses       common/augment.py ckpt.py cli.py data.py ddp.py log.py metrics.py optim.py plot.py resnet.py scenes.py
            vision.py vit.py   (copy these with this file)
 """
