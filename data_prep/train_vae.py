@@ -234,6 +234,7 @@ def train(cfg: Config) -> dict:
             raise KeyboardInterrupt
     result = {}
     if env.is_main:
+        ddp.reseed(cfg.seed, 0, cfg.steps)  # also for a run that was stopped right here
         result = finish(vae, cfg, env.device, batches)
         ckpt.export(out / "model.safetensors", vae.state_dict(), vae=vae.config)
         print(

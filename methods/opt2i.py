@@ -91,7 +91,9 @@ class Config:
     prioritise: bool = True  # meta-prompt: the elements with the lowest scores first
     reasoning: bool = False  # meta-prompt: think about the scores first
     structure: bool = False  # meta-prompt: simple words, foreground and background apart
-    methods: str = "opt2i,paraphrase,oneshot,seeds"  # comma list; the last three are baselines with as many pictures
+    methods: str = (
+        "opt2i,paraphrase,oneshot,seeds"  # comma list, all of equal budget; 20x2: iterations x prompts
+    )
     fresh: int = 16  # pictures of new seeds on which first and best prompt are compared
     proposer: str = "lm"  # lm (the stand-in), grammar (rules), http
     llm_url: str = ""  # base url of an OpenAI-compatible server; implies --proposer http
@@ -284,8 +286,9 @@ class ChatClient:
             try:
                 self.usage["requests"] += 1
                 call = urllib.request.Request(self.base + path, data_, headers)
+                until = time.monotonic() + self.timeout
                 with opener.open(call, timeout=self.timeout) as r:
-                    reply = json.loads(r.read(64 << 20))
+                    reply = json.loads(_read(r, until))
                 if not isinstance(reply, dict):
                     raise ValueError("its answer is not an object")
                 return reply
@@ -338,6 +341,16 @@ class ChatClient:
             with open(self.log, "a", encoding="utf-8") as f:
                 f.write(json.dumps({"key": key, "model": self.model, "system": system, "user": user, "answer": text}) + "\n")
         return text
+
+
+def _read(answer, until, most=64 << 20) -> bytes:
+    """The body. A socket's timeout holds for each piece of it, so that a server that drips would keep us for ever."""
+    out = b""
+    while len(out) < most and (piece := answer.read1(1 << 20)):
+        out += piece
+        if time.monotonic() > until:
+            raise TimeoutError("the answer took longer than --timeout")
+    return out
 
 
 def _start(answer) -> str:
@@ -652,7 +665,7 @@ def by_endpoint(client, prompt, seed):
 
 
 class Scorer:
-    """S(p0, pictures) -> (score, elements) of a task, by DSG or dCS."""
+    """S(p0, pictures) -> (score, elements, score of each picture) of a task, by DSG or dCS."""
 
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, device
@@ -686,7 +699,8 @@ class Scorer:
             raise ValueError(f"the prompt {task.prompt!r} has no questions; take prompts from DSG-1k, or --score dcs")
         answers = self.answers(task, images)
         scores = [dsg_score(a, task.parents, not self.cfg.official_dsg) for a in answers]
-        return float(np.mean(scores)), [(t, float(np.mean([a[i] for a in answers]))) for i, t in task.questions.items()]
+        elements = [(t, float(np.mean([a[i] for a in answers]))) for i, t in task.questions.items()]
+        return float(np.mean(scores)), elements, scores
 
     @torch.no_grad()
     def dcs(self, task, images):
@@ -697,7 +711,7 @@ class Scorer:
         f_img = self.clip.encode_image(metrics.clip_input(images, side).to(self.device))
         f_txt = self.clip.encode_text(trim(self.tok(phrases, self.clip.text.context)).to(self.device))
         cos = dcs(f_img, f_txt)
-        return cos.mean().item(), list(zip(phrases, cos.mean(0).tolist()))
+        return cos.mean().item(), list(zip(phrases, cos.mean(0).tolist())), cos.mean(1).tolist()
 
 
 def is_yes(text) -> bool:
@@ -710,42 +724,60 @@ def to_uint8(x):
 
 
 # 5. EVALUATE ---------------------------------------------------------------------------------------------------------------
-def search(method, task, draw, scorer, proposer, cfg):
-    """One method on one prompt -> (best, trace, pictures drawn). All have the same number of prompts and pictures at most."""
-    counted = [0]
+@dataclass
+class Found:
+    """What a method found for a prompt: the best, the trace of optimise(), the score of every picture in the order drawn, and
+    the seconds of the search, of which some in the generator and the scorer."""
 
-    def generate(p):
-        counted[0] += cfg.images
+    best: Scored
+    trace: list
+    pictures: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    drawing: float = 0.0
+
+
+def iterations_of(method, cfg) -> tuple[int, int]:
+    """Iterations and prompts in each, T x n; every method has as many prompts. "20x2" and the like, by name, are points of the
+    grid between exploration (many prompts at once) and exploitation (many iterations)."""
+    if "x" in method:
+        return tuple(map(int, method.split("x")))
+    return (cfg.steps, cfg.candidates) if method == "opt2i" else (1, cfg.steps * cfg.candidates)
+
+
+def search(method, task, draw, scorer, proposer, cfg) -> Found:
+    """One method on one prompt. All have the same number of prompts and pictures at most."""
+    found, began = Found(Scored(task.prompt, math.nan), []), time.perf_counter()
+
+    def generate(p, seed=cfg.seed):
+        t = time.perf_counter()
         try:
-            return draw(p, cfg.images, cfg.seed)
+            return draw(p, cfg.images, seed)
         except (ValueError, data.BadSample) as error:  # refused or unreadable: a bad prompt, not the end of the run
             if p == task.prompt:
                 raise
             print(f"no picture for {p[:60]!r}: {error}", file=sys.stderr)
+        finally:
+            found.drawing += time.perf_counter() - t
 
     def score(_, images):
-        return (0.0, []) if images is None else scorer(task, images)
+        t = time.perf_counter()
+        mean, elements, each = (0.0, [], [0.0] * cfg.images) if images is None else scorer(task, images)
+        found.pictures += each
+        found.drawing += time.perf_counter() - t
+        return mean, elements
 
-    budget = cfg.steps * cfg.candidates
-    if method == "opt2i":
-        best, trace = optimise(task.prompt, generate, score, proposer.propose, cfg.steps, cfg.candidates, cfg.history,
-                               cfg.target)  # fmt: skip
-    elif method == "oneshot":  # the history holds the user prompt alone
-        best, trace = optimise(task.prompt, generate, score, proposer.propose, 1, budget, cfg.history, cfg.target)
-    elif method == "paraphrase":
-        best, trace = optimise(task.prompt, generate, score, lambda p, h, n: proposer.paraphrase(p, n), 1, budget,
-                               cfg.history, cfg.target)  # fmt: skip
-    else:  # the user prompt with as many other seeds: the best m pictures of all
-        images = generate(task.prompt)
-        first = Scored(task.prompt, *scorer(task, images))
-        single = [scorer(task, images[j : j + 1])[0] for j in range(cfg.images)]
-        for i in range(budget):
-            images = draw(task.prompt, cfg.images, cfg.seed + 1 + i)
-            counted[0] += cfg.images
-            single += [scorer(task, images[j : j + 1])[0] for j in range(cfg.images)]
-        best = Scored(task.prompt, top_k_mean(single, cfg.images))
-        trace = [[first], [best]]
-    return best, trace, counted[0]
+    iterations, n = iterations_of(method, cfg)
+    if method == "seeds":  # the user prompt with as many other seeds: the best m pictures of all
+        first = Scored(task.prompt, *score(task.prompt, generate(task.prompt)))
+        for i in range(n):
+            score(task.prompt, generate(task.prompt, cfg.seed + 1 + i))
+        found.best = Scored(task.prompt, top_k_mean(found.pictures, cfg.images))
+        found.trace = [[first], [found.best]]
+    else:  # oneshot is one iteration, whose history holds the user prompt alone
+        propose = proposer.propose if method != "paraphrase" else lambda p, history, n: proposer.paraphrase(p, n)
+        found.best, found.trace = optimise(task.prompt, generate, score, propose, iterations, n, cfg.history, cfg.target)
+    found.seconds = time.perf_counter() - began
+    return found
 
 
 def top_k_mean(scores, k):
@@ -759,25 +791,39 @@ def gain(first, best, kind):
 
 
 def solve_task(i, task, draw, scorer, cfg, out, client) -> dict:
-    """All methods on one prompt, with the comparison on fresh seeds; saved as JSON and a sheet of pictures."""
+    """All methods on one prompt, with the comparison on fresh seeds; saved as JSON and a sheet of pictures. -> seconds of each
+    search: (in the generator and the scorer, all)."""
     result = {"prompt": task.prompt, "methods": {}}
     fresh = cfg.seed + 500_000
     images0 = draw(task.prompt, cfg.fresh, fresh)
-    base = scorer(task, images0)[0]
+    base, clock = scorer(task, images0)[0], {}
     for method in cfg.methods.split(","):
         proposer = (HttpProposer(client, cfg) if client else Grammar(cfg.seed + i) if cfg.proposer == "grammar" else
                     LmProposer(cfg.seed + i, cfg.temperature))  # fmt: skip
-        best, trace, drawn = search(method, task, draw, scorer, proposer, cfg)
+        found = search(method, task, draw, scorer, proposer, cfg)
+        best, trace, clock[method] = found.best, found.trace, (found.drawing, found.seconds)
         again = base if best.prompt == task.prompt else scorer(task, draw(best.prompt, cfg.fresh, fresh))[0]
         result["methods"][method] = {
             "first": trace[0][0].score, "best": best.score, "prompt": best.prompt, "fresh_first": base, "fresh_best": again,
-            "iterations": len(trace) - 1, "prompts": sum(map(len, trace)), "pictures": drawn,
-            "curve": [[s.score for s in part] for part in trace], "words": len(best.prompt.split()),
-            "elements": best.elements}  # fmt: skip
+            "iterations": len(trace) - 1, "prompts": sum(map(len, trace)), "pictures": len(found.pictures),
+            "picture_scores": found.pictures, "curve": [[s.score for s in part] for part in trace],
+            "words": len(best.prompt.split()), "elements": best.elements}  # fmt: skip
         if method == cfg.methods.split(",")[0]:
-            draw_sheet(task, trace[0][0], best, draw, cfg, out / f"{i:03d}.png")
+            draw_sheet(trace[0][0], best, draw, cfg, out / f"{i:03d}.png")
     write_json(out / f"{i:03d}.json", result)
-    return result
+    return clock
+
+
+def selections(results, cfg) -> tuple[list[str], list[list]]:
+    """Post-hoc selection (paper, Sec. 3.5): the mean score of the k best pictures of each method, in percent of what DSG allows
+    or as a cosine, over prompts that were not right at once; k up to the number that every search drew."""
+    some = [r["methods"] for r in results if all(m["first"] < cfg.target for m in r["methods"].values())]
+    most = min((len(m["picture_scores"]) for s in some for m in s.values()), default=0)
+    ks = [k for k in (1, 4, 10, 25, 50, 100, 200, 400, 600) if k < most] + [most] * bool(most)
+    unit = 100 if cfg.score == "dsg" else 1
+    rows = [[name, *(unit * float(np.mean([top_k_mean(s[name]["picture_scores"], k) for s in some])) for k in ks)]
+            for name in cfg.methods.split(",")]  # fmt: skip
+    return ["method", *(f"best {k}" for k in ks)], rows
 
 
 def summary(results, cfg) -> tuple[list[list], dict]:
@@ -915,8 +961,12 @@ def check(cfg: Config) -> None:
         if getattr(cfg, name) not in known:
             raise ValueError(f"--{name} {getattr(cfg, name)} is unknown; choose from {', '.join(known)}")
     for method in cfg.methods.split(","):
-        if method not in ("opt2i", "paraphrase", "oneshot", "seeds"):
-            raise ValueError(f"--methods {cfg.methods}: {method!r} is unknown; choose from opt2i, paraphrase, oneshot, seeds")
+        if not (method in ("opt2i", "paraphrase", "oneshot", "seeds") or re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", method)):
+            raise ValueError(f"--methods {cfg.methods}: {method!r} is unknown; choose from opt2i, paraphrase, oneshot, seeds "
+                             "and ITERATIONSxPROMPTS, like 20x2")  # fmt: skip
+        if math.prod(iterations_of(method, cfg)) != cfg.steps * cfg.candidates:
+            raise ValueError(f"--methods {method}: its prompts must be as many as --steps x --candidates, "
+                             f"{cfg.steps * cfg.candidates}, or methods could not be compared")  # fmt: skip
     if cfg.steps < 0:
         raise ValueError(f"--steps {cfg.steps} must not be negative")
     for name in ("candidates", "images", "history", "fresh", "batch_size", "limit", "log_every", "save_every"):
@@ -971,9 +1021,10 @@ def run(cfg: Config) -> dict:
     if env.world > 1:
         torch.distributed.barrier()
     mine = list(enumerate(tasks))[env.rank :: env.world]
+    clocks = []
     for i, task in tqdm(mine, desc="prompts", unit="prompt", disable=not env.is_main, dynamic_ncols=True):
         if not (out / f"{i:03d}.json").exists():
-            solve_task(i, task, draw, scorer, cfg, out, client)
+            clocks.append(solve_task(i, task, draw, scorer, cfg, out, client))
         if env.world == 1 and ddp.interrupted():
             raise KeyboardInterrupt
     if env.world > 1:
@@ -998,40 +1049,61 @@ def run(cfg: Config) -> dict:
         head = ["", "Frechet distance", "precision", "recall", "diversity"]
         print("\npictures of all prompts, fresh seeds\n" + table(text, head))
     draw_curves(results, cfg, out)
+    head, rows = selections(results, cfg)
+    if len(head) > 1:
+        print("\nthe k best pictures of each search, prompts that were not right at once\n" + table(rows, head))
+        result |= {f"{row[0]}_{name.replace(' ', '_')}": v for row in rows for name, v in zip(head[1:], row[1:])}
     if client:
         print(f"\nlanguage model: {client.usage}")
+    if clocks and methods[0] != "seeds":
+        drawing, seconds = np.sum([c[methods[0]] for c in clocks], 0)
+        print(f"\n{methods[0]}: {100 * drawing / seconds:.0f} % of {seconds:.0f} s in the generator and the scorer")
     print(f"\nsheets, curves and every prompt: {cfg.out_dir} ({time.monotonic() - spent:.0f} s)")
     write_json(out / "metrics.json", result)
     return result
 
 
 def draw_curves(results, cfg, out) -> None:
-    """Best score so far against prompts tried, mean over the user prompts."""
-    curves, budget = {}, 1 + cfg.steps * cfg.candidates
-    for method in cfg.methods.split(","):
-        if method == "seeds":
-            continue
-        lines = []
-        for r in results:
-            flat = np.maximum.accumulate([s for part in r["methods"][method]["curve"] for s in part])
-            lines.append(np.pad(flat, (0, max(0, budget - len(flat))), mode="edge")[:budget])
-        curves[method] = (list(range(1, budget + 1)), np.mean(lines, 0).tolist())
-    chart = plot.lines(curves, "best score so far, on the searched seeds", x="prompts tried", y=cfg.score)
-    plot.save(chart, out / "curves.png")
+    """Left: best score so far against prompts tried. Middle: an iteration's prompts against the user's, paper Fig. 3. Right:
+    the k best pictures, paper Fig. 6. Means over the user prompts; a search that has ended keeps its last value."""
+    unit, size, methods = (100 if cfg.score == "dsg" else 1), (620, 420), cfg.methods.split(",")
+    budget, searched = 1 + cfg.steps * cfg.candidates, [m for m in methods if m != "seeds"]
+
+    def mean(lines, length):
+        held = [np.pad(v, (0, max(0, length - len(v))), mode="edge")[:length] for v in lines]
+        return unit * np.mean(held, 0)
+
+    sofar = {m: [np.maximum.accumulate(sum(r["methods"][m]["curve"], [])) for r in results] for m in searched}
+    best = {m: (range(1, budget + 1), mean(lines, budget)) for m, lines in sofar.items()}
+    charts, each = [plot.lines(best, "best score so far, searched seeds", x="prompts tried", size=size)], {}
+    for m in searched:
+        length = 1 + iterations_of(m, cfg)[0]
+        if length > 2:
+            parts = [[p for p in r["methods"][m]["curve"] if p] for r in results]  # an iteration may bring no new prompt
+            for name, of in (("best", max), ("mean", np.mean)):
+                line = mean([[of(part) - part0[0][0] for part in part0] for part0 in parts], length)
+                each[f"{m}, {name}"] = (range(length), line)
+    if each:
+        charts.append(plot.lines(each, "score of an iteration's prompts - user's", x="iteration", size=size))
+    head, rows = selections(results, cfg)
+    if len(head) > 2:
+        ks = [int(h.removeprefix("best ")) for h in head[1:]]
+        chosen = {row[0]: (np.log10(ks), row[1:]) for row in rows}
+        charts.append(plot.lines(chosen, "mean score of the k best pictures", x="log10 k", size=size))
+    plot.save(plot.row(charts), out / "curves.png")
 
 
-def draw_sheet(task, first, best, draw, cfg, path) -> None:
-    """First and best pictures, each row under its prompt, with the elements' scores."""
-    cells, texts = [], []
-    for s in (first, best):
+def draw_sheet(first, best, draw, cfg, path) -> None:
+    """The pictures of the user's prompt and of the best one side by side, each with its prompt and its elements' scores."""
+    panels = []
+    for name, s in (("the user's prompt", first), ("the best prompt", best)):
         images = draw(s.prompt, cfg.images, cfg.seed)
         images = list(to_uint8(images)) if isinstance(images, torch.Tensor) else images
-        cells += images
-        texts += [f"{100 * s.score:.0f}: {s.prompt}", *[""] * (len(images) - 1)]
-    before = dict(first.elements)
-    lines = [f"{e}  {100 * before.get(e, math.nan):.0f} -> {100 * v:.0f}" for e, v in best.elements] or [""]
-    sheet = plot.grid(cells, cfg.images, texts, None, "the user's prompt and the best one", 170, 6)
-    plot.save(plot.below(sheet, lines), path)
+        title = f"{name}: {100 * s.score:.0f}"
+        sheet = plot.grid(images, min(2, len(images)), None, None, title, 400 // min(2, len(images)))
+        lines = plot.wrap(s.prompt, sheet.width - 24, plot.font(14))
+        panels.append(plot.below(sheet, [*lines, "", *(f"{100 * v:.0f}   {e}" for e, v in s.elements)]))
+    plot.save(plot.row(panels), path)
 
 
 # 7. MAIN -----------------------------------------------------------------------------------------------------------------

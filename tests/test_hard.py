@@ -83,6 +83,20 @@ def test_killed_five_times_at_random_moments_and_resumed(script, tmp_path):
 
 @hard
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_between_the_last_checkpoint_and_the_results(script, tmp_path):
+    p = start(script, tmp_path / "whole")
+    assert p.wait(400) == 0, p.stderr.read()
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for path in (tmp_path / "killed").rglob("*"):
+        if path.name in ("metrics.json", "model.safetensors"):
+            path.unlink()
+    p = start(script, tmp_path / "killed")
+    assert p.wait(400) == 0, p.stderr.read()
+    assert results(tmp_path / "whole") == results(tmp_path / "killed")
+
+
+@hard
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(script, tmp_path):
     p = start(script, tmp_path / "r", limit=60_000)
     _, text = p.communicate(timeout=400)

@@ -289,8 +289,29 @@ def test_a_refused_picture_costs_a_prompt_not_the_run():
             raise M.ServerError("refused")
         return torch.zeros(n, 3, 4, 4)
 
-    best, trace, _ = M.search("opt2i", task, draw, lambda t, x: (0.5, []), M.Grammar(0), cfg)
-    assert best.prompt == task.prompt and 0.0 in [s.score for s in trace[1]]
+    found = M.search("opt2i", task, draw, lambda t, x: (0.5, [], [0.5] * len(x)), M.Grammar(0), cfg)
+    assert found.best.prompt == task.prompt and 0.0 in [s.score for s in found.trace[1]]
+
+
+def test_a_server_that_drips_is_given_up():
+    """Each byte comes in time, the answer never ends."""
+
+    def drip(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        try:
+            for _ in range(100):
+                handler.wfile.write(b" ")
+                time.sleep(0.05)
+        except OSError:
+            pass  # we have gone
+
+    with Server() as server:
+        server.plan[:] = [drip]
+        began = time.monotonic()
+        with pytest.raises(M.ServerError, match="failed 2 times.*longer than --timeout"):
+            client(server, retries=1, timeout=0.4).chat("s", "u")
+        assert time.monotonic() - began < 3
 
 
 def test_endless_trouble_ends_with_a_sentence():
@@ -478,7 +499,8 @@ def test_questions_of_real_prompts_by_a_server():
         server.plan[:] = [(200, {"data": [{"id": "m"}]}), (200, said("Yes.")), (200, said("no")), (200, said("yes"))]
         scorer = M.Scorer(M.Config(vqa_url=server.url), "cpu")
         task = M.Task("a red dog", {"1": "Is there a dog?", "2": "Is it red?", "3": "Is it big?"}, {"2": ["1"], "3": ["2"]})
-        score, elements = scorer(task, [Image.new("RGB", (8, 8))])
+        score, elements, each = scorer(task, [Image.new("RGB", (8, 8))])
+        assert each == [score]
         assert score == pytest.approx(1 / 3) and dict(elements) == {"Is there a dog?": 1, "Is it red?": 0, "Is it big?": 1}
 
 
@@ -496,11 +518,56 @@ def test_budgets_are_equal():
         drawn[0] += n
         return torch.zeros(n, 3, 4, 4)
 
-    for method in cfg.methods.split(","):
+    def scorer(task, x):
+        return 0.5, [("q", 0.5)], [0.5] * len(x)
+
+    for method in [*cfg.methods.split(","), "6x1", "1x6"]:
         drawn[0] = 0
-        _, _, counts[method] = M.search(method, task, draw, lambda t, x: (0.5, [("q", 0.5)]), M.Grammar(0), cfg)
+        counts[method] = len(M.search(method, task, draw, scorer, M.Grammar(0), cfg).pictures)
         assert drawn[0] == counts[method]
-    assert len(set(counts.values())) == 1 and counts["opt2i"] == 2 * (1 + 3 * 2)
+    assert set(counts.values()) == {2 * (1 + 3 * 2)}
+
+
+def test_the_grid_of_iterations_and_prompts():
+    """The same search under its own name, and as many language-model calls as iterations."""
+    cfg, task = M.Config(steps=3, candidates=2, images=1, target=2.0), M.Task("a small red star on a dark background")
+
+    class Counting(M.Grammar):
+        calls = 0
+
+        def propose(self, prompt, history, n):
+            Counting.calls += 1
+            return super().propose(prompt, history, n)
+
+    def scorer(task, x):
+        return float(x.mean()), [], x.flatten(1).mean(1).tolist()
+
+    def draw(p, n, seed):
+        return torch.full((n, 1, 2, 2), len(p) / 100)
+
+    traces = {}
+    for method in ("opt2i", "3x2", "6x1", "1x6"):
+        Counting.calls = 0
+        found = M.search(method, task, draw, scorer, Counting(0), cfg)
+        assert Counting.calls == M.iterations_of(method, cfg)[0] == len(found.trace) - 1
+        traces[method] = found.trace
+        assert found.pictures == pytest.approx([s.score for part in found.trace for s in part])
+        assert 0 < found.drawing < found.seconds
+    assert traces["opt2i"] == traces["3x2"] != traces["6x1"]
+
+
+def test_selection_of_the_best_pictures():
+    cfg = M.Config(methods="opt2i,seeds")
+
+    def result(first, a, b):
+        return {"methods": {"opt2i": {"first": first, "picture_scores": a}, "seeds": {"first": first, "picture_scores": b}}}
+
+    results = [result(0.5, [0.5, 1.0, 0.0, 1.0, 0.25], [0.5] * 6), result(1.0, [1.0], [1.0])]  # the second was right at once
+    head, rows = M.selections(results, cfg)
+    assert head == ["method", "best 1", "best 4", "best 5"]
+    assert rows[0] == ["opt2i", 100, pytest.approx(68.75), pytest.approx(55)] and rows[1][1:] == [50, 50, 50]
+    assert all(a >= b for a, b in zip(rows[0][1:], rows[0][2:]))  # falls with k
+    assert M.selections(results[1:], cfg)[0] == ["method"]  # nothing to choose
 
 
 def test_smoke_resume_and_two_processes(tmp_path):
@@ -541,6 +608,7 @@ def test_a_run_with_a_server_and_its_replay(tmp_path):
     [
         (["--score", "fid"], ["--score fid", "dsg"]),
         (["--methods", "opt2i,luck"], ["'luck'"]),
+        (["--methods", "opt2i,3x7"], ["--methods 3x7", "as many"]),
         (["--candidates", "0"], ["--candidates 0"]),
         (["--proposer", "http"], ["--llm_url"]),
         (["--prompts", "file.csv"], ["--llm_url"]),
