@@ -91,9 +91,7 @@ class Config:
     prioritise: bool = True  # meta-prompt: the elements with the lowest scores first
     reasoning: bool = False  # meta-prompt: think about the scores first
     structure: bool = False  # meta-prompt: simple words, foreground and background apart
-    methods: str = (
-        "opt2i,paraphrase,oneshot,seeds"  # comma list, all of equal budget; 20x2: iterations x prompts
-    )
+    methods: str = "opt2i,paraphrase,oneshot,seeds"  # comma list, all of equal budget; 20x2: iterations x prompts
     fresh: int = 16  # pictures of new seeds on which first and best prompt are compared
     proposer: str = "lm"  # lm (the stand-in), grammar (rules), http
     llm_url: str = ""  # base url of an OpenAI-compatible server; implies --proposer http
@@ -517,12 +515,24 @@ class SmallLM(torch.nn.Module):
     def forward(self, ids):
         return self.body.hidden(ids) @ self.body.token_embed.weight.T  # (B, L, vocab)
 
+    def after(self, ids, first, cache):
+        """Logits (B, vocab) after ids (B, L), which follow `first` others. cache: keys and values of each layer, added to."""
+        x = self.body.token_embed(ids) + self.body.pos_embed[first : first + ids.shape[1]]
+        for i, block in enumerate(self.body.blocks):
+            q, *new = block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)
+            cache[i] = [torch.cat(pair, 2) for pair in zip(cache[i], new)] if i in cache else new
+            a = F.scaled_dot_product_attention(q, *cache[i], is_causal=first == 0)
+            x = x + block.attn.proj(a.transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.norm2(x))
+        return self.body.norm(x[:, -1]) @ self.body.token_embed.weight.T
+
     @torch.no_grad()
     def write(self, ids, stop, generator, temperature=1.0, top_p=0.95, longest=48):
         """ids (B, L): equal beginnings -> (B, longest) continuations, drawn by nucleus sampling."""
-        start = ids.shape[1]
+        start, done, cache = ids.shape[1], 0, {}
         for _ in range(min(longest, self.config["context"] - start)):
-            p = (self(ids)[:, -1] / temperature).softmax(1)
+            p = (self.after(ids[:, done:], done, cache) / temperature).softmax(1)
+            done = ids.shape[1]
             values, order = p.sort(1, descending=True)
             values[values.cumsum(1) - values > top_p] = 0
             pick = torch.multinomial(values, 1, generator=generator)

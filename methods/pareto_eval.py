@@ -86,11 +86,13 @@ class Config:
     resume: bool = True  # use the features in cache/; --no-resume draws and reads all again
     max_bad: float = 0.01  # share of unreadable pictures of a point at which the run stops
     # knobs of the stand-in models
-    models: str = "early,middle,late,codec"  # comma list; three stages of a text-to-image model, and a codec of real pictures
+    models: str = "early,middle,late,search,codec"  # three ages of a text-to-image model; search finds real pictures
     guidance: str = "1,1.5,2,3,5,8"  # knob: guidance scales
     sampler_steps: str = "2,4"  # knob: further numbers of sampling steps, at --at
     top_m: str = "4,2"  # knob: the m best of a prompt by CLIPScore, at --at (stand-ins only); set metrics use the smallest m
-    levels: str = "2,3,5,9"  # knob of the codec: values a latent number may take
+    neighbours: str = "6,24,96"  # knob of search: draws from so many real pictures that CLIP finds nearest to the prompt
+    bank: int = 4_096  # pictures among which search looks
+    levels: str = "2,3,5,9"  # knob of the codec, which compresses real pictures: values a latent number may take
     at: float = 3.0  # guidance while another knob is turned
     prompts: str = "96"  # number of generated prompts, or a csv or tsv with the columns id, prompt[, group]
     regions: int = 8  # generated prompts of each region of the world, 0 = no regions
@@ -236,15 +238,23 @@ class ClipScorer:
         self.device, self.seen = device, {}
 
     @torch.no_grad()
-    def __call__(self, images, texts):
+    def texts(self, texts):
+        """-> unit embeddings (N, D); each text is encoded once."""
         new = sorted(set(texts) - self.seen.keys())
         if new:
             ids = trim(self.tok(new, self.net.text.context)).to(self.device)
             self.seen.update(zip(new, F.normalize(self.net.encode_text(ids), dim=1).cpu()))
+        return torch.stack([self.seen[t] for t in texts])
+
+    @torch.no_grad()
+    def images(self, images):
+        """-> unit embeddings (N, D)."""
         if isinstance(images, torch.Tensor):
             images = [Image.fromarray(i) for i in to_uint8(images)]
-        f = F.normalize(self.net.encode_image(clip_pictures(images, self.net).to(self.device)), dim=1).cpu()
-        return 100 * (f * torch.stack([self.seen[t] for t in texts])).sum(1)
+        return F.normalize(self.net.encode_image(clip_pictures(images, self.net).to(self.device)), dim=1).cpu()
+
+    def __call__(self, images, texts):
+        return 100 * (self.images(images) * self.texts(texts)).sum(1)
 
 
 # 4. DATA: prompts, generators, and folders of other generators -------------------------------------------------------------
@@ -326,11 +336,25 @@ class StandIns:
             parts = pictures_of(world).split(256)
             z = torch.cat([self.vae.to_latent(self.vae.encode(x.to(self.env.device))[0]) for x in parts])
             return torch.cat([self.vae.decode(part).cpu() for part in quantise(z, int(point.value)).split(256)])
+        if point.model == "search":
+            return self.found(int(point.value))
         name = {"early": "painter_early", "middle": "painter_middle", "late": "painter"}[point.model]
         if name not in self.painters:
             self.painters[name] = zoo.load_painter(name).to(self.env.device)
         guidance, steps = (point.value, cfg.steps) if point.knob == "guidance" else (cfg.at, int(point.value))
         return self.painters[name].draw(texts, guidance, steps, cfg.seed, part=cfg.batch_size)
+
+    def found(self, k: int):
+        """Retrieval as a generator: for each prompt n of the k pictures of a bank that CLIP finds nearest, none of them twice.
+        Many neighbours: more diverse, less to the point. What retrieval-augmented models draw from, not such a model."""
+        world = [scenes.scene(i, self.cfg.seed * 1000 + 700, (1, 2), grid=2) for i in range(self.cfg.bank)]
+        bank = pictures_of(world)
+        f = torch.cat([self.clip.images(part) for part in bank.split(self.cfg.batch_size)])
+        rows, rng = [], np.random.default_rng((self.cfg.seed, 700))
+        for sims in self.clip.texts([p.text for p in self.prompts]) @ f.T:
+            nearest = sims.argsort(descending=True, stable=True)[:k]
+            rows.append(nearest[torch.from_numpy(rng.permutation(k)[: self.cfg.per_prompt])])
+        return bank[torch.cat(rows)]
 
     @torch.no_grad()
     def measure(self, point: Point | None) -> dict[str, torch.Tensor]:
@@ -579,6 +603,9 @@ def plan(cfg) -> list[Point]:
         if model == "codec":
             out += [Point(model, "levels", v, given="picture") for v in numbers(cfg, "levels")]
             continue
+        if model == "search":
+            out += [Point(model, "neighbours", v) for v in numbers(cfg, "neighbours")]
+            continue
         out += [Point(model, "guidance", v) for v in numbers(cfg, "guidance")]
         out += [Point(model, "steps", v) for v in numbers(cfg, "sampler_steps")]
     return out
@@ -602,6 +629,7 @@ def cached(source, point, cfg, prompts, folder) -> dict[str, torch.Tensor]:
         said.append([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in data.Folder(where).files])
     else:
         said.append([cfg.steps, cfg.at, cfg.per_prompt, cfg.real_per_prompt, zoo_fingerprint()])
+        said += [cfg.bank] if point and point.model == "search" else []
     path = folder / f"{hashlib.blake2b(json.dumps(said).encode(), digest_size=10).hexdigest()}.safetensors"
     if cfg.resume and path.exists():
         try:
@@ -629,14 +657,19 @@ def check(cfg: Config) -> None:
         if getattr(cfg, field) not in known:
             raise ValueError(f"--{field} {getattr(cfg, field)} is unknown; choose from {', '.join(known)}")
     for model in cfg.models.split(","):
-        if model not in ("early", "middle", "late", "codec"):
-            raise ValueError(f"--models {cfg.models}: {model!r} is unknown; choose from early, middle, late, codec")
+        if model not in ("early", "middle", "late", "search", "codec"):
+            raise ValueError(f"--models {cfg.models}: {model!r} is unknown; choose from early, middle, late, search, codec")
     for field in ("per_prompt", "real_per_prompt", "k", "steps", "batch_size"):
         if getattr(cfg, field) < 1:
             raise ValueError(f"--{field} {getattr(cfg, field)} must be at least 1")
     for field, low in (("guidance", 0), ("sampler_steps", 1), ("levels", 2), ("top_m", 1)):
         if any(v < low for v in numbers(cfg, field)):
             raise ValueError(f"--{field} {getattr(cfg, field)}: each value must be at least {low}")
+    if not cfg.points and "search" in cfg.models.split(","):
+        for k in numbers(cfg, "neighbours"):
+            if not cfg.per_prompt <= k <= cfg.bank:
+                raise ValueError(f"--neighbours {k:g} must be --per_prompt {cfg.per_prompt} at least, and no picture is drawn "
+                                 f"twice, and --bank {cfg.bank} at most")  # fmt: skip
     if cfg.points and (cfg.prompts.isdigit() or not cfg.real):
         raise ValueError(
             "--points needs --prompts, a csv with the columns id and prompt, and --real, a folder of real pictures"
@@ -872,12 +905,12 @@ def draw_samples(path, prompts, real, sets) -> None:
     """Four pictures of two prompts for each model's first and last guidance, and real ones."""
     chosen = {("real", ""): real}
     for p, s in sets.items():
-        if p.knob in ("guidance", "levels"):
+        if p.knob in ("guidance", "neighbours", "levels"):
             chosen.setdefault((p.model, "first"), s)
             chosen[p.model, "last"] = s
     labels = {("real", ""): "real"}
     for p in sets:
-        if p.knob in ("guidance", "levels"):
+        if p.knob in ("guidance", "neighbours", "levels"):
             labels.setdefault((p.model, "first"), f"{p.model}, {p.label}")
             labels[p.model, "last"] = f"{p.model}, {p.label}"
     pair = [i for i, p in enumerate(prompts) if p.scene and len(p.scene.things) == 2][:2]
@@ -907,11 +940,12 @@ def show_people(cfg) -> dict:
 
 # 7. MAIN -----------------------------------------------------------------------------------------------------------------
 PRESETS = {
-    "smoke": dict(prompts="8", regions=4, per_prompt=2, real_per_prompt=2, models="early,late", guidance="1,3", top_m="1",
-                  sampler_steps="", steps=2, halves=4, out_dir="runs/pareto_eval_smoke"),
+    "smoke": dict(prompts="8", regions=4, per_prompt=2, real_per_prompt=2, models="early,late,search", guidance="1,3",
+                  top_m="1", sampler_steps="", neighbours="2,8", bank=64, steps=2, halves=4, out_dir="runs/pareto_eval_smoke"),
     "laptop": {},
     "gpu": dict(prompts="2000", regions=500, per_prompt=10, real_per_prompt=10, guidance="1,1.5,2,3,5,7.5,10", top_m="5,3,1",
-                sampler_steps="2,4,8,32", steps=32, batch_size=2048, halves=200, out_dir="runs/pareto_eval_gpu"),
+                sampler_steps="2,4,8,32", neighbours="10,40,160", bank=40_000, steps=32, batch_size=2048, halves=200,
+                out_dir="runs/pareto_eval_gpu"),
     # MSCOCO val 2014 as EvalGIM has it: 40,504 first captions; the pictures come by --points, from generators of your
     # own, two at least and better ten of each prompt, or diversity is not defined
     "paper": dict(prompts="data/coco_val2014/prompts.csv", points="data/coco_val2014/points.csv",

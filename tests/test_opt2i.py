@@ -427,6 +427,13 @@ def test_language_model_masks_the_source_and_learns():
     assert torch.equal(*draw)
 
 
+def test_kept_keys_and_values_change_nothing():
+    net, cache, ids = M.load_lm(), {}, torch.randint(0, 300, (3, 12), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(net.after(ids[:, :5], 0, cache), net(ids[:, :5])[:, -1])
+    for n in range(5, 12):  # one at a time, as they are written
+        torch.testing.assert_close(net.after(ids[:, n : n + 1], n, cache), net(ids[:, : n + 1])[:, -1])
+
+
 def test_the_stand_in_writes_what_was_meant():
     lm = M.LmProposer(0)
     for text in captions(3, 77):

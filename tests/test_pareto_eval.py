@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import ddp, scenes
 from methods import pareto_eval as M
 from tests.helpers import inside, run, torchrun, user_error
 
@@ -144,6 +145,22 @@ def smoke(tmp_path_factory):
     return out, done
 
 
+def test_search_draws_from_the_nearest_of_the_bank():
+    """By a slow way: score every picture of the bank with the prompt, take the k best; no picture twice in a prompt."""
+    cfg = M.Config(**M.PRESETS["smoke"] | dict(prompts="5", regions=0, per_prompt=3, bank=40))
+    prompts = M.make_prompts(cfg)
+    world = M.StandIns(cfg, ddp.start(0), prompts)
+    bank = M.pictures_of([scenes.scene(i, cfg.seed * 1000 + 700, (1, 2), grid=2) for i in range(40)])
+    for k in (3, 8):
+        got = world.found(k)
+        assert torch.equal(got, world.found(k)) and len(got) == 15
+        for i, p in enumerate(prompts):
+            score = world.clip(bank, [p.text] * 40)
+            best = score.argsort(descending=True)[:k].tolist()
+            drawn = [int((bank == x).flatten(1).all(1).nonzero()[0, 0]) for x in got[3 * i : 3 * i + 3]]
+            assert len(set(drawn)) == 3 and set(drawn) <= set(best)
+
+
 def test_smoke_writes_everything_and_a_second_run_draws_nothing(smoke):
     out, done = smoke
     for words in ("on the front", "guidance 1 to 3", "per region", "knee"):
@@ -151,7 +168,7 @@ def test_smoke_writes_everything_and_a_second_run_draws_nothing(smoke):
     rows = list(csv.DictReader(open(out / "front.csv")))
     assert {(r["model"], r["knob"], r["value"]) for r in rows} == {
         (m, k, v) for m in ("early", "late") for k, v in (("guidance", "1.0"), ("guidance", "3.0"), ("top_m", "1.0"))
-    }
+    } | {("search", "neighbours", "2.0"), ("search", "neighbours", "8.0")}
     assert all(r["n_gen"] == "8" and r["extractor"] == "judge" for r in rows)  # equal sizes, whatever was filtered
     assert all(r["diversity"] == "nan" and r["on_front"] == "0" for r in rows if r["knob"] == "top_m")  # one picture: undefined
     for name in ("fronts.png", "fronts_sets.png", "regions.png", "samples.png"):
@@ -316,6 +333,7 @@ def test_one_picture_and_too_few_for_the_neighbours(world):
     "flags, words",
     [
         (["--models", "newest"], ["--models newest", "early"]),
+        (["--neighbours", "1"], ["--neighbours 1", "--per_prompt 2"]),
         (["--guidance", "1,x"], ["--guidance 1,x"]),
         (["--levels", "1"], ["--levels 1", "at least 2"]),
         (["--extractor", "vgg"], ["--extractor vgg", "inception"]),
