@@ -51,7 +51,7 @@ class RunLog:
 
     def __init__(self, cfg, env, name: str = "", start: int = 0):
         self.dir, self.name, self.main, self.total = Path(cfg.out_dir), name, env.is_main, cfg.steps
-        self.began, self.first, self.per_step = time.monotonic(), start, cfg.batch_size
+        self.began, self.first, self.per_step, self.shown = time.monotonic(), start, cfg.batch_size, ""
         if not self.main:
             return
         (self.dir / "samples").mkdir(parents=True, exist_ok=True)
@@ -91,9 +91,11 @@ class RunLog:
         return out
 
     def tick(self, step: int) -> None:
-        """Once a step, after it: moves the bar."""
+        """Once a step, after it: moves the bar. What follows the last one, without steps, is the evaluation."""
         if self.main:
             self.bar.update(step + 1 - self.bar.n)
+            if step + 1 == self.total:
+                self.bar.set_postfix_str(f"{self.shown}, evaluating")
 
     def write(self, step: int, **values: float) -> None:
         """Training speed (items/s over all processes) and memory are added to a line that has a loss."""
@@ -106,12 +108,14 @@ class RunLog:
             line["seconds"] = round(seconds, 2)
             if torch.cuda.is_available():
                 line["mem_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-            self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['items_per_s']:.0f} items/s", refresh=False)
+            self.shown = f"loss {line['loss']:.3f}, {line['items_per_s']:.0f} items/s"
+            self.bar.set_postfix_str(self.shown, refresh=False)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
 
     def close(self) -> None:
         if self.main:
+            self.bar.set_postfix_str(self.shown, refresh=False)
             self.bar.close()
             self.file.close()
 

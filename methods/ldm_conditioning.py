@@ -757,9 +757,11 @@ def draw(model, vae, world, items, cfg, device, folder):
     plot.save(sheet, folder / "samples.png")
     sizes = [int(s) for s in cfg.sizes.split(",")]
     drawn = [to_uint8(pictures(model, vae, items, cfg, device, asked[:5], s, 7)[1]) for s in sizes]
-    cells, labels = [one[i] for i in range(5) for one in drawn], [f"size {s}" for s in sizes] * 5
+    moved = [(8 * np.abs(b.astype(int) - a)).clip(0, 255).astype(np.uint8) for a, b in zip(drawn[0], drawn[-1])]
+    cells = [one[i] for i in range(5) for one in (*drawn, moved)]
+    labels = [*(f"size {s}" for s in sizes), "|last - first| x 8"] * 5
     title = f"{cfg.conditioning}: same noise, same semantics, another size"
-    sheet = plot.grid(cells, len(sizes), labels, title=title, cell=110, rows_of_text=1)
+    sheet = plot.grid(cells, len(sizes) + 1, labels, title=title, cell=110, rows_of_text=1)
     plot.save(sheet, folder / "size_swap.png")
 
 

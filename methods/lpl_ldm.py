@@ -596,10 +596,13 @@ def show(cfg, scores):
                  f"x {b['activations_mib'] / a['activations_mib']:.2f}", ""])  # fmt: skip
     print("\n" + table(rows, [f"{cfg.objective}, equal updates", "control", "LPL", "difference", "paper"]))
     print(f"\npictures, curves and weights: {cfg.out_dir}")
-    curves = {"reconstructed" if cfg.data else "real": scores["lpl"]["power"], "control": a["spectrum"], "LPL": b["spectrum"]}
-    curves = {k: (list(range(1, len(v))), [math.log10(x) for x in v[1:]]) for k, v in curves.items()}
-    chart = plot.lines(curves, "radial power spectrum of the luminance", x="cycles a picture", y="log10")
-    plot.save(chart, Path(cfg.out_dir, "spectrum.png"))
+    real = "reconstructed" if cfg.data else "real"
+    curves = {real: b["power"], "control": a["spectrum"], "LPL": b["spectrum"]}
+    curves = {k: (range(1, len(v)), np.log10(v[1:])) for k, v in curves.items()}
+    away = {k: (x, y - curves[real][1]) for k, (x, y) in curves.items()}  # 0 is right
+    titles = {"radial power of the luminance": curves, f"the same, minus that of {real} pictures": away}
+    charts = [plot.lines(c, t, x="cycles a picture", y="log10", size=(640, 420)) for t, c in titles.items()]
+    plot.save(plot.row(charts), Path(cfg.out_dir, "spectrum.png"))
 
 
 # 7. MAIN ---------------------------------------------------------------------------------------------------------------
