@@ -432,10 +432,10 @@ def held_out(folder, prefer=("val", "test")) -> str:
     raise ValueError(f"{folder} has no split val or test to evaluate on; prepare one")
 
 
-def open_labelled(folder, count: int, seed: int):
-    """-> training source, test source (split val or test), records and classes of the training samples, and the rows of the
-    first `count` samples of every class (0: all). Classes are [] where nothing has a label."""
-    train, test = Shards(folder, "train"), Shards(folder, held_out(folder))
+def open_labelled(folder, count: int, seed: int, tested: bool = True):
+    """-> training source, test source (split val or test; None if not tested), records and classes of the training samples, and
+    the rows of the first `count` samples of every class (0: all). Classes are [] where nothing has a label."""
+    train, test = Shards(folder, "train"), Shards(folder, held_out(folder)) if tested else None
     found = records(train)
     labels = [r.get("label", -1) for r in found]
     classes = train.classes if max(labels) >= 0 else []

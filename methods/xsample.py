@@ -89,6 +89,7 @@ class Config:
     tau_s: float = 0.1  # temperature of the target; 0 = its limit, equal shares among the most similar
     images_per_class: str = "30,300"  # comma list, one arm each; 0 = all, 300 of generated ones
     optimiser: str = "adamw"  # adamw or lars
+    probe_data: str = ""  # folder of labelled shards for the probes, where --data has captions only (CC3M, then ImageNet)
     probe: str = "lbfgs"  # linear probe on cached features of whole pictures, or "sgd" on random crops
     probe_l2: float = 1e-3  # weight decay of the lbfgs probe
     probe_steps: int = 2_000  # updates of the sgd probe, batches of 256
@@ -328,11 +329,13 @@ class World:
     source whose samples carry their row."""
 
     train: object
+    taught: object  # what teaches the probe of the class: train, or the training split of --probe_data
     tests: dict  # name -> set; "test" first
     keys: list  # of all training samples, by row
     texts: list  # their captions, by row
     classes: list
     paths: list  # of the classes in a hierarchy
+    kinds: int  # number of classes that the probe tells apart, 0 = none
     attributes: dict  # name -> (values for every picture of "test")
 
 
@@ -374,14 +377,20 @@ def open_world(cfg: Config, env) -> World:
             tests[("test", "mixed_same", "mixed_rand")[i]] = {k: v.to(env.device) for k, v in fields.items()}
             attributes = attributes or values
         paths = [f"{family}/{s}" for family, members in scenes.FAMILIES.items() for s in members]
-        return World(train, tests, [str(i) for i in range(len(texts))], texts, list(scenes.SHAPES), paths, attributes)
-    source, other, records, classes, rows = data.open_labelled(cfg.data, count, cfg.seed)
+        keys = [str(i) for i in range(len(texts))]
+        return World(train, train, tests, keys, texts, list(scenes.SHAPES), paths, C, attributes)
+    source, other, records, classes, rows = data.open_labelled(cfg.data, count, cfg.seed, tested=not cfg.probe_data)
     names, parent = source.manifest.get("coarse_classes", []), {r["label"]: r["coarse"] for r in records if "coarse" in r}
     paths = [f"{names[parent[i]]}/{c}" if i in parent else c for i, c in enumerate(classes)]
     options = dict(size=canvas(cfg), env=env, gb=cfg.memory_gb, workers=cfg.workers, max_bad=cfg.max_bad)
+    train, kinds = data.load(source, rows, **options), len(classes)
+    taught = train
+    if cfg.probe_data:
+        source, other, _, probed, rows = data.open_labelled(cfg.probe_data, 0, cfg.seed)
+        taught, kinds = data.load(source, rows, **options), len(probed)
     tests = {"test": data.load(other, np.arange(len(other)), **options)}
     texts = [(r.get("captions") or [""])[0] for r in records]
-    return World(data.load(source, rows, **options), tests, [r["key"] for r in records], texts, classes, paths, {})
+    return World(train, taught, tests, [r["key"] for r in records], texts, classes, paths, kinds, {})
 
 
 def canvas(cfg):
@@ -389,9 +398,9 @@ def canvas(cfg):
     return cfg.canvas or cfg.image_size
 
 
-def batches(world, cfg, env, start, seed, batch_size):
+def batches(pictures, cfg, env, start, seed, batch_size):
     """Endless dicts image (n, 3, S, S) uint8, side, label, row of this process."""
-    return data.endless(world.train, canvas(cfg), batch_size, env, seed, start, cfg.workers, cfg.max_bad)
+    return data.endless(pictures, canvas(cfg), batch_size, env, seed, start, cfg.workers, cfg.max_bad)
 
 
 def two_views(batch, step, cfg, env):
@@ -427,12 +436,12 @@ def embed(model, pictures, cfg, env):
     return f[order], y[order], row[order]
 
 
-def sgd_probe(model, world, cfg, env, classes):
+def sgd_probe(model, pictures, cfg, env, classes):
     """One linear layer on frozen features of random crops: SGD with momentum, cosine, no weight decay -> features -> logits."""
     head = nn.Linear(model.body.out_dim, classes).to(env.device)
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
     opt = torch.optim.SGD(head.parameters(), 0.1, momentum=0.9)
-    stream = batches(world, cfg, env, 0, cfg.seed + 1, 256 // env.world * env.world)
+    stream = batches(pictures, cfg, env, 0, cfg.seed + 1, 256 // env.world * env.world)
     colour = augment.Colour(jitter_p=0, grey_p=0, blur_p=0)
     for step in range(cfg.probe_steps):
         batch, g = next(stream), torch.Generator(env.device).manual_seed(step * 2 + 1)
@@ -496,11 +505,12 @@ def guesses(model, probe, source, cfg, env):
 
 
 def further_tests(model, probe, guess, rows, world, cfg, env) -> dict[str, float]:
-    """ReaL, ImageNet-9 and ObjectNet by the probe on --data; MIT-States by probes of its own on a random half."""
+    """ReaL, ImageNet-9 and ObjectNet by the probe of the class; MIT-States by probes of its own on a random half."""
     out = {}
     if cfg.real:
         lists = json.loads(Path(cfg.real).read_text())
-        found = [re.search(r"val_(\d{8})", r["key"]) for r in data.records(data.Shards(cfg.data, data.held_out(cfg.data)))]
+        folder = cfg.probe_data or cfg.data
+        found = [re.search(r"val_(\d{8})", r["key"]) for r in data.records(data.Shards(folder, data.held_out(folder)))]
         if None in found or len(lists) != 50_000:
             raise ValueError(f"--real {cfg.real} needs ImageNet's 50,000 validation pictures under their own file names")
         out["real"] = real_accuracy(guess, [lists[int(found[r][1]) - 1] for r in rows])
@@ -539,11 +549,11 @@ def evaluate(model, world, cfg, env) -> dict[str, float]:
     attributes, backgrounds. gap = mixed_same - mixed_rand: what is lost when the background misleads."""
     model.eval()
     out, guess, rows, probe = {}, [], [], None
-    if world.classes:
-        f, y, _ = embed(model, world.train, cfg, env)
+    if world.kinds:
+        f, y, _ = embed(model, world.taught, cfg, env)
         probe = (metrics.linear_probe(f, y, cfg.probe_l2) if cfg.probe == "lbfgs"
-                 else sgd_probe(model, world, cfg, env, len(world.classes)))  # fmt: skip
-    for name, pictures in world.tests.items() if world.classes else ():
+                 else sgd_probe(model, world.taught, cfg, env, world.kinds))  # fmt: skip
+    for name, pictures in world.tests.items() if world.kinds else ():
         f_test, y_test, seen = embed(model, pictures, cfg, env)
         out["probe" if name == "test" else name] = metrics.accuracy(probe(f_test), y_test)
         if name == "test":
@@ -575,8 +585,8 @@ def train(cfg: Config) -> dict:
     """One arm: a single method with a single number of pictures a class, in cfg.out_dir. Returns its metrics."""
     env, out = ddp.start(cfg.seed), Path(cfg.out_dir)
     world = open_world(cfg, env)
-    if not world.classes and (cfg.real or cfg.in9 or cfg.objectnet):
-        raise ValueError(f"--real, --in9 and --objectnet need classes, and {cfg.data} has none")
+    if not world.kinds and (cfg.real or cfg.in9 or cfg.objectnet):
+        raise ValueError(f"--real, --in9 and --objectnet need classes, and {cfg.data} has none; give --probe_data")
     texts = world.texts if cfg.method == "clip" else []
     if cfg.method == "clip" and not all(texts):
         raise ValueError("--method clip needs captions, and some samples have none; leave it out of the list")
@@ -593,7 +603,7 @@ def train(cfg: Config) -> dict:
     if local * cfg.accum != env.share(cfg.batch_size):
         raise ValueError(f"batch_size {cfg.batch_size} on {env.world} processes cannot be cut into {cfg.accum} micro-batches")
     graph = make_graph(cfg, world, env.device)
-    stream = batches(world, cfg, env, start * cfg.accum, cfg.seed, cfg.batch_size // cfg.accum)
+    stream = batches(world.train, cfg, env, start * cfg.accum, cfg.seed, cfg.batch_size // cfg.accum)
     log = RunLog(
         cfg, env, f"{cfg.method}, {cfg.images_per_class} a class" if cfg.images_per_class != "0" else cfg.method, start
     )
@@ -683,6 +693,8 @@ def check(cfg: Config) -> None:
     for field in ("tree", "embeddings", "real", "in9", "objectnet", "mit_states", "init", "tokenizer"):
         if (path := getattr(cfg, field)) and not Path(path).exists():
             raise ValueError(f"--{field} {path} does not exist")
+    if cfg.probe_data and not cfg.data:
+        raise ValueError("--probe_data goes with --data; generated pictures have labels of their own")
     if cfg.data and cfg.graph == "text" and "xclr" in cfg.method.split(",") and not cfg.embeddings:
         raise ValueError("--graph text on --data needs --embeddings, of a text encoder (data_prep/cache_text.py)")
 
