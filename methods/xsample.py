@@ -3,29 +3,28 @@
 Paper      Sobal, Ibrahim, Balestriero, Cabannes, Bouchacourt, Astolfi, Cho, LeCun: X-Sample Contrastive Loss: Improving
            Contrastive Learning with Sample Similarity Graphs. ICLR 2025, arXiv 2407.18134
 Idea       Every contrastive loss has a graph over the samples of a batch and asks the encoder to reproduce it. SimCLR's graph
-           joins a picture with its other view and calls all else equally different: the two dogs of a batch are pushed
-           apart. SupCon joins what has the same label, and a dog is as far from a wolf as from a truck. X-CLR takes a soft
-           graph, the similarity of captions (or of class descriptions) in the space of a frozen text encoder, turns each
-           row into a distribution with a temperature of its own, and trains by cross-entropy towards it. The text encoder
-           only supplies targets: it can be run once, in advance. Pictures are compared with pictures; nothing here is CLIP.
+           joins a picture with its other view and calls all else equally different, two dogs too. SupCon joins what has the
+           same label, and a dog is as far from a wolf as from a truck. X-CLR takes a soft graph, the similarity of captions
+           or class names for a frozen text encoder, which runs once, in advance; turns each row into a distribution with a
+           temperature of its own; and trains by cross-entropy towards it. Pictures are compared with pictures: no CLIP.
 Equations  target s_ij -> soft_targets()     student p_ij and H(s_i, p_i) -> xclr_loss()     graphs G -> make_graph()
-Read first section 2, then make_graph() in section 3 and train(); the rest is ordinary
-Symbols    N samples, two views each; z (2N, D) unit embeddings in two blocks, row i and row i + N show the same sample;
-           G (N, N) graph; tau and tau_s temperatures of student and target; f backbone features, which are what is probed
-Run        python methods/xsample.py --preset smoke                          (CPU, no data, under 30 s)
-           python methods/xsample.py                                         (CPU, no data; 6.7 min on one busy thread)
+Read first section 2, then make_graph() and train(); the rest is ordinary
+Symbols    N samples; z (2N, D) unit embeddings of two views, rows i and i + N show the same sample; G (N, N) graph; tau and
+           tau_s temperatures of student and target; f backbone features, which are what is probed
+Run        python methods/xsample.py [--preset smoke]                        (CPU, no data; 6.7 min on one busy thread)
            python methods/xsample.py --method xclr --graph tree              (or another of the six)
            torchrun --nproc_per_node=8 methods/xsample.py --preset paper --data data/imagenet --embeddings classes.npy
+           ... --data data/cc3m --embeddings captions.npy --text_of captions --probe_data data/imagenet --method clip,xclr
 Data       generated (common/scenes.py), or shards by data_prep/imagenet.py, cifar100.py, captions.py, cc12m.py; captions or
-           class names encoded once by data_prep/cache_text.py, or any .npy / .safetensors with one row a sample or class
+           class names encoded by data_prep/cache_text.py, or any .npy / .safetensors with one row a sample or class
 Expect     laptop, 300 a class: class 86.5 +- 2.3 SimCLR, 96.5 +- 1.0 CLIP, 96.9 +- 4.5 X-CLR, 100 SupCon; colours 60.7 SupCon,
-           100 the others; X-CLR over CLIP not clear; 3 seeds, commit 073c059. ImageNet, CC3M: not run
-Differs    from the paper: no code was published, and the body of the paper was not at hand; the loss is as its abstract, its
-           reviews and I-Con (ICLR 2025) state it, every setting below that is recalled or ours, hence a flag. Crops are cut on
-           the device from a square of --canvas pixels. Graph of --graph tree: 1 - path length / longest path, ours.
-           The text encoder of generated captions is a bag of content words: shape, colour and texture; views keep hue.
-           from a public re-implementation: the diagonal is out on BOTH sides (inside, half of the target is out of reach
-           and the limit is not SimCLR); one cosine. Left out: SupCon's base temperature (a factor), zero-shot.
+           100 the others; 3 seeds, 073c059. ImageNet, CC3M: not run
+Differs    from the paper: no code was published, its body was not at hand; the loss is as its abstract, its reviews and I-Con
+           (ICLR 2025) state it, settings are recalled or ours. Crops are cut on the device from a square of --canvas pixels.
+           --graph tree: 1 - path length / longest path, ours. The text encoder of generated captions is a bag of content
+           words: shape, colour, texture; views keep hue.
+           from a public re-implementation: the diagonal is out on BOTH sides (inside, half of the target is out of reach and
+           the limit is not SimCLR); one cosine. Left out: SupCon's base temperature (a factor), zero-shot.
 Uses       common/augment.py ckpt.py cli.py data.py ddp.py log.py metrics.py optim.py plot.py resnet.py scenes.py
            tokenizer.py vision.py vit.py   (copy these with this file)
 """
@@ -111,7 +110,7 @@ class Config:
     text_width: int = 64  # clip: text transformer
     text_depth: int = 2  # clip
     text_heads: int = 2  # clip
-    # further tests of ImageNet models, by the probe that was trained on --data; folders and files as published
+    # further tests of ImageNet models, by the probe of the class; folders and files as published
     real: str = ""  # ImageNet-ReaL's real.json
     in9: str = ""  # ImageNet-9's bg_challenge folder, with in_to_in9.json in it
     objectnet: str = ""  # ObjectNet's folder, with images/ and mappings/
