@@ -22,6 +22,13 @@ SMALL = ["--preset", "smoke"]
 # Accountants. Reference values: papers' code and two published packages, computed once (opacus 1.6.0, dp-accounting 0.6.0)
 
 
+def test_products_in_threads_are_the_matrix_product():
+    g = torch.Generator().manual_seed(0)
+    x, q = torch.randn(50_001, 24, generator=g), torch.randn(24, generator=g)
+    for rows in (x, x[::2], x[:1], x[:0]):  # also strided, few and none
+        torch.testing.assert_close(M.products(rows, q, rows=7_000), (rows.double() @ q.double()).float())
+
+
 def test_the_released_example():
     assert M.epsilon(0.01, 0.2 * 18 / 2, 1000, 1e-7) == pytest.approx(0.9968787608646338, abs=1e-9)
     assert M.to_epsilon(M.ORDERS, 1000 * M.rdp(0.01, 1.8, M.ORDERS), 1e-7)[1] == 25
