@@ -520,26 +520,28 @@ class SmallLM(torch.nn.Module):
         x = self.body.token_embed(ids) + self.body.pos_embed[first : first + ids.shape[1]]
         for i, block in enumerate(self.body.blocks):
             q, *new = block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)
-            cache[i] = [torch.cat(pair, 2) for pair in zip(cache[i], new)] if i in cache else new
+            kept = [old.expand(len(ids), -1, -1, -1) for old in cache[i]] if i in cache else [t[:, :, :0] for t in new]
+            cache[i] = [torch.cat(pair, 2) for pair in zip(kept, new)]
             a = F.scaled_dot_product_attention(q, *cache[i], is_causal=first == 0)
             x = x + block.attn.proj(a.transpose(1, 2).flatten(2))
             x = x + block.mlp(block.norm2(x))
         return self.body.norm(x[:, -1]) @ self.body.token_embed.weight.T
 
     @torch.no_grad()
-    def write(self, ids, stop, generator, temperature=1.0, top_p=0.95, longest=48):
-        """ids (B, L): equal beginnings -> (B, longest) continuations, drawn by nucleus sampling."""
-        start, done, cache = ids.shape[1], 0, {}
-        for _ in range(min(longest, self.config["context"] - start)):
-            p = (self.after(ids[:, done:], done, cache) / temperature).softmax(1)
-            done = ids.shape[1]
+    def write(self, prompt, count, stop, generator, temperature=1.0, top_p=0.95, longest=48):
+        """prompt: list of ids -> (count, at most longest) continuations, drawn by nucleus sampling. It is read once for all."""
+        cache, ids = {}, torch.zeros(count, 0, dtype=torch.long)
+        logits = self.after(torch.tensor([prompt]), 0, cache).expand(count, -1)
+        for place in range(len(prompt), min(len(prompt) + longest, self.config["context"])):
+            p = (logits / temperature).softmax(1)
             values, order = p.sort(1, descending=True)
             values[values.cumsum(1) - values > top_p] = 0
             pick = torch.multinomial(values, 1, generator=generator)
             ids = torch.cat([ids, order.gather(1, pick)], 1)
-            if (ids[:, start:] == stop).any(1).all():
+            if (ids == stop).any(1).all():
                 break
-        return ids[:, start:]
+            logits = self.after(ids[:, -1:], place, cache)
+        return ids
 
 
 class LmProposer:
@@ -552,9 +554,8 @@ class LmProposer:
     def propose(self, prompt, history, n):
         best = history[-1] if history else Scored(prompt, 0.0)
         weak = min(best.elements, key=lambda e: e[1])[0] if best.elements else ""
-        ids = torch.tensor([lm_context(self.tok, prompt, best.prompt, weak)] * (4 * n))
-        out = []
-        for row in self.net.write(ids, self.tok.end, self.generator, self.temperature).tolist():
+        ids, out = lm_context(self.tok, prompt, best.prompt, weak), []
+        for row in self.net.write(ids, 4 * n, self.tok.end, self.generator, self.temperature).tolist():
             p = self.tok.decode(row)
             if p != prompt and p not in out and same_meaning(p, prompt):
                 out.append(p)
@@ -943,8 +944,7 @@ def train_lm(cfg: Config) -> dict:
         g = torch.Generator().manual_seed(0)
         for i in range(40):
             source = (scenes.caption, user_style)[i % 2](scenes.scene(i, 12345, (1, 3), grid=2))
-            ids = torch.tensor([lm_context(tok, source, source, "")] * 5)
-            texts = [tok.decode(r) for r in model.write(ids, tok.end, g).tolist()]
+            texts = [tok.decode(r) for r in model.write(lm_context(tok, source, source, ""), 5, tok.end, g).tolist()]
             kept, total = kept + sum(same_meaning(t, source) for t in texts), total + 5
         result["kept"] = 100 * kept / total
         print(table(list(map(list, result.items())), ["stand-in language model", ""]))
