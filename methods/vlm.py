@@ -138,7 +138,7 @@ def siglip_loss(logits, first=0):
     """SigLIP: noise-contrastive estimation, a yes or no for every pair. logits (b, B) = scale u.v + bias of own pictures with
     all captions, the first own caption in column `first`. Sum over captions, mean over pictures. The bias begins at -10,
     or B^2 - B negatives would drive the first steps."""
-    own = torch.eye(*logits.shape, device=logits.device).roll(first, 1)
+    own = torch.eye(*logits.shape, device=logits.device).roll(first, 1)  # no softmax, so a pair needs no other one
     return -F.logsigmoid((2 * own - 1) * logits).sum(1).mean()
 
 
@@ -173,7 +173,7 @@ def log_p(logits, ids, counted):
 def hide_words(ids, u, mask_id, special, share=0.15):
     """BERT's rule: hides `share` of the words of ids (B, L), one at least, by u (B, L, 2) uniform in [0, 1): 80 % become
     mask_id, 10 % a random word, 10 % stay. special (B, L): never hidden -> (ids, target with -100 elsewhere)."""
-    order = u[..., 0].masked_fill(special, 2.0)
+    order = u[..., 0].masked_fill(special, 2.0)  # 2: never the smallest
     hidden = (order < share) | (order == order.amin(1, keepdim=True)) & ~special
     draw = u[..., 1]
     noisy = torch.where(draw < 0.8, mask_id, torch.where(draw < 0.9, (draw * 1e6).long() % (mask_id - 2), ids))
@@ -397,15 +397,15 @@ class Masked(nn.Module):
         special = ~valid | (ids >= self.mask_id - 2)  # padding, start and end are never hidden
         masked, target = hide_words(ids, batch["u"][:, : ids.shape[1]], self.mask_id, special, batch["share"])
         seen_m, words_m = self.see(images, hidden=hidden), self.read(masked, valid)
-        fused = self.fuse(seen_m, words_m, valid)
+        fused = self.fuse(seen_m, words_m, valid)  # MMM: what is hidden on one side may be seen on the other
         N = seen_m.shape[1] - 1
         parts = {"mim": masked_ce(self.mim(seen_m[:, 1:]), codes), "mlm": masked_ce(self.mlm(words_m), target),
                  "mmm_img": masked_ce(self.mmm_img(fused[:, 2 : 2 + N]), codes),
                  "mmm_txt": masked_ce(self.mmm_txt(fused[:, 2 + N :]), target)}  # fmt: skip
-        seen, words = self.see(images), self.read(ids, valid)
+        seen, words = self.see(images), self.read(ids, valid)  # once more, with nothing hidden
         f_img, f_txt = unit(self.img_proj(seen[:, 0])), unit(self.txt_proj(words[:, 0]))
         parts["gc"] = infonce(f_img, f_txt, self.log_scale.exp())
-        logits = self.match(seen, batch["maybe"])
+        logits = self.match(seen, batch["maybe"])  # wrong captions are any other picture's; ALBEF would take similar ones
         parts["itm"] = F.binary_cross_entropy_with_logits(logits, batch["right"].float())
         if "qa" in batch:  # a question is a text whose last words, the answer, are hidden
             counted = batch["qa_counted"] & (batch["qa"] < self.mask_id - 2)
@@ -454,7 +454,7 @@ class CoCa(nn.Module):
         B, L = ids.shape
         x = torch.cat([self.lower.embed(ids), self.cls.expand(B, -1, -1)], 1)
         mask = torch.ones(L + 1, L + 1, dtype=torch.bool, device=ids.device).tril()[None].repeat(B, 1, 1)
-        mask[:, L, :L] = lengths(ids)
+        mask[:, L, :L] = lengths(ids)  # the words, in turn, are causal and never see it: one pass gives embedding and prediction
         x = self.lower(x, mask=mask[:, None])
         return unit(self.txt_proj(x[:, L])), x[:, :L]
 
@@ -463,7 +463,7 @@ class CoCa(nn.Module):
 
     def logits(self, seen, ids, caches=None, first=0):
         """Next-word logits (B, L, vocab). caches: of both halves; first: number of words in them already."""
-        low, up = caches or (None, None)
+        low, up = caches or (None, None)  # keys and values of the words so far; those of the picture are cheap to make again
         x = self.lower(self.lower.embed(ids, first), causal=True, caches=low)
         return self.lower.logits(self.upper(x, causal=True, context=seen[:, 1:], caches=up))
 
@@ -521,9 +521,9 @@ class Frozen(nn.Module):
 
     def logits(self, seen, ids, caches=None, first=0, before=None):
         """Next-word logits (B, L, vocab). before: (x (1, P, W), words in it), solved examples in front of the picture."""
-        shift = before[1] if before else 0
+        shift = before[1] if before else 0  # positions count words alone, those of the examples too
         x = self.stack.embed(ids, first + shift)
-        if not first:
+        if not first:  # the picture goes in once; later calls find it among the kept keys and values
             start = [before[0].expand(len(ids), -1, -1)] if before else []
             x = torch.cat([*start, seen, x], 1)
         return self.stack.logits(self.stack(x, causal=True, caches=caches)[:, -ids.shape[1] :])
@@ -541,6 +541,7 @@ class Frozen(nn.Module):
         return [{} for _ in self.stack.layers]
 
     def forward(self, batch):
+        # the encoder is frozen and pictures are not augmented, so that train() may have looked at each of them once
         seen, loss = self.projector(batch["features"] if "features" in batch else self.features(batch["image"])), 0.0
         for ids, counted in ((batch["told"], batch["told_counted"]), (batch.get("qa"), batch.get("qa_counted"))):
             if ids is not None:
@@ -569,7 +570,7 @@ class LoRA(nn.Module):
 @torch.no_grad()
 def generate(model, seen, prompts, end, longest=24):
     """Greedy continuation of prompts (B, P) of equal length with cached keys and values -> lists of ids without the end."""
-    caches, ids, out = model.caches(), prompts, []
+    caches, ids, out = model.caches(), prompts, []  # the prompt first, then one word at a time
     for first in [0, *range(prompts.shape[1], prompts.shape[1] + longest - 1)]:
         ids = model.logits(seen, ids, caches, first)[:, -1].argmax(1, keepdim=True)
         out.append(ids)
@@ -702,6 +703,7 @@ def make_batch(pairs: Pairs, part, arm, tok, cfg, micro, first, device):
     """What one arm needs for pictures {image, row}; `first` is the number of the first of them in the global batch, so that the
     draws do not depend on the number of processes."""
     rows = part["row"].tolist()
+    # one generator a picture of the global batch; each arm draws what it needs, in this order
     rngs = [np.random.default_rng((cfg.seed, 21, micro, first + i)) for i in range(len(rows))]
     captions = [pairs.captions[r][g.integers(len(pairs.captions[r]))] for r, g in zip(rows, rngs)]
     out = {"image": normalised(part["image"].to(device))} if "image" in part else {"features": part["features"]}
@@ -971,7 +973,7 @@ class Scorer:
 
     def answers(self, seen, questions, candidates, **options):
         """The likeliest of each question's candidates -> (indices, -1 for a tie; their probabilities among the candidates)."""
-        own = [i for i, some in enumerate(candidates) for _ in some]
+        own = [i for i, some in enumerate(candidates) for _ in some]  # all candidates of all questions, one after the other
         ids, counted = self.ids([c for some in candidates for c in some], [questions[i] for i in own])
         seen = seen.expand(len(questions), -1, -1)[own]
 
@@ -979,9 +981,10 @@ class Scorer:
             return (self.model.cloze(s, x, c).float().log_softmax(2).gather(2, x[..., None])[..., 0] * c).sum(1)
 
         if isinstance(self.model, Masked):
+            # a masked model fills the answer's places, all at once; end token and padding are no words
             total = self.blocks(hidden_words, seen, ids, counted & (ids < self.model.mask_id - 2))
         else:
-            total = self.likelihood(seen, ids, counted, **options) * counted.sum(1)
+            total = self.likelihood(seen, ids, counted, **options) * counted.sum(1)  # log p of the whole answer, not its mean
         best = [g.softmax(0).topk(2) for g in total.split([len(c) for c in candidates])]
         return [int(i[0]) if v[0] > v[1] else -1 for v, i in best], [float(v[0]) for v, _ in best]
 
@@ -1059,6 +1062,7 @@ def zero_shot(score, cfg) -> dict:
 def compositional(score, cfg) -> dict:
     """ARO's and SugarCrepe's form by kind, Winoground's form from the same records: each wrong caption has its own picture."""
     world = generated(cfg.eval_images, 3_000_017, cfg, objects=(2, 2))
+    # every wrong caption comes with the picture that it is true of, which is what Winoground needs
     made = [(i, n) for i, s in enumerate(world.scenes) for n in counters(s, i)]
     chosen = [m for g in ("replace", "swap", "add") for m in [m for m in made if m[1]["kind"].startswith(g)][: cfg.eval_images]]
     own = {g: torch.tensor([n["kind"].startswith(g) for _, n in chosen]) for g in ("replace", "swap", "add")}
@@ -1067,7 +1071,7 @@ def compositional(score, cfg) -> dict:
     seen, out = [score.see(world.pictures["image"])[[i for i, _ in chosen]], score.see(counter)], {}
     results = [[score.pairs(x, t) for x in seen] for t in texts]  # [caption][picture]
     for head in score.model.heads:
-        s = torch.stack([torch.stack([r[head] for r in row], 1) for row in results], 1)
+        s = torch.stack([torch.stack([r[head] for r in row], 1) for row in results], 1)  # (n, caption, picture)
         out |= {f"{head}: {g}": 100 * prefers(s[mine, 0, 0], s[mine, 1, 0])[0] for g, mine in own.items()}
         for name, value in zip(("text", "image", "group"), winoground(s[own["swap"]])):
             out[f"{head}: pairs, {name}"] = 100 * value
@@ -1083,7 +1087,7 @@ def sugarcrepe(score, seen, keys, cfg) -> dict:
     try:
         raw = Path(cfg.sugarcrepe).read_bytes()
         raw = gzip.decompress(raw) if cfg.sugarcrepe.endswith(".gz") else raw
-        place = {Path(k).stem: i for i, k in enumerate(keys)}
+        place = {Path(k).stem: i for i, k in enumerate(keys)}  # file names without their ending
         rows = [r for r in csv.DictReader(raw.decode("utf-8").splitlines()) if Path(r["file"]).stem in place]
         true, wrong, kinds = ([r[k] for r in rows] for k in ("caption", "negative_caption", "kind"))
     except (ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
@@ -1138,7 +1142,7 @@ def questions(score, test, rows, seen, cfg) -> dict:
         unclear = [not yes_or_no(f) for f, k in zip(free, kinds) if k not in scenes.OPEN]
         out |= {"VQA free, unclear": 100 * float(np.mean(unclear))} if unclear else {}
     if isinstance(score.model, Frozen) and cfg.shots and test.scenes:
-        solved = generated(cfg.shots, 4_000_037, cfg)
+        solved = generated(cfg.shots, 4_000_037, cfg)  # the same examples before every question
         done = [solved.question(i, np.random.default_rng((8, i))) for i in range(cfg.shots)]
         ids = [[score.tok.start, *score.tok.encode(q), *score.tok.encode(a), score.tok.end] for q, a, _ in done]
         before = score.model.examples(score.see(solved.pictures["image"]), ids)
