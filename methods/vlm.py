@@ -454,7 +454,7 @@ class CoCa(nn.Module):
         B, L = ids.shape
         x = torch.cat([self.lower.embed(ids), self.cls.expand(B, -1, -1)], 1)
         mask = torch.ones(L + 1, L + 1, dtype=torch.bool, device=ids.device).tril()[None].repeat(B, 1, 1)
-        mask[:, L, :L] = lengths(ids)  # the words, in turn, are causal and never see it: one pass gives embedding and prediction
+        mask[:, L, :L] = lengths(ids)  # causal words never see it: one pass gives embedding and prediction
         x = self.lower(x, mask=mask[:, None])
         return unit(self.txt_proj(x[:, L])), x[:, :L]
 
