@@ -20,7 +20,7 @@ Differs    the tutorial has no numbers of its own; everything here is tiny. FLAV
            of patches are k-means centres, half of the matching captions are wrong. Llip's form is the usual one, the tutorial
            gives none. The frozen encoder is the InfoNCE model's, the language model ours, trained on text alone. One generator
            of negatives teaches negclip and makes the tests. mask, coca and frozen are taught answers too.
-           from benchmark code: ties never count as right; yes and no are compared by their probabilities, so that garbage is
+           From benchmark code: ties never count as right; yes and no are compared by their probabilities, so that garbage is
            not a yes (POPE). Left out: MaskVLM, CM3leon, Chameleon, classifiers by Bayes, Q-Former, RLHF, video.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py scenes.py tokenizer.py vae.py
            vision.py vit.py   (copy these with this file)
@@ -114,7 +114,7 @@ class Config:
     memory_gb: float = 8.0  # pictures below this size are kept in memory
     sugarcrepe: str = ""  # its csv (kind, file, caption, negative_caption), for rows whose pictures are among the test pictures
     ask: str = ""  # a picture: answer --question with a trained model of out_dir, and end
-    question: str = "what do you see?"  # for --ask
+    question: str = ""  # for --ask; "" = what is to be seen
 
 
 # 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def llip_scores(tokens, keys, f_txt, queries):
 
 def masked_ce(logits, target):
     """Cross-entropy at the hidden places, target (B, L) with -100 elsewhere; 0, not NaN, if nothing is hidden. The mean is over
-    the hidden places of all processes. In bits it is the distortion H(X|Z) of 2.3.3; how much is hidden bounds the rate."""
+    the hidden places of all processes. Over ln 2 it is an upper bound, in bits, of the distortion H(X|Z) of 2.3.3."""
     loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=-100, reduction="sum")
     count = ddp.all_sum((target != -100).sum().float().detach())
     return loss * ddp.world_size() / count.clamp(min=1)
@@ -298,7 +298,8 @@ def lengths(ids):
 
 
 class Contrastive(nn.Module):
-    """2.2: two towers. loss: infonce, siglip, or llip, where a caption mixes the class token and registers."""
+    """2.2: two towers. loss: infonce; siglip; or llip, SigLIP's loss on cosines for which a caption mixes the picture's class
+    token and registers. heads, here and below: the ways in which the model scores a picture and a text."""
 
     def __init__(self, cfg, tok, loss: str):
         super().__init__()
@@ -351,7 +352,7 @@ class Masked(nn.Module):
         self.fusion = Stack(cfg, cfg.text_depth)
         self.mim, self.mmm_img = nn.Linear(W, cfg.codes), nn.Linear(W, cfg.codes)
         self.mlm, self.mmm_txt = nn.Linear(W, vocab), nn.Linear(W, vocab)
-        self.itm = nn.Sequential(nn.Linear(W, W), nn.Tanh(), nn.Linear(W, 2))
+        self.itm = nn.Sequential(nn.Linear(W, W), nn.Tanh(), nn.Linear(W, 1))
         self.img_proj, self.txt_proj = (nn.Linear(W, cfg.embed_dim, bias=False) for _ in range(2))
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.box = nn.Linear(W, 4) if boxes else None
@@ -370,13 +371,13 @@ class Masked(nn.Module):
         return self.fusion(x, mask=torch.cat([ones, valid], 1)[:, None, None])
 
     def cosines(self, seen, ids):
-        words = self.read(ids, lengths(ids))
+        words = self.read(ids, lengths(ids))  # attention goes both ways, so the start token stands for the text
         return dots(unit(self.img_proj(seen[:, 0])), unit(self.txt_proj(words[:, 0])))
 
     def match(self, seen, ids):
         """Log-odds that the text belongs to the picture (B,)."""
         valid = lengths(ids)
-        return self.itm(self.fuse(seen, self.read(ids, valid), valid)[:, 0]).float().diff(dim=1)[:, 0]
+        return self.itm(self.fuse(seen, self.read(ids, valid), valid)[:, 0]).float()[:, 0]
 
     def cloze(self, seen, ids, hidden):
         """Word logits at all places of ids whose hidden places (B, L) are replaced by the mask."""
@@ -421,7 +422,7 @@ class Masked(nn.Module):
 def box_loss(got, box):
     """X-VLM's kind of loss: L1 of (cx, cy, w, h) in [0, 1] plus 1 - generalised IoU, mean over the batch."""
     giou = torchvision.ops.generalized_box_iou_loss(corners(got), corners(box), reduction="mean")
-    return F.l1_loss(got, box) * 4 + giou
+    return F.l1_loss(got, box) * 4 + giou  # 4: summed over the coordinates
 
 
 def corners(box):
@@ -606,10 +607,14 @@ class Pairs:
         return (existence(pool[rng.integers(len(pool))]), "yes" if yes else "no", "object") if pool else None
 
     def negative(self, row, caption, rng):
-        """A caption that is wrong for the picture: exact for generated scenes, two words exchanged in others."""
+        """A caption that is wrong for the picture: exact for generated scenes, two words exchanged in others. It is worded as
+        true ones are, plain once in five times, or its style alone would give it away; and without the pairs of colour and
+        shape that training pictures never show, which would be learned as wrong."""
         if self.scenes:
-            wrong = counters(self.scenes[row], int(rng.integers(1 << 30)))
-            return wrong[rng.integers(len(wrong))]["caption"]
+            wrong = [n["scene"] for n in counterparts(self.scenes[row], int(rng.integers(1 << 30)))]
+            wrong = [s for s in wrong if not any(scenes.held_out(t.shape, t.colour) for t in s.things)]
+            variant = int(rng.integers(1, 1 << 20)) if rng.integers(5) else 0
+            return scenes.caption(wrong[rng.integers(len(wrong))], variant, brief=True) if wrong else "nothing"
         words = caption.split()
         places = [i for i, w in enumerate(words) if len(w) > 3]
         pairs = [(i, j) for i in places for j in places if i < j and words[i] != words[j]]
@@ -632,7 +637,7 @@ def existence(name):
     return scenes.articles(f"Is there a {name}?")
 
 
-def counters(s, seed):
+def counterparts(s, seed):
     """scenes.negatives without changes of size, which the captions here do not name: {kind, caption, scene}."""
     made = [{**n, "caption": scenes.caption(n["scene"], brief=True)} for n in scenes.negatives(s, seed)]
     return [n for n in made if n["caption"] != scenes.caption(s, brief=True)]
@@ -703,12 +708,15 @@ def make_batch(pairs: Pairs, part, arm, tok, cfg, micro, first, device):
     """What one arm needs for pictures {image, row}; `first` is the number of the first of them in the global batch, so that the
     draws do not depend on the number of processes."""
     rows = part["row"].tolist()
+    family = ARMS[arm][0]
     # one generator a picture of the global batch; each arm draws what it needs, in this order
     rngs = [np.random.default_rng((cfg.seed, 21, micro, first + i)) for i in range(len(rows))]
+    if family == "lm":  # words are quickly learned: few texts do
+        some = [g for i, g in enumerate(rngs, first) if i % 4 == 0] or rngs[:1]
+        return {"packed": torch.tensor([packed(pairs, tok, g, 2 * cfg.context) for g in some], device=device)}
     captions = [pairs.captions[r][g.integers(len(pairs.captions[r]))] for r, g in zip(rows, rngs)]
     out = {"image": normalised(part["image"].to(device))} if "image" in part else {"features": part["features"]}
     out["ids"] = rows_of(tok, [""] * len(rows), captions, cfg.context)[0]
-    family = ARMS[arm][0]
     if family in ("mask", "coca", "frozen") and pairs.classes:
         asked = [pairs.question(r, g) or ("", "no", "") for r, g in zip(rows, rngs) for _ in range(cfg.asked)]
         out["qa"], out["qa_counted"] = rows_of(tok, [q for q, _, _ in asked], [a for _, a, _ in asked], cfg.context)
@@ -716,9 +724,6 @@ def make_batch(pairs: Pairs, part, arm, tok, cfg, micro, first, device):
     if family == "frozen":
         tell = [TELL[g.integers(len(TELL))] for g in rngs]
         out["told"], out["told_counted"] = rows_of(tok, tell, captions, cfg.context)
-    if family == "lm":  # words are quickly learned: few texts do
-        some = [g for i, g in enumerate(rngs, first) if i % 4 == 0] or rngs[:1]
-        out = {"packed": torch.tensor([packed(pairs, tok, g, 2 * cfg.context) for g in some])}
     if arm == "negclip":
         wrong = [pairs.negative(r, c, g) for r, c, g in zip(rows, captions, rngs)]
         out["negative"] = rows_of(tok, [""] * len(rows), wrong, cfg.context)[0]
@@ -931,7 +936,8 @@ def chair(given, objects, classes):
 
 
 class Scorer:
-    """score(pictures, texts) for every head of every family, in blocks; all benchmarks go through it."""
+    """How well pictures and texts fit, for every head of every family, and what a model writes; all benchmarks go through it.
+    The head "likelihood - blind" takes off what the text has before a grey picture, that is, without one."""
 
     def __init__(self, model, tok, cfg, device):
         self.model, self.tok, self.cfg, self.device = model, tok, cfg, device
@@ -1047,13 +1053,13 @@ def recall_at_1(scores, match):
 
 def zero_shot(score, cfg) -> dict:
     """Colour and shape of a single object among 72 classes, two templates averaged; pairs that were trained on, and pairs that
-    were not. Contrastive heads average cosines, generative ones log p(text | picture)."""
+    were not. Contrastive heads average cosines, generative ones the mean log-probability of a word."""
     names, out = [f"{c} {s}" for c in scenes.COLOURS for s in scenes.SHAPES], {}
     for pairs, name in (("seen", "zero-shot"), ("held_out", "zero-shot, unseen pairs")):
         single = generated(min(64, cfg.eval_images), 2_000_003, cfg, objects=(1, 1), pairs=pairs)
         seen = score.see(single.pictures["image"])
         label = torch.tensor([names.index(f"{s.things[0].colour} {s.things[0].shape}") for s in single.scenes])
-        both = [score.pairs(seen, [f.format(n) for n in names], True) for f in ("a {}", "there is a {}")]
+        both = [score.pairs(seen, [scenes.articles(f.format(n)) for n in names], True) for f in ("a {}", "there is a {}")]
         own = F.one_hot(label, len(names)).bool()
         out |= {f"{head}: {name}": recall_at_1(both[0][head] + both[1][head], own) for head in both[0]}
     return out
@@ -1063,7 +1069,7 @@ def compositional(score, cfg) -> dict:
     """ARO's and SugarCrepe's form by kind, Winoground's form from the same records: each wrong caption has its own picture."""
     world = generated(cfg.eval_images, 3_000_017, cfg, objects=(2, 2))
     # every wrong caption comes with the picture that it is true of, which is what Winoground needs
-    made = [(i, n) for i, s in enumerate(world.scenes) for n in counters(s, i)]
+    made = [(i, n) for i, s in enumerate(world.scenes) for n in counterparts(s, i)]
     chosen = [m for g in ("replace", "swap", "add") for m in [m for m in made if m[1]["kind"].startswith(g)][: cfg.eval_images]]
     own = {g: torch.tensor([n["kind"].startswith(g) for _, n in chosen]) for g in ("replace", "swap", "add")}
     counter = torch.from_numpy(scenes.render([n["scene"] for _, n in chosen], cfg.image_size)).permute(0, 3, 1, 2)
@@ -1153,7 +1159,7 @@ def questions(score, test, rows, seen, cfg) -> dict:
         if made:
             where, names, truth = zip(*made)
             best, _ = score.answers(seen[list(where)], [existence(n) for n in names], [("yes", "no")] * len(made))
-            said = pope_score([b == 0 for b in best], truth)
+            said = pope_score([b == 0 if b >= 0 else not t for b, t in zip(best, truth)], truth)  # a tie is wrong
             out |= {f"POPE {setting} {k}": 100 * v for k, v in said.items() if k in ("accuracy", "F1", "yes")}
     return out
 
@@ -1425,7 +1431,7 @@ def answer_once(cfg) -> str:
             env = ddp.start(cfg.seed)
             score = Scorer(build(old, tok, env, True).eval(), tok, old, env.device)
             part = data.stack([data.squeezed(old.image_size)({"image": img, "row": 0})])
-            text = score.write(score.see(part["image"]), [cfg.question])[0]
+            text = score.write(score.see(part["image"]), [cfg.question or score.prompt])[0]
             print(f"{arm}: {text}")
             return text
     raise ValueError(f"--ask: {cfg.out_dir} holds no trained arm that writes; train coca or frozen first")

@@ -427,12 +427,31 @@ def test_questions_are_true_and_balanced():
 def test_wrong_captions_are_true_of_their_own_picture():
     for seed in range(40):
         s = scenes.scene(seed, 3, (2, 2), grid=2)
-        for n in M.counters(s, seed):
+        for n in M.counterparts(s, seed):
             assert n["caption"] != scenes.caption(s, brief=True) and n["caption"] == scenes.caption(n["scene"], brief=True)
             if n["kind"] != "add_obj":  # three things in a caption: facts() reads relations of two
                 assert M.facts(n["caption"]) <= M.true_facts(n["scene"])
             assert not M.facts(n["caption"]) <= M.true_facts(s), (n["kind"], n["caption"], scenes.caption(s, brief=True))
             assert not np.array_equal(*scenes.render([s, n["scene"]], 32))
+
+
+def test_negatives_are_worded_like_true_captions_and_teach_no_unseen_pair(monkeypatch):
+    pairs, told, caption = M.generated(60, 5, CFG), [], scenes.caption
+
+    def spy(s, variant=0, brief=False):
+        told.append((s, variant))
+        return caption(s, variant, brief)
+
+    monkeypatch.setattr(scenes, "caption", spy)
+    plain = 0
+    for row in range(60):
+        for draw in range(5):
+            text = pairs.negative(row, pairs.captions[row][0], np.random.default_rng((row, draw)))
+            s, variant = told[-1]
+            assert text == caption(s, variant, True) and s != pairs.scenes[row] and text not in pairs.captions[row]
+            assert not any(scenes.held_out(t.shape, t.colour) for t in s.things), text
+            plain += variant == 0
+    assert 0.1 < plain / 300 < 0.3  # true captions: one in five
 
 
 def test_training_and_test_pictures_are_disjoint_and_noise_is_known():
