@@ -612,9 +612,11 @@ class Pairs:
         shape that training pictures never show, which would be learned as wrong."""
         if self.scenes:
             wrong = [n["scene"] for n in counterparts(self.scenes[row], int(rng.integers(1 << 30)))]
-            wrong = [s for s in wrong if not any(scenes.held_out(t.shape, t.colour) for t in s.things)]
-            variant = int(rng.integers(1, 1 << 20)) if rng.integers(5) else 0
-            return scenes.caption(wrong[rng.integers(len(wrong))], variant, brief=True) if wrong else "nothing"
+            wrong = [s for s in wrong if not any(scenes.held_out(t.shape, t.colour) for t in s.things)] or wrong
+            other, variant = wrong[rng.integers(len(wrong))], int(rng.integers(1, 1 << 20)) if rng.integers(5) else 0
+            text = scenes.caption(other, variant, brief=True)
+            named = text != scenes.caption(self.scenes[row], variant, brief=True)  # some wordings leave the difference out
+            return text if named else scenes.caption(other, brief=True)
         words = caption.split()
         places = [i for i, w in enumerate(words) if len(w) > 3]
         pairs = [(i, j) for i in places for j in places if i < j and words[i] != words[j]]
