@@ -8,15 +8,15 @@ Idea       A text-to-image model ignores parts of a prompt; the same content in 
 Equations  Sec. 3, loop -> optimise()     its message -> meta_prompt()     decomposed CLIPScore -> dcs()     DSG -> dsg_score()
 Read first section 2, meta_prompt() and ChatClient in section 3, then run(); generators and scorers can be replaced
 Symbols    p0 user prompt; f language model, g generator, S score; T iterations, n prompts each, m pictures each, k in history
-Run        python methods/opt2i.py --preset smoke                           (CPU, no files, under 30 s)
-           python methods/opt2i.py                                          (CPU, no files; 4 to 6 min on one busy thread)
+Run        python methods/opt2i.py [--preset smoke]                         (CPU, no files; 4 to 6 min on one busy thread)
            python methods/opt2i.py --llm_url URL --image_url URL --score dcs --prompts prompts.tsv
            python methods/opt2i.py --replay RUN/exchanges.jsonl --out_dir AGAIN ...     (same options; no language model needed)
 Data       generated prompts (common/scenes.py) with their questions; or PartiPrompts, DrawBench, COCO captions, DSG-1k
 Expect     laptop: +21.5 +- 13.8 DSG points on fresh seeds, paraphrasing +21.4 with twice the pictures; 3 seeds, commit 3abf676
-Differs    from the paper: offline, language model, picture model and VQA are small stand-ins for generated captions: nothing
-           reproduces its table. Gains on fresh seeds too: the best of many on m seeds flatters itself. Own messages; noun
-           phrases by rule. From the DSG code: parents count transitively; malformed cells and cycles do not empty a graph.
+Differs    from the paper: offline, language model, picture model and VQA are small stand-ins for generated captions, the
+           first sees the best prompt and its weakest element only, no message: nothing reproduces the table. Gains on fresh
+           seeds too: the best of many on m seeds flatters itself. Own messages; a server that sends too few prompts is asked
+           again; noun phrases by rule. From the DSG code: parents count transitively; malformed cells and cycles do no harm.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
            vae.py vit.py zoo.py and weights/   (copy these with this file)
 """
@@ -33,6 +33,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shlex
 import subprocess
 import sys
@@ -251,6 +252,10 @@ class ServerError(ValueError):
     """A request that failed for good, with one sentence that says why."""
 
 
+class Refused(ServerError):
+    """This prompt will not be drawn; another may be."""
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirected request would take the key to another host."""
 
@@ -274,6 +279,7 @@ class ChatClient:
         self.options = {"temperature": temperature, token_field: max_tokens}
         self.usage = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
         self.answers = _read_exchanges(replay) if replay else None
+        self.task, self.attempt = 0, secrets.token_hex(4)  # of a run that was stopped and went on, the last attempt counts
 
     def request(self, path, body=None):
         """One exchange with retries -> parsed JSON object."""
@@ -286,14 +292,15 @@ class ChatClient:
                 call = urllib.request.Request(self.base + path, data_, headers)
                 until = time.monotonic() + self.timeout
                 with opener.open(call, timeout=self.timeout) as r:
-                    reply = json.loads(_read(r, until))
+                    reply = json.loads(_body(r, until))
                 if not isinstance(reply, dict):
                     raise ValueError("its answer is not an object")
                 return reply
             except urllib.request.HTTPError as error:
                 problem = f"status {error.code}: {_start(error)}"
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
-                    raise ServerError(f"{self.base}{path} refused the request with {problem}") from error
+                    kind = Refused if error.code in (400, 413, 422) else ServerError
+                    raise kind(f"{self.base}{path} refused the request with {problem}") from error
             except (OSError, ValueError, http.client.HTTPException, RecursionError) as error:  # down, slow, cut off, not JSON
                 problem = f"{type(error).__name__}: {error}"
             if attempt < self.retries:
@@ -337,12 +344,13 @@ class ChatClient:
             self.usage[name] += count if isinstance(count, int) else 0
         if self.log:
             with open(self.log, "a", encoding="utf-8") as f:
-                f.write(json.dumps({"key": key, "model": self.model, "system": system, "user": user, "answer": text}) + "\n")
+                sent = {"key": key, "model": self.model, "system": system, "user": user}
+                f.write(json.dumps({"task": self.task, "attempt": self.attempt, **sent, "answer": text}) + "\n")
         return text
 
 
-def _read(answer, until, most=64 << 20) -> bytes:
-    """The body. A socket's timeout holds for each piece of it, so that a server that drips would keep us for ever."""
+def _body(answer, until, most=64 << 20) -> bytes:
+    """All of an answer, by `until`: a socket's timeout bounds each piece only, a server that drips would keep us for ever."""
     out = b""
     while len(out) < most and (piece := answer.read1(1 << 20)):
         out += piece
@@ -374,9 +382,11 @@ def _content(reply) -> str:
 def _read_exchanges(path) -> dict[str, list[str]]:
     out: dict[str, list[str]] = {}
     try:
-        for line in Path(path).read_text("utf-8").splitlines():
-            r = json.loads(line)
-            out.setdefault(r["key"], []).append(r["answer"])
+        lines = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+        last = {r["task"]: r["attempt"] for r in lines}
+        for r in lines:
+            if r["attempt"] == last[r["task"]]:
+                out.setdefault(r["key"], []).append(r["answer"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--replay {path} is not the exchanges.jsonl of a run ({type(error).__name__})") from error
     return out
@@ -516,23 +526,26 @@ class SmallLM(torch.nn.Module):
         return self.body.hidden(ids) @ self.body.token_embed.weight.T  # (B, L, vocab)
 
     def after(self, ids, first, cache):
-        """Logits (B, vocab) after ids (B, L), which follow `first` others. cache: keys and values of each layer, added to."""
+        """Logits (B, vocab) after ids (B, L), which follow `first` others: none, or L is 1. cache: keys and values of each
+        layer, of one row or B, added to. The rest is common/vit.py's Block."""
         x = self.body.token_embed(ids) + self.body.pos_embed[first : first + ids.shape[1]]
         for i, block in enumerate(self.body.blocks):
             q, *new = block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)
-            kept = [old.expand(len(ids), -1, -1, -1) for old in cache[i]] if i in cache else [t[:, :, :0] for t in new]
-            cache[i] = [torch.cat(pair, 2) for pair in zip(kept, new)]
+            if i in cache:
+                new = [torch.cat([old.expand(len(ids), -1, -1, -1), t], 2) for old, t in zip(cache[i], new)]
+            cache[i] = new
             a = F.scaled_dot_product_attention(q, *cache[i], is_causal=first == 0)
             x = x + block.attn.proj(a.transpose(1, 2).flatten(2))
             x = x + block.mlp(block.norm2(x))
         return self.body.norm(x[:, -1]) @ self.body.token_embed.weight.T
 
     @torch.no_grad()
-    def write(self, prompt, count, stop, generator, temperature=1.0, top_p=0.95, longest=48):
-        """prompt: list of ids -> (count, at most longest) continuations, drawn by nucleus sampling. It is read once for all."""
+    def write(self, context, count, stop, generator, temperature=1.0, top_p=0.95, longest=48):
+        """context: list of ids, read once for all -> (count, at most longest) continuations, drawn by nucleus sampling. They
+        may run on behind `stop`, where decode() ends."""
         cache, ids = {}, torch.zeros(count, 0, dtype=torch.long)
-        logits = self.after(torch.tensor([prompt]), 0, cache).expand(count, -1)
-        for place in range(len(prompt), min(len(prompt) + longest, self.config["context"])):
+        logits = self.after(torch.tensor([context]), 0, cache).expand(count, -1)
+        for place in range(len(context), min(len(context) + longest, self.config["context"])):
             p = (logits / temperature).softmax(1)
             values, order = p.sort(1, descending=True)
             values[values.cumsum(1) - values > top_p] = 0
@@ -630,7 +643,11 @@ def read_tasks(path, limit, challenges="") -> list[Task]:
                 raise ValueError(f"--challenges {challenges} are not all in it")
             rows, limit = [r for part in parts for r in part], None
         group = "image_id" if "image_id" in rows[0] else name
-        return [Task(t) for t in {r[group]: r[name] for r in reversed(rows) if r[name]}.values()][::-1][:limit]
+        first: dict[str, str] = {}
+        for r in rows:
+            if r[name]:
+                first.setdefault(r[group], r[name])
+        return [Task(t) for t in first.values()][:limit]
     except (OSError, ValueError, EOFError, csv.Error, zlib.error, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"--prompts {path} is not a table of PartiPrompts, DrawBench, COCO or DSG-1k "
                          f"({type(error).__name__}: {error})") from error  # fmt: skip
@@ -660,7 +677,7 @@ def by_command(cfg, prompt, seed):
             raise ValueError(f"--image_command {filled[0]} cannot be run ({type(error).__name__})") from error
         if done.returncode or not out.exists():
             tail = (done.stderr.strip().splitlines() or [""])[-1]
-            raise ValueError(f"--image_command {filled[0]} wrote no picture, status {done.returncode}: {tail[:200]}")
+            raise Refused(f"--image_command {filled[0]} wrote no picture, status {done.returncode}: {tail[:200]}")
         return data.decode_image(out.read_bytes(), str(out))
 
 
@@ -680,8 +697,9 @@ class Scorer:
 
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, device
-        self.reader = zoo.load_vqa().to(device)
-        if cfg.score == "dcs":
+        if cfg.score == "dsg":
+            self.reader = zoo.load_vqa().to(device)
+        else:
             self.clip = (load_clip(cfg.clip) if cfg.clip else zoo.load_clip()).to(device).eval()
             self.tok = Tokenizer.from_clip(cfg.tokenizer) if cfg.clip else zoo.load_tokenizer()
         self.server = ChatClient(cfg.vqa_url, "", os.environ.get("VQA_API_KEY", ""), cfg.timeout, temperature=0.0,
@@ -695,8 +713,6 @@ class Scorer:
         if task.scene is not None:
             said = self.reader.answer(images.to(self.device), [list(task.questions.values())] * len(images))
             return [dict(zip(task.questions, row)) for row in said]
-        if self.server is None:
-            raise ValueError("real prompts with --score dsg need --vqa_url, a server that sees pictures; or use --score dcs")
         out = []
         for img in images:
             png = io.BytesIO()
@@ -742,14 +758,14 @@ class Found:
 
     best: Scored
     trace: list
-    pictures: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    drawing: float = 0.0
+    pictures: list[float]
+    seconds: float
+    drawing: float
 
 
 def iterations_of(method, cfg) -> tuple[int, int]:
-    """Iterations and prompts in each, T x n; every method has as many prompts. "20x2" and the like, by name, are points of the
-    grid between exploration (many prompts at once) and exploitation (many iterations)."""
+    """T, n of a method: iterations and new prompts in each; all methods have the same T x n. Any other method is named TxN,
+    like 20x2: a point between exploitation (many iterations) and exploration (many prompts at once), paper Fig. 5."""
     if "x" in method:
         return tuple(map(int, method.split("x")))
     return (cfg.steps, cfg.candidates) if method == "opt2i" else (1, cfg.steps * cfg.candidates)
@@ -757,24 +773,27 @@ def iterations_of(method, cfg) -> tuple[int, int]:
 
 def search(method, task, draw, scorer, proposer, cfg) -> Found:
     """One method on one prompt. All have the same number of prompts and pictures at most."""
-    found, began = Found(Scored(task.prompt, math.nan), []), time.perf_counter()
+    began, drawing, pictures = time.perf_counter(), 0.0, []
 
     def generate(p, seed=cfg.seed):
+        nonlocal drawing
         t = time.perf_counter()
         try:
             return draw(p, cfg.images, seed)
-        except (ValueError, data.BadSample) as error:  # refused or unreadable: a bad prompt, not the end of the run
+        except (Refused, data.BadSample) as error:  # a bad prompt, not the end of the run
             if p == task.prompt:
                 raise
             print(f"no picture for {p[:60]!r}: {error}", file=sys.stderr)
+            return None
         finally:
-            found.drawing += time.perf_counter() - t
+            drawing += time.perf_counter() - t
 
-    def score(_, images):
+    def score(_, images):  # scorers know the user prompt by the task
+        nonlocal drawing
         t = time.perf_counter()
         mean, elements, each = (0.0, [], [0.0] * cfg.images) if images is None else scorer(task, images)
-        found.pictures += each
-        found.drawing += time.perf_counter() - t
+        pictures.extend(each)
+        drawing += time.perf_counter() - t
         return mean, elements
 
     iterations, n = iterations_of(method, cfg)
@@ -782,13 +801,12 @@ def search(method, task, draw, scorer, proposer, cfg) -> Found:
         first = Scored(task.prompt, *score(task.prompt, generate(task.prompt)))
         for i in range(n):
             score(task.prompt, generate(task.prompt, cfg.seed + 1 + i))
-        found.best = Scored(task.prompt, top_k_mean(found.pictures, cfg.images))
-        found.trace = [[first], [found.best]]
+        best = Scored(task.prompt, top_k_mean(pictures, cfg.images))
+        trace = [[first], [best]]
     else:  # oneshot is one iteration, whose history holds the user prompt alone
         propose = proposer.propose if method != "paraphrase" else lambda p, history, n: proposer.paraphrase(p, n)
-        found.best, found.trace = optimise(task.prompt, generate, score, propose, iterations, n, cfg.history, cfg.target)
-    found.seconds = time.perf_counter() - began
-    return found
+        best, trace = optimise(task.prompt, generate, score, propose, iterations, n, cfg.history, cfg.target)
+    return Found(best, trace, pictures, time.perf_counter() - began, drawing)
 
 
 def top_k_mean(scores, k):
@@ -797,17 +815,19 @@ def top_k_mean(scores, k):
 
 
 def gain(first, best, kind):
-    """DSG: points (a prompt may start at 0). dCS: percent of the first score."""
-    return 100 * (best - first) if kind == "dsg" else 100 * (best / first - 1)
+    """DSG: points (a prompt may start at 0). dCS: percent of the first score; NaN where that is no positive cosine."""
+    if kind == "dsg":
+        return 100 * (best - first)
+    return 100 * (best / first - 1) if first > 0 else math.nan
 
 
 def solve_task(i, task, draw, scorer, cfg, out, client) -> dict:
     """All methods on one prompt, with the comparison on fresh seeds; saved as JSON and a sheet of pictures. -> seconds of each
     search: (in the generator and the scorer, all)."""
-    result = {"prompt": task.prompt, "methods": {}}
-    fresh = cfg.seed + 500_000
-    images0 = draw(task.prompt, cfg.fresh, fresh)
-    base, clock = scorer(task, images0)[0], {}
+    result, clock, fresh = {"prompt": task.prompt, "methods": {}}, {}, cfg.seed + 500_000
+    if client:
+        client.task = i
+    base = scorer(task, draw(task.prompt, cfg.fresh, fresh))[0]
     for method in cfg.methods.split(","):
         proposer = (HttpProposer(client, cfg) if client else Grammar(cfg.seed + i) if cfg.proposer == "grammar" else
                     LmProposer(cfg.seed + i, cfg.temperature))  # fmt: skip
@@ -819,22 +839,27 @@ def solve_task(i, task, draw, scorer, cfg, out, client) -> dict:
             "iterations": len(trace) - 1, "prompts": sum(map(len, trace)), "pictures": len(found.pictures),
             "picture_scores": found.pictures, "curve": [[s.score for s in part] for part in trace],
             "words": len(best.prompt.split()), "elements": best.elements}  # fmt: skip
-        if method == cfg.methods.split(",")[0]:
+        if [method] == searched(cfg)[:1]:
             draw_sheet(trace[0][0], best, draw, cfg, out / f"{i:03d}.png")
     write_json(out / f"{i:03d}.json", result)
     return clock
 
 
-def selections(results, cfg) -> tuple[list[str], list[list]]:
-    """Post-hoc selection (paper, Sec. 3.5): the mean score of the k best pictures of each method, in percent of what DSG allows
-    or as a cosine, over prompts that were not right at once; k up to the number that every search drew."""
+def searched(cfg) -> list[str]:
+    """The methods that change the prompt; the first of them is shown."""
+    return [m for m in cfg.methods.split(",") if m != "seeds"]
+
+
+def selections(results, cfg) -> tuple[list[int], dict[str, list[float]]]:
+    """Post-hoc selection (paper, Sec. 3.5): -> numbers k, method -> mean score of its k best pictures, DSG in percent, cosines
+    times 100; over prompts that were not right at once; k up to what every search drew (all draw alike with --target 2)."""
     some = [r["methods"] for r in results if all(m["first"] < cfg.target for m in r["methods"].values())]
     most = min((len(m["picture_scores"]) for s in some for m in s.values()), default=0)
-    ks = [k for k in (1, 4, 10, 25, 50, 100, 200, 400, 600) if k < most] + [most] * bool(most)
-    unit = 100 if cfg.score == "dsg" else 1
-    rows = [[name, *(unit * float(np.mean([top_k_mean(s[name]["picture_scores"], k) for s in some])) for k in ks)]
-            for name in cfg.methods.split(",")]  # fmt: skip
-    return ["method", *(f"best {k}" for k in ks)], rows
+    ks = [k for k in (1, 4, 10, 25, 50, 100, 200, 400, 600) if k < most]
+    if most:
+        ks.append(most)
+    return ks, {name: [100 * float(np.mean([top_k_mean(s[name]["picture_scores"], k) for s in some])) for k in ks]
+                for name in cfg.methods.split(",")}  # fmt: skip
 
 
 def summary(results, cfg) -> tuple[list[list], dict]:
@@ -842,13 +867,13 @@ def summary(results, cfg) -> tuple[list[list], dict]:
     rows, out = [], {}
     for method in cfg.methods.split(","):
         some = [r["methods"][method] for r in results]
-        searched = [gain(s["first"], s["best"], cfg.score) for s in some]
+        on_searched = [gain(s["first"], s["best"], cfg.score) for s in some]
         fresh = [gain(s["fresh_first"], s["fresh_best"], cfg.score) for s in some]
         hard = [g for g, s in zip(fresh, some) if s["first"] < cfg.target]
-        half = 1.96 * np.std(fresh, ddof=1) / math.sqrt(len(fresh)) if len(fresh) > 1 else math.nan
-        values = {"gain": np.mean(searched), "fresh_gain": np.mean(fresh), "fresh_half": half,
-                  "fresh_gain_hard": np.mean(hard) if hard else 0.0, "iterations": np.mean([s["iterations"] for s in some]),
-                  "pictures": np.mean([s["pictures"] for s in some]), "words": np.mean([s["words"] for s in some])}  # fmt: skip
+        half = 1.96 * np.nanstd(fresh, ddof=1) / math.sqrt(len(fresh)) if len(fresh) > 1 else math.nan
+        values = {"gain": np.nanmean(on_searched), "fresh_gain": np.nanmean(fresh), "fresh_half": half,
+                  "fresh_gain_hard": np.nanmean(hard) if hard else math.nan,
+                  **{k: np.mean([s[k] for s in some]) for k in ("iterations", "pictures", "words")}}  # fmt: skip
         out |= {f"{method}_{k}": float(v) for k, v in values.items()}
         fresh_text = "pictures are selected" if method == "seeds" else f"{values['fresh_gain']:+.1f} +- {half:.1f}"
         hard_text = "" if method == "seeds" else f"{values['fresh_gain_hard']:+.1f}"
@@ -868,14 +893,14 @@ def set_metrics(tasks, results, draw, judge, cfg) -> dict:
         with torch.no_grad():
             return torch.cat([judge.features(p.to(device), 2).cpu() for p in images.split(256)])
 
-    f_real, method = features(real), cfg.methods.split(",")[0]
+    f_real, method = features(real), searched(cfg)[0]
     for name in ("first", "best"):
         prompts = [t.prompt if name == "first" else r["methods"][method]["prompt"] for t, r in zip(tasks, results)]
         sets = [draw(p, cfg.fresh, cfg.seed + 500_000) for p in prompts]
-        f = [F.normalize(features(s).double(), dim=1) for s in sets]
-        n = cfg.fresh
+        each, n = [features(s) for s in sets], cfg.fresh
+        f = [F.normalize(v.double(), dim=1) for v in each]
         inner = [1 - ((v.sum(0).square().sum() - n) / (n * (n - 1))).item() for v in f] if n > 1 else [math.nan]
-        fake = features(torch.cat(sets))
+        fake = torch.cat(each)
         p = metrics.prdc(f_real, fake, 3)
         out |= {f"{name}_fd": metrics.frechet_distance(f_real, fake), f"{name}_precision": p["precision"],
                 f"{name}_recall": p["recall"], f"{name}_diversity": float(np.mean(inner))}  # fmt: skip
@@ -979,14 +1004,16 @@ def check(cfg: Config) -> None:
                              f"{cfg.steps * cfg.candidates}, or methods could not be compared")  # fmt: skip
     if cfg.steps < 0:
         raise ValueError(f"--steps {cfg.steps} must not be negative")
-    for name in ("candidates", "images", "history", "fresh", "batch_size", "limit", "log_every", "save_every"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} {getattr(cfg, name)} must be at least 1")
-    if cfg.proposer == "http" and not cfg.llm_url:
+    for name in ("candidates", "images", "history", "fresh", "batch_size", "limit", "log_every", "save_every", "prompts"):
+        if (value := getattr(cfg, name)) in (0, "0") or isinstance(value, int) and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
+    if not cfg.temperature > 0 and not (cfg.llm_url or cfg.replay):
+        raise ValueError(f"--temperature {cfg.temperature} must be above 0 for the stand-in language model")
+    if cfg.proposer == "http" and not (cfg.llm_url or cfg.replay):
         raise ValueError("--proposer http needs --llm_url, like http://localhost:8000/v1")
     if cfg.clip and not cfg.tokenizer:
         raise ValueError("--clip needs --tokenizer, CLIP's merges file")
-    if not cfg.prompts.isdigit() and not (cfg.llm_url or cfg.replay):
+    if not cfg.prompts.isdigit() and searched(cfg) and not (cfg.llm_url or cfg.replay):
         raise ValueError("--prompts from a file need a language model: --llm_url or --replay; the stand-in only knows scenes")
     if cfg.prompts.isdigit() == bool(cfg.image_command or cfg.image_url):
         raise ValueError("--prompts from a file need a generator of your own, --image_command or --image_url, and generated "
@@ -1009,10 +1036,10 @@ def run(cfg: Config) -> dict:
         scored = len(methods) * budget * cfg.images + cfg.fresh * (1 + len(methods))  # search, fresh seeds; of one prompt
         shown = 2 * cfg.images + (2 * cfg.fresh if cfg.prompts.isdigit() else 0)  # sheet, set metrics
         asked = max(len(t.questions) for t in tasks) if cfg.vqa_url else 0
+        messages = sum(iterations_of(m, cfg)[0] for m in searched(cfg))
         print(f"{len(tasks)} prompts x {len(methods)} methods: at most {len(tasks) * len(methods) * budget:,} prompts, "
               f"{len(tasks) * (scored + shown):,} pictures, {len(tasks) * scored * asked:,} calls of the VQA server, and "
-              f"{len(tasks) * (cfg.steps + 2):,} calls of the language model, more where it sends too few prompts; "
-              "none was made")  # fmt: skip
+              f"{len(tasks) * messages:,} calls of the language model, more where it sends too few; none was made")  # fmt: skip
         return {}
     env, out = ddp.start(cfg.seed, timeout_s=7200), Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -1027,14 +1054,17 @@ def run(cfg: Config) -> dict:
             old.unlink()  # of other settings
     if env.is_main:
         write_json(config, {**cfg.__dict__, "processes": env.world, "versions": versions()})
-    draw, scorer, spent = make_generator(cfg, env.device), Scorer(cfg, env.device), time.monotonic()
+    draw, scorer, began = make_generator(cfg, env.device), Scorer(cfg, env.device), time.monotonic()
     if env.world > 1:
         torch.distributed.barrier()
     mine = list(enumerate(tasks))[env.rank :: env.world]
     clocks = []
     for i, task in tqdm(mine, desc="prompts", unit="prompt", disable=not env.is_main, dynamic_ncols=True):
         if not (out / f"{i:03d}.json").exists():
-            clocks.append(solve_task(i, task, draw, scorer, cfg, out, client))
+            try:
+                clocks.append(solve_task(i, task, draw, scorer, cfg, out, client))
+            except (Refused, data.BadSample) as error:  # of the user prompt itself, or of the best one with fresh seeds
+                write_json(out / f"{i:03d}.json", {"prompt": task.prompt, "refused": str(error)})
         if env.world == 1 and ddp.interrupted():
             raise KeyboardInterrupt
     if env.world > 1:
@@ -1042,6 +1072,14 @@ def run(cfg: Config) -> dict:
     if not env.is_main:
         return {}
     results = [json.loads((out / f"{i:03d}.json").read_text()) for i in range(len(tasks))]
+    refused = [r for r in results if "refused" in r]
+    if len(refused) == len(results):
+        raise ValueError(f"no prompt could be drawn: {refused[0]['refused']}")
+    if refused:
+        print(f"\nleft out: {len(refused)} of {len(results)} prompts, which were refused, the first because: "
+              f"{refused[0]['refused']}")  # fmt: skip
+    tasks = [t for t, r in zip(tasks, results) if "refused" not in r]
+    results = [r for r in results if "refused" not in r]
     rows, result = summary(results, cfg)
     proposer = "replay" if cfg.replay else "http" if cfg.llm_url else cfg.proposer
     print(f"\n{len(tasks)} prompts, {cfg.score}, proposer: {proposer}, {cfg.images} pictures a prompt, {cfg.fresh} fresh ones")
@@ -1051,56 +1089,63 @@ def run(cfg: Config) -> dict:
     paper = {"dsg": "OPT2I +10.9 to +24.9, paraphrasing +10.5 to +22.2",
              "dcs": "OPT2I +9.3 to +12.2, paraphrasing +8.0 to +11.0"}  # fmt: skip
     print(f"the paper, on the searched seeds, {unit}: {paper[cfg.score]}")
-    if all(t.scene is not None for t in tasks) and len(tasks) * cfg.fresh > 3:
+    shown = searched(cfg)[:1]
+    if shown and all(t.scene is not None for t in tasks) and len(tasks) * cfg.fresh > 3:
         sets = set_metrics(tasks, results, draw, zoo.load_judge().to(env.device), cfg)
         result |= sets
         keys = ("fd", "precision", "recall", "diversity")
         text = [[n, *(f"{sets[f'{n}_{k}']:.3f}" for k in keys)] for n in ("first", "best")]
         head = ["", "Frechet distance", "precision", "recall", "diversity"]
         print("\npictures of all prompts, fresh seeds\n" + table(text, head))
-    draw_curves(results, cfg, out)
-    head, rows = selections(results, cfg)
-    if len(head) > 1:
-        print("\nthe k best pictures of each search, prompts that were not right at once\n" + table(rows, head))
-        result |= {f"{row[0]}_{name.replace(' ', '_')}": v for row in rows for name, v in zip(head[1:], row[1:])}
+    ks, chosen = selections(results, cfg)
+    if ks:
+        print("\nthe k best pictures of each search, prompts that were not right at once\n"
+              + table([[m, *v] for m, v in chosen.items()], ["method", *(f"best {k}" for k in ks)]))  # fmt: skip
+        result |= {f"{m}_best_{k}": x for m, v in chosen.items() for k, x in zip(ks, v)}
+    draw_curves(results, ks, chosen, cfg, out)
     if client:
         print(f"\nlanguage model: {client.usage}")
-    if clocks and methods[0] != "seeds":
-        drawing, seconds = np.sum([c[methods[0]] for c in clocks], 0)
-        print(f"\n{methods[0]}: {100 * drawing / seconds:.0f} % of {seconds:.0f} s in the generator and the scorer")
-    print(f"\nsheets, curves and every prompt: {cfg.out_dir} ({time.monotonic() - spent:.0f} s)")
+    if clocks and shown:
+        drawing, seconds = np.sum([c[shown[0]] for c in clocks], 0)
+        print(f"\n{shown[0]}: {100 * drawing / seconds:.0f} % of {seconds:.0f} s in the generator and the scorer")
+    print(f"\nsheets, curves and every prompt: {cfg.out_dir} ({time.monotonic() - began:.0f} s)")
     write_json(out / "metrics.json", result)
     return result
 
 
-def draw_curves(results, cfg, out) -> None:
+def draw_curves(results, ks, chosen, cfg, out) -> None:
     """Left: best score so far against prompts tried. Middle: an iteration's prompts against the user's, paper Fig. 3. Right:
-    the k best pictures, paper Fig. 6. Means over the user prompts; a search that has ended keeps its last value."""
-    unit, size, methods = (100 if cfg.score == "dsg" else 1), (620, 420), cfg.methods.split(",")
-    budget, searched = 1 + cfg.steps * cfg.candidates, [m for m in methods if m != "seeds"]
+    the k best pictures, paper Fig. 6. Means over the user prompts, scores x 100; an ended search keeps its last value."""
+    budget, best, each, charts = 1 + cfg.steps * cfg.candidates, {}, {}, []
 
     def mean(lines, length):
-        held = [np.pad(v, (0, max(0, length - len(v))), mode="edge")[:length] for v in lines]
-        return unit * np.mean(held, 0)
+        return 100 * np.mean([np.pad(v, (0, length - len(v)), mode="edge") for v in lines], 0)
 
-    sofar = {m: [np.maximum.accumulate(sum(r["methods"][m]["curve"], [])) for r in results] for m in searched}
-    best = {m: (range(1, budget + 1), mean(lines, budget)) for m, lines in sofar.items()}
-    charts, each = [plot.lines(best, "best score so far, searched seeds", x="prompts tried", size=size)], {}
-    for m in searched:
-        length = 1 + iterations_of(m, cfg)[0]
-        if length > 2:
-            parts = [[p for p in r["methods"][m]["curve"] if p] for r in results]  # an iteration may bring no new prompt
+    for m in searched(cfg):
+        curves = [r["methods"][m]["curve"] for r in results]
+        best[m] = (range(1, budget + 1), mean([np.maximum.accumulate(sum(c, [])) for c in curves], budget))
+        if (iterations := iterations_of(m, cfg)[0]) > 1:
             for name, of in (("best", max), ("mean", np.mean)):
-                line = mean([[of(part) - part0[0][0] for part in part0] for part0 in parts], length)
-                each[f"{m}, {name}"] = (range(length), line)
+                line = mean([over_iterations(c, of) for c in curves], iterations + 1)
+                each[f"{m}, {name}"] = (range(iterations + 1), line)
+    if best:
+        charts.append(plot.lines(best, "best score so far, searched seeds", x="prompts tried", size=(620, 420)))
     if each:
-        charts.append(plot.lines(each, "score of an iteration's prompts - user's", x="iteration", size=size))
-    head, rows = selections(results, cfg)
-    if len(head) > 2:
-        ks = [int(h.removeprefix("best ")) for h in head[1:]]
-        chosen = {row[0]: (np.log10(ks), row[1:]) for row in rows}
-        charts.append(plot.lines(chosen, "mean score of the k best pictures", x="log10 k", size=size))
-    plot.save(plot.row(charts), out / "curves.png")
+        charts.append(plot.lines(each, "score of an iteration's prompts - user's", x="iteration", size=(620, 420)))
+    if len(ks) > 1:
+        lines = {m: (np.log10(ks), v) for m, v in chosen.items()}
+        charts.append(plot.lines(lines, "mean score of the k best pictures", x="log10 k", size=(620, 420)))
+    if charts:
+        plot.save(plot.row(charts), out / "curves.png")
+
+
+def over_iterations(curve, of) -> list[float]:
+    """Scores by iteration, the user prompt alone first -> of(an iteration's) minus the user's; one without a new prompt repeats
+    the last value."""
+    out = []
+    for part in curve:
+        out.append(of(part) - curve[0][0] if part else out[-1])
+    return out
 
 
 def draw_sheet(first, best, draw, cfg, path) -> None:

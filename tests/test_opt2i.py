@@ -286,11 +286,54 @@ def test_a_refused_picture_costs_a_prompt_not_the_run():
 
     def draw(p, n, seed):
         if p != task.prompt and "big" not in p:
-            raise M.ServerError("refused")
+            raise M.Refused("refused")
         return torch.zeros(n, 3, 4, 4)
 
+    def down(p, n, seed):  # a server that is gone is another matter: no candidate is worth 0 for that
+        if p != task.prompt:
+            raise M.ServerError("failed 6 times")
+        return torch.zeros(n, 3, 4, 4)
+
+    with pytest.raises(M.ServerError, match="6 times"):
+        M.search("opt2i", task, down, lambda t, x: (0.5, [], [0.5] * len(x)), M.Grammar(0), cfg)
     found = M.search("opt2i", task, draw, lambda t, x: (0.5, [], [0.5] * len(x)), M.Grammar(0), cfg)
     assert found.best.prompt == task.prompt and 0.0 in [s.score for s in found.trace[1]]
+
+
+def test_what_status_refuses_a_prompt_and_what_ends_the_run():
+    with Server() as server:
+        for status, kind in ((400, True), (422, True), (401, False), (404, False), (503, False)):
+            server.plan[:] = [(status, b"no")]
+            with pytest.raises(M.ServerError) as caught:
+                client(server, retries=0).request("/images/generations", {})
+            assert isinstance(caught.value, M.Refused) == kind
+
+
+def test_a_refused_user_prompt_is_left_out_and_said(tmp_path, monkeypatch, capsys):
+    draw = M.make_generator(M.Config(painter="painter_early", sampler_steps=2), "cpu")
+    second = M.make_tasks(M.Config(prompts="2"))[1].prompt
+
+    def strict(p, n, seed):
+        if p == second:
+            raise M.Refused("against the rules")
+        return draw(p, n, seed)
+
+    monkeypatch.setattr(M, "make_generator", lambda cfg, device: strict)
+    cfg = M.Config(**M.PRESETS["smoke"] | dict(out_dir=str(tmp_path), proposer="grammar"))
+    result = M.run(cfg)
+    assert "left out: 1 of 2 prompts" in capsys.readouterr().out and result["opt2i_pictures"] > 0
+    assert json.loads((tmp_path / "001.json").read_text())["refused"] == "against the rules"
+    with pytest.raises(ValueError, match="no prompt could be drawn: against the rules"):
+        monkeypatch.setattr(M, "make_generator", lambda cfg, device: lambda p, n, seed: strict(second, n, seed))
+        M.run(M.Config(**{**cfg.__dict__, "out_dir": str(tmp_path / "none")}))
+
+
+def test_a_replay_follows_the_last_attempt(tmp_path):
+    """A run that was stopped in its second prompt and went on has asked twice; the answers of the first time count no more."""
+    lines = [(0, "a", "k", "one"), (1, "a", "k", "stopped"), (1, "b", "k", "two"), (1, "b", "k", "three")]
+    rows = [json.dumps(dict(zip(("task", "attempt", "key", "answer"), line))) for line in lines]
+    (tmp_path / "log.jsonl").write_text("\n".join(rows))
+    assert M._read_exchanges(tmp_path / "log.jsonl") == {"k": ["one", "two", "three"]}
 
 
 def test_a_server_that_drips_is_given_up():
@@ -570,11 +613,13 @@ def test_selection_of_the_best_pictures():
         return {"methods": {"opt2i": {"first": first, "picture_scores": a}, "seeds": {"first": first, "picture_scores": b}}}
 
     results = [result(0.5, [0.5, 1.0, 0.0, 1.0, 0.25], [0.5] * 6), result(1.0, [1.0], [1.0])]  # the second was right at once
-    head, rows = M.selections(results, cfg)
-    assert head == ["method", "best 1", "best 4", "best 5"]
-    assert rows[0] == ["opt2i", 100, pytest.approx(68.75), pytest.approx(55)] and rows[1][1:] == [50, 50, 50]
-    assert all(a >= b for a, b in zip(rows[0][1:], rows[0][2:]))  # falls with k
-    assert M.selections(results[1:], cfg)[0] == ["method"]  # nothing to choose
+    ks, chosen = M.selections(results, cfg)
+    assert ks == [1, 4, 5] and chosen == {"opt2i": pytest.approx([100, 68.75, 55]), "seeds": [50, 50, 50]}  # falls with k
+    assert M.selections(results[1:], cfg) == ([], {"opt2i": [], "seeds": []})  # nothing to choose
+
+
+def test_an_iteration_without_a_new_prompt_repeats_the_last():
+    assert M.over_iterations([[0.25], [0.5, 0.75], [], [1.0]], max) == [0, 0.5, 0.5, 0.75]
 
 
 def test_smoke_resume_and_two_processes(tmp_path):
@@ -624,6 +669,8 @@ def test_a_run_with_a_server_and_its_replay(tmp_path):
         (["--image_url", "http://y"], ["a generator of your own"]),
         (["--replay", "nowhere.jsonl"], ["nowhere.jsonl"]),
         (["--clip", "x"], ["--tokenizer"]),
+        (["--prompts", "0"], ["--prompts 0"]),
+        (["--temperature", "0"], ["--temperature 0"]),
     ],
 )
 def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
