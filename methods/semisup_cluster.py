@@ -787,8 +787,8 @@ PRESETS = {
     "gpu": dict(steps=30_000, batch_size=256, lr=0.8, lr_end=8e-4, wd=1e-5, warmup=1_000, dtype="bfloat16", labels="4,25,100",
                 method="sup,suave", pretrain=0.5, finetune=0.05, image_size=32, local_size=18, local_crops=4,
                 ema_decay=0.99, ema_ssl=0.996, ssl_prototypes=100, global_scale="0.2,1", local_scale="0.08,0.5",
-                backbone="wide", width=8, depth=28, hidden=2048, embed_dim=128, optimiser="lars", log_every=50, save_every=1_000,
-                out_dir="runs/semisup_cluster_cifar100"),
+                backbone="wide", width=8, depth=28, hidden=2048, embed_dim=128, optimiser="lars", log_every=50,
+                save_every=1_000, out_dir="runs/semisup_cluster_cifar100"),
     # ImageNet, ResNet-50, values of the released scripts: phase B of Suave from an 800-epoch SwAV, 10 % of the labels
     "paper": dict(steps=500_000, batch_size=256, lr=0.4, lr_end=1e-3, wd=1e-6, warmup=25_000, dtype="bfloat16", workers=12,
                   log_every=100, save_every=5_000, method="suave", stage="semi", pretrain=0.0, labels="128", queue=3840,
