@@ -4,7 +4,7 @@ Paper      Astolfi, Careil, Hall, Manas, Muckley, Verbeek, Romero-Soriano, Drozd
            of conditional image generative models. 2024, arXiv 2406.10429
 Idea       A generator that is to stand in for the world must do what the prompt says (consistency), look like the world
            (realism) and show all of it (diversity). One number hides that these pull against each other, and a model is not
-           one point: guidance, filtering, sampling steps or bit rate move it at inference time. So sweep each model's knobs,
+           one point: guidance, filtering, neighbours, steps or bit rate move it at inference time. So sweep each model's knobs,
            plot every setting, and keep what no other setting beats in all three: the front over all models. The same per
            region of the world shows for whom a model works.
 Equations  front -> pareto_front()     volume under it -> hypervolume()     diversity, realism of a prompt -> diversity(),
@@ -22,9 +22,9 @@ Data       generated (common/scenes.py) with the stand-in text-to-image models o
 Expect     laptop: guidance 1 to 8 lifts consistency by 0.02 to 0.12 and costs 0.07 to 0.16 of diversity; 3 seeds, 3abf676
 Differs    from the paper: no code was published and only its abstract is known to us. Grids, sample counts and the conditional
            realism are ours; its DreamSim and Inception features are here those of a classifier of scenes (or --extractor).
-           Retrieval-augmented models enter as folders. Intervals: spread over random halves of the prompts; of a mean over
-           prompts that is the standard error of the whole, of a set metric just the spread at half the size. Samples are
-           never repeated, which would break nearest-neighbour metrics.
+           Retrieval-augmented models enter as folders, "search" is retrieval alone; fronts are taken within a task. Intervals:
+           spread over random halves of the prompts; of a mean over prompts that is the standard error of the whole, of a set
+           metric just the spread at half the size. Samples are never repeated: it would break nearest-neighbour metrics.
            from EvalGIM: the front is taken after rows without a value are dropped, not before; conditional diversity is there;
            features are not half-precision; filtered sets are compared at equal sizes; DSG also per group; equal points stay.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py plot.py resnet.py scenes.py tokenizer.py vae.py vit.py
@@ -238,7 +238,7 @@ class ClipScorer:
         self.device, self.seen = device, {}
 
     @torch.no_grad()
-    def texts(self, texts):
+    def embed_texts(self, texts):
         """-> unit embeddings (N, D); each text is encoded once."""
         new = sorted(set(texts) - self.seen.keys())
         if new:
@@ -247,14 +247,14 @@ class ClipScorer:
         return torch.stack([self.seen[t] for t in texts])
 
     @torch.no_grad()
-    def images(self, images):
+    def embed_images(self, images):
         """-> unit embeddings (N, D)."""
         if isinstance(images, torch.Tensor):
             images = [Image.fromarray(i) for i in to_uint8(images)]
         return F.normalize(self.net.encode_image(clip_pictures(images, self.net).to(self.device)), dim=1).cpu()
 
     def __call__(self, images, texts):
-        return 100 * (self.images(images) * self.texts(texts)).sum(1)
+        return 100 * (self.embed_images(images) * self.embed_texts(texts)).sum(1)
 
 
 # 4. DATA: prompts, generators, and folders of other generators -------------------------------------------------------------
@@ -325,12 +325,11 @@ class StandIns:
         self.cfg, self.prompts, self.env = cfg, prompts, env
         self.vqa, self.vae = zoo.load_vqa().to(env.device), zoo.load_vae().to(env.device)
         self.extract, self.clip = Extractor(cfg, env.device), ClipScorer(cfg, env.device)
-        self.painters = {}
+        self.painters, self.bank = {}, None
 
     def draw(self, point: Point):
-        """sample(prompts, knob, n per prompt, seed): the noise of picture j of prompt i is the same for all points."""
+        """-> (N, 3, 32, 32), n of each prompt in order. Painters begin picture j of prompt i with the same noise at all points."""
         cfg, n = self.cfg, self.cfg.per_prompt
-        texts = [p.text for p in self.prompts for _ in range(n)]
         if point.model == "codec":  # a real picture through a latent of few values: more bits, nearer to the source
             world = [s for p in self.prompts for s in real_scenes(p, n, cfg.seed * 2 + 1)]
             parts = pictures_of(world).split(256)
@@ -342,19 +341,24 @@ class StandIns:
         if name not in self.painters:
             self.painters[name] = zoo.load_painter(name).to(self.env.device)
         guidance, steps = (point.value, cfg.steps) if point.knob == "guidance" else (cfg.at, int(point.value))
+        texts = [p.text for p in self.prompts for _ in range(n)]
         return self.painters[name].draw(texts, guidance, steps, cfg.seed, part=cfg.batch_size)
 
     def found(self, k: int):
-        """Retrieval as a generator: for each prompt n of the k pictures of a bank that CLIP finds nearest, none of them twice.
-        Many neighbours: more diverse, less to the point. What retrieval-augmented models draw from, not such a model."""
-        world = [scenes.scene(i, self.cfg.seed * 1000 + 700, (1, 2), grid=2) for i in range(self.cfg.bank)]
-        bank = pictures_of(world)
-        f = torch.cat([self.clip.images(part) for part in bank.split(self.cfg.batch_size)])
-        rows, rng = [], np.random.default_rng((self.cfg.seed, 700))
-        for sims in self.clip.texts([p.text for p in self.prompts]) @ f.T:
-            nearest = sims.argsort(descending=True, stable=True)[:k]
-            rows.append(nearest[torch.from_numpy(rng.permutation(k)[: self.cfg.per_prompt])])
-        return bank[torch.cat(rows)]
+        """Retrieval as a generator: for each prompt n of the k pictures of a bank that CLIP finds nearest. Many neighbours:
+        more diverse, less to the point. No picture is drawn twice, or sets would hold copies. The bank knows no regions.
+
+        A retrieval-augmented model is conditioned on what is found; here it is the answer, nothing is generated."""
+        cfg = self.cfg
+        if self.bank is None:
+            self.bank = pictures_of([scenes.scene(i, cfg.seed * 1000 + 700, (1, 2), grid=2) for i in range(cfg.bank)])
+            self.f_bank = torch.cat([self.clip.embed_images(part) for part in self.bank.split(cfg.batch_size)])
+        rows, rng, taken = [], np.random.default_rng((cfg.seed, 700)), torch.zeros(cfg.bank, dtype=torch.bool)
+        for sims in self.clip.embed_texts([p.text for p in self.prompts]) @ self.f_bank.T:
+            nearest = sims.masked_fill(taken, -2.0).argsort(descending=True, stable=True)[:k]
+            rows.append(nearest[torch.from_numpy(rng.permutation(k)[: cfg.per_prompt])])
+            taken[rows[-1]] = True
+        return self.bank[torch.cat(rows)]
 
     @torch.no_grad()
     def measure(self, point: Point | None) -> dict[str, torch.Tensor]:
@@ -623,7 +627,8 @@ def cached(source, point, cfg, prompts, folder) -> dict[str, torch.Tensor]:
     said = [asdict(point) if point else "real", cfg.extractor, cfg.weights, cfg.resize, cfg.clip, cfg.answers, cfg.seed,
             [(p.id, p.text, p.group) for p in prompts]]  # fmt: skip
     where = point.folder if point else cfg.real
-    files = [Path(f) for f in (cfg.weights, cfg.clip, cfg.tokenizer, cfg.answers) if f and Path(f).is_file()]
+    given = [Path(f) for f in (cfg.weights, cfg.clip, cfg.tokenizer, cfg.answers) if f]
+    files = [f for g in given for f in (sorted(g.iterdir()) if g.is_dir() else [g]) if f.is_file()]
     said.append([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
     if where:  # pictures that were changed are read again
         said.append([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in data.Folder(where).files])
@@ -662,14 +667,18 @@ def check(cfg: Config) -> None:
     for field in ("per_prompt", "real_per_prompt", "k", "steps", "batch_size"):
         if getattr(cfg, field) < 1:
             raise ValueError(f"--{field} {getattr(cfg, field)} must be at least 1")
-    for field, low in (("guidance", 0), ("sampler_steps", 1), ("levels", 2), ("top_m", 1)):
-        if any(v < low for v in numbers(cfg, field)):
-            raise ValueError(f"--{field} {getattr(cfg, field)}: each value must be at least {low}")
+    for field, low in (("guidance", 0), ("sampler_steps", 1), ("levels", 2), ("top_m", 1), ("neighbours", 1)):
+        if any(v < low or v != int(v) and field != "guidance" for v in numbers(cfg, field)):
+            whole = "" if field == "guidance" else "a whole number, "
+            raise ValueError(f"--{field} {getattr(cfg, field)}: each value must be {whole}at least {low}")
+    if cfg.prompts == "0" or cfg.halves < 1:
+        raise ValueError(f"--prompts {cfg.prompts} and --halves {cfg.halves} must be at least 1")
     if not cfg.points and "search" in cfg.models.split(","):
+        drawn = (int(cfg.prompts) + len(scenes.REGIONS) * cfg.regions) * cfg.per_prompt if cfg.prompts.isdigit() else 0
         for k in numbers(cfg, "neighbours"):
-            if not cfg.per_prompt <= k <= cfg.bank:
-                raise ValueError(f"--neighbours {k:g} must be --per_prompt {cfg.per_prompt} at least, and no picture is drawn "
-                                 f"twice, and --bank {cfg.bank} at most")  # fmt: skip
+            if k < cfg.per_prompt or drawn + k > cfg.bank:
+                raise ValueError(f"--neighbours {k:g} must be --per_prompt {cfg.per_prompt} at least, and --bank {cfg.bank} "
+                                 f"must hold them beside the {drawn} pictures that are drawn, none of them twice")  # fmt: skip
     if cfg.points and (cfg.prompts.isdigit() or not cfg.real):
         raise ValueError(
             "--points needs --prompts, a csv with the columns id and prompt, and --real, a folder of real pictures"
@@ -850,7 +859,7 @@ def fronts(points, values) -> list[bool]:
 
 def draw_fronts(path, points, rows, error, pairs, names) -> None:
     """One panel a pair of axes: points in their model's colour, full where no other of their task beats them in the two; thin
-    lines follow the guidance; steps: the front of the text-to-image models."""
+    lines follow a model's first knob; steps: the front of those that are given a text."""
     panels = []
     for i, (x, y) in enumerate(pairs):
         flat = [[rows[p][x], rows[p][y]] for p in points]
@@ -868,7 +877,7 @@ def draw_fronts(path, points, rows, error, pairs, names) -> None:
 
 def by_group(cfg, prompts, real, sets, count, out) -> dict:
     """The same for each group's prompts and real pictures alone, equally many prompts. Prints worst group and gap of each
-    model. Real pictures of no prompt count only where no picture has one."""
+    model, at --at or its last knob. Real pictures of no prompt serve only if none has a prompt."""
     groups = sorted({p.group for p in prompts if p.group})
     if not groups:
         return {}
@@ -876,6 +885,10 @@ def by_group(cfg, prompts, real, sets, count, out) -> dict:
     size = min(map(len, ids.values()))
     kept, own = [p for p in sets if p.knob != "top_m"], real["prompt"] >= 0
     real = {k: v[own] for k, v in real.items()} if own.any() else real
+    if min(size * count, *(int(torch.isin(real["prompt"], torch.tensor(ids[g][:size])).sum()) for g in groups)) <= cfg.k:
+        if own.any():
+            print(f"\nno table of groups: the smallest has {size} prompts, too few pictures for --k {cfg.k} neighbours")
+            return {}
     rows = {(p, g): measure(sets[p], real, ids[g][:size], count, cfg) for p in kept for g in groups}
     at = {p.model: p for p in kept} | {p.model: p for p in kept if p.knob == "guidance" and p.value == cfg.at}
     lines, result = [], {}
@@ -902,18 +915,13 @@ def by_group(cfg, prompts, real, sets, count, out) -> dict:
 
 
 def draw_samples(path, prompts, real, sets) -> None:
-    """Four pictures of two prompts for each model's first and last guidance, and real ones."""
-    chosen = {("real", ""): real}
+    """Four pictures of two prompts for each model's first and last setting of its first knob, and real ones."""
+    chosen, labels = {("real", ""): real}, {("real", ""): "real"}
     for p, s in sets.items():
         if p.knob in ("guidance", "neighbours", "levels"):
-            chosen.setdefault((p.model, "first"), s)
-            chosen[p.model, "last"] = s
-    labels = {("real", ""): "real"}
-    for p in sets:
-        if p.knob in ("guidance", "neighbours", "levels"):
-            labels.setdefault((p.model, "first"), f"{p.model}, {p.label}")
-            labels[p.model, "last"] = f"{p.model}, {p.label}"
-    pair = [i for i, p in enumerate(prompts) if p.scene and len(p.scene.things) == 2][:2]
+            for key in ([(p.model, "first")] if (p.model, "first") not in chosen else []) + [(p.model, "last")]:
+                chosen[key], labels[key] = s, f"{p.model}, {p.label}"
+    pair = [i for i, p in sorted(enumerate(prompts), key=lambda q: -len(q[1].scene.things))][:2]  # two objects, if there are
     cells, texts, many = [], [], min([4, *(int((s["prompt"] == p).sum()) for s in chosen.values() for p in pair)])
     for key, s in chosen.items():
         for p in pair:

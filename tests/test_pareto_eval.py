@@ -145,20 +145,21 @@ def smoke(tmp_path_factory):
     return out, done
 
 
-def test_search_draws_from_the_nearest_of_the_bank():
-    """By a slow way: score every picture of the bank with the prompt, take the k best; no picture twice in a prompt."""
+def test_search_draws_from_the_nearest_that_are_left():
+    """By a slow way: score every picture of the bank with the prompt, drop those drawn before, take the k best."""
     cfg = M.Config(**M.PRESETS["smoke"] | dict(prompts="5", regions=0, per_prompt=3, bank=40))
     prompts = M.make_prompts(cfg)
     world = M.StandIns(cfg, ddp.start(0), prompts)
     bank = M.pictures_of([scenes.scene(i, cfg.seed * 1000 + 700, (1, 2), grid=2) for i in range(40)])
     for k in (3, 8):
-        got = world.found(k)
+        got, used = world.found(k), set()
         assert torch.equal(got, world.found(k)) and len(got) == 15
         for i, p in enumerate(prompts):
             score = world.clip(bank, [p.text] * 40)
-            best = score.argsort(descending=True)[:k].tolist()
+            best = [j for j in score.argsort(descending=True).tolist() if j not in used][:k]
             drawn = [int((bank == x).flatten(1).all(1).nonzero()[0, 0]) for x in got[3 * i : 3 * i + 3]]
             assert len(set(drawn)) == 3 and set(drawn) <= set(best)
+            used |= set(drawn)
 
 
 def test_smoke_writes_everything_and_a_second_run_draws_nothing(smoke):
@@ -334,6 +335,9 @@ def test_one_picture_and_too_few_for_the_neighbours(world):
     [
         (["--models", "newest"], ["--models newest", "early"]),
         (["--neighbours", "1"], ["--neighbours 1", "--per_prompt 2"]),
+        (["--neighbours", "2.5"], ["--neighbours 2.5", "whole"]),
+        (["--bank", "30"], ["--bank 30", "48 pictures"]),
+        (["--prompts", "0"], ["--prompts 0"]),
         (["--guidance", "1,x"], ["--guidance 1,x"]),
         (["--levels", "1"], ["--levels 1", "at least 2"]),
         (["--extractor", "vgg"], ["--extractor vgg", "inception"]),
