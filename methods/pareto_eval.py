@@ -328,7 +328,7 @@ class StandIns:
         self.painters, self.bank = {}, None
 
     def draw(self, point: Point):
-        """-> (N, 3, 32, 32), n of each prompt in order. Painters begin picture j of prompt i with the same noise at all points."""
+        """-> (N, 3, 32, 32), n of each prompt in order. Picture j of prompt i begins with the same noise at all points."""
         cfg, n = self.cfg, self.cfg.per_prompt
         if point.model == "codec":  # a real picture through a latent of few values: more bits, nearer to the source
             world = [s for p in self.prompts for s in real_scenes(p, n, cfg.seed * 2 + 1)]

@@ -8,8 +8,9 @@ Idea       A tutorial without experiments; this is the experiment. CONTRASTIVE m
            chance and a blind reader (a grey picture) in it, since much of what looks like seeing is guessing from words.
 Equations  2.2 InfoNCE -> infonce()     SigLIP -> siglip_loss()     Llip -> llip_scores()     2.3 FLAVA -> masked_ce(), Masked
            2.4 CoCa -> caption_loss(), CoCa     2.5 frozen language model -> Frozen     low-rank updates -> LoRA
-Read first section 2, the four classes of section 3 from forward() on, then evaluate() in section 5
-Symbols    f_img, f_txt unit embeddings (B, D); ids (B, L); counted (B, L): tokens in the loss; seen (B, N, W): encoded pictures
+Read first section 2, the classes of section 3 from forward() on, then evaluate() in section 5
+Symbols    f_img, f_txt unit embeddings (B, D); ids (B, L); counted (B, L): tokens in the loss; seen (B, N, W): encoded
+           pictures, class token first; in CoCa pooled queries, in the frozen family patches alone
 Run        python methods/vlm.py [--preset smoke]                               (CPU, no data; 5.5 min on two quiet cores)
            python methods/vlm.py --arms infonce,siglip,llip,flip,mask+boxes,frozen+lora
            python methods/vlm.py --ask picture.png --question "Is there a star?"
@@ -17,11 +18,10 @@ Run        python methods/vlm.py [--preset smoke]                               
 Data       generated (common/scenes.py), or shards with captions by data_prep/captions.py, cc12m.py or coco.py (with boxes)
 Expect     laptop: InfoNCE's zero-shot 92.7, swap 51.4 (53.1 negclip); CoCa's answers 80.4, blind 22.8; 3 seeds, d5dc92a
 Differs    the tutorial has no numbers of its own; everything here is tiny. FLAVA: unimodal losses share the paired batch, codes
-           of patches are k-means centres, half of the matching captions are wrong. Llip's form is the usual one, the tutorial
-           gives none. The frozen encoder is the InfoNCE model's, the language model ours, trained on text alone. One generator
-           of negatives teaches negclip and makes the tests. mask, coca and frozen are taught answers too.
-           From benchmark code: ties never count as right; yes and no are compared by their probabilities, so that garbage is
-           not a yes (POPE). Left out: MaskVLM, CM3leon, Chameleon, classifiers by Bayes, Q-Former, RLHF, video.
+           of patches are k-means centres, half of the matching captions are wrong. The frozen encoder is the InfoNCE model's,
+           the language model ours, trained on text alone. One generator of negatives teaches negclip and makes the tests.
+           mask, coca and frozen are taught answers too. In benchmarks ties never count as right; yes and no are compared by
+           their probabilities: garbage is no yes (POPE). Left out: MaskVLM, Chameleon, classifiers by Bayes, Q-Former, video.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py scenes.py tokenizer.py vae.py
            vision.py vit.py   (copy these with this file)
 """
@@ -265,6 +265,7 @@ class Vision(ViT):
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         x = x if hidden is None else torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
         x = x + self.pos_embed[:, 1:]
+        # FLIP: behind the convolutions, so that dropped patches leave a trace in their neighbours and save no work there
         x = x if keep is None else x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         extra = [self.register_tokens.expand(len(x), -1, -1)] if self.registers else []
@@ -311,7 +312,7 @@ class Contrastive(nn.Module):
         self.bias = None if loss == "infonce" else nn.Parameter(torch.tensor(-10.0))
         if loss == "llip":
             self.query, self.key = nn.Linear(D, 64), nn.Linear(cfg.width, 64)
-        self.heads = ("cosine",)
+        self.heads = ("cosine",)  # elsewhere "contrastive", beside other heads
 
     def see(self, images, **options):
         return self.vision(images, **options)
@@ -626,7 +627,7 @@ class Pairs:
         return " ".join(words) if pairs else "nothing"
 
     def wrong(self, row, rng):
-        """Another picture's caption that is none of this one's."""
+        """Another picture's caption that is none of this one's; a short one may happen to be true of it, too."""
         for _ in range(20):
             other = self.captions[rng.integers(len(self.captions))] or self.captions[row]
             text = other[rng.integers(len(other))]
@@ -1001,11 +1002,12 @@ class Scorer:
         rows = [[self.tok.start, *self.tok.encode(p)[: self.cfg.context - 8]] for p in prompts]
         out = [""] * len(rows)
         for size in sorted({len(r) for r in rows}):
-            some = [i for i, r in enumerate(rows) if len(r) == size]
-            ids = torch.tensor([rows[i] for i in some], device=self.device)
-            texts = generate(self.model, seen[some], ids, self.tok.end, self.cfg.context - size)
-            for i, text in zip(some, texts):
-                out[i] = self.tok.decode(text)
+            same = [i for i, r in enumerate(rows) if len(r) == size]
+            for some in (same[i : i + 256] for i in range(0, len(same), 256)):  # keys and values are kept for all of a block
+                ids = torch.tensor([rows[i] for i in some], device=self.device)
+                texts = generate(self.model, seen[some], ids, self.tok.end, self.cfg.context - size)
+                for i, text in zip(some, texts):
+                    out[i] = self.tok.decode(text)
         return out
 
 
