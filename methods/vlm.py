@@ -16,7 +16,7 @@ Run        python methods/vlm.py [--preset smoke]                               
            python methods/vlm.py --ask picture.png --question "Is there a star?"
            torchrun --nproc_per_node=8 methods/vlm.py --preset paper --data data/coco --tokenizer MERGES
 Data       generated (common/scenes.py), or shards with captions by data_prep/captions.py, cc12m.py or coco.py (with boxes)
-Expect     laptop: InfoNCE's zero-shot 92.7, swap 51.4 (53.1 negclip); CoCa's answers 80.4, blind 22.8; 3 seeds, d5dc92a
+Expect     laptop: InfoNCE's zero-shot 92.2, swap 51.4 (50.3 negclip); CoCa's open answers 80.4, blind 22.8; 3 seeds, cae5f87
 Differs    the tutorial has no numbers of its own; everything here is tiny. FLAVA: unimodal losses share the paired batch, codes
            of patches are k-means centres, half of the matching captions are wrong. The frozen encoder is the InfoNCE model's,
            the language model ours, trained on text alone. One generator of negatives teaches negclip and makes the tests.

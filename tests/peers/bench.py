@@ -228,7 +228,7 @@ def losses(root):
     env, rows = ddp.Env(0, 1, torch.device("cpu")), []
     cfg = X.Config(images_per_class="30", batch_size=128)
     world = X.open_world(cfg, env)
-    batch, model = next(X.batches(world, cfg, env, 0, 0, 128)), X.Encoder(cfg)
+    batch, model = next(X.batches(world.train, cfg, env, 0, 0, 128)), X.Encoder(cfg)
     x = X.two_views(batch, 0, cfg, env)
 
     def step(method):
