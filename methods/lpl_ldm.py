@@ -14,7 +14,7 @@ Read first section 2, then step_loss() and train() in section 6; the rest is ord
 Symbols    z0 clean latent, zt noisy one, eps noise, t in [0, 1] (1 = pure noise), zt = alpha z0 + sigma eps; f decoder
            features of z0, f_hat of its estimate; keep-mask of f, omega depth weight, tau gate on sigma / alpha
 Run        python methods/lpl_ldm.py --preset smoke                            (CPU, no data, under 30 s)
-           python methods/lpl_ldm.py                                           (CPU, no data, about 5 min)
+           python methods/lpl_ldm.py                                           (CPU, no data; 3.3 min on two quiet cores)
            python methods/lpl_ldm.py --objective eps                           (or v, x0)
            torchrun --nproc_per_node=8 methods/lpl_ldm.py --preset paper --data data/imagenet_latents --vae VAE
 Data       generated (common/scenes.py), or latents by data_prep/cache_latents.py

@@ -8,7 +8,7 @@ Idea       A text-to-image model ignores parts of a prompt; the same content in 
 Equations  Sec. 3, loop -> optimise()     its message -> meta_prompt()     decomposed CLIPScore -> dcs()     DSG -> dsg_score()
 Read first section 2, meta_prompt() and ChatClient in section 3, then run(); generators and scorers can be replaced
 Symbols    p0 user prompt; f language model, g generator, S score; T iterations, n prompts each, m pictures each, k in history
-Run        python methods/opt2i.py [--preset smoke]                         (CPU, no files; 4 to 6 min on one busy thread)
+Run        python methods/opt2i.py [--preset smoke]                         (CPU, no files; 3.2 min on two quiet cores)
            python methods/opt2i.py --llm_url URL --image_url URL --score dcs --prompts prompts.tsv
            python methods/opt2i.py --replay RUN/exchanges.jsonl --out_dir AGAIN ...     (same options; no language model needed)
 Data       generated prompts (common/scenes.py) with their questions; or PartiPrompts, DrawBench, COCO captions, DSG-1k
