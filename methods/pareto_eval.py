@@ -12,7 +12,7 @@ Equations  front -> pareto_front()     volume under it -> hypervolume()     dive
 Read first section 2, then measure() in section 5 and run(); the generators of section 4 can be replaced by folders
 Symbols    n pictures of a prompt, real ones of the same prompt, f feature; a point is (model, knob, value)
 Run        python methods/pareto_eval.py --preset smoke                      (CPU, no files, under 30 s)
-           python methods/pareto_eval.py                                     (CPU, no files; 11 min on one busy thread)
+           python methods/pareto_eval.py                                     (CPU, no files; 5.5 min on two quiet cores)
            python methods/pareto_eval.py --points points.csv --prompts prompts.csv --real real --answers answers.csv \
                                           --extractor inception --weights pt_inception-2015-12-05-6726825d.pth
            python methods/pareto_eval.py --people DIR                        (the DSG score against human ratings)
