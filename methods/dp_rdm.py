@@ -11,7 +11,7 @@ Equations  mean of neighbours + noise -> private_retrieve()     Renyi divergence
 Read first section 2, Ledger in section 3, then train() and run(); --plan answers what a budget buys without training
 Symbols    N private records, k neighbours, sigma noise on the MEAN, q a record's chance to be drawn, T queries, z = sigma
            k / 2 the noise multiplier, alpha order, delta <= 1/N, lambda share of the private part
-Run        python methods/dp_rdm.py [--preset smoke]                      (CPU, no data; 7 min on one busy thread)
+Run        python methods/dp_rdm.py [--preset smoke]                      (CPU, no data; 3.1 min on two quiet cores)
            python methods/dp_rdm.py --plan --records 82800                (epsilon, queries, neighbours as tables)
            python methods/dp_rdm.py --attack                              (a planted record, and whether the bound holds)
 Data       generated (common/scenes.py): the public world has every colour, the private one a palette of its own; or shards by
