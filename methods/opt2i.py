@@ -753,12 +753,13 @@ def to_uint8(x):
 # 5. EVALUATE ---------------------------------------------------------------------------------------------------------------
 @dataclass
 class Found:
-    """What a method found for a prompt: the best, the trace of optimise(), the score of every picture in the order drawn, and
-    the seconds of the search, of which some in the generator and the scorer."""
+    """What a method found for a prompt: the best, the trace of optimise(), the score of every picture in the order drawn, the
+    pictures of the first prompt and of the best, the seconds of the search, and those of it in the generator and the scorer."""
 
     best: Scored
     trace: list
     pictures: list[float]
+    shown: list
     seconds: float
     drawing: float
 
@@ -773,7 +774,8 @@ def iterations_of(method, cfg) -> tuple[int, int]:
 
 def search(method, task, draw, scorer, proposer, cfg) -> Found:
     """One method on one prompt. All have the same number of prompts and pictures at most."""
-    began, drawing, pictures = time.perf_counter(), 0.0, []
+    began, drawing, pictures, shown, top = time.perf_counter(), 0.0, [], [], -math.inf
+    worst = 0.0 if cfg.score == "dsg" else -1.0  # a prompt without pictures
 
     def generate(p, seed=cfg.seed):
         nonlocal drawing
@@ -789,10 +791,12 @@ def search(method, task, draw, scorer, proposer, cfg) -> Found:
             drawing += time.perf_counter() - t
 
     def score(_, images):  # scorers know the user prompt by the task
-        nonlocal drawing
+        nonlocal drawing, shown, top
         t = time.perf_counter()
-        mean, elements, each = (0.0, [], [0.0] * cfg.images) if images is None else scorer(task, images)
+        mean, elements, each = (worst, [], [worst] * cfg.images) if images is None else scorer(task, images)
         pictures.extend(each)
+        if mean > top:
+            shown, top = [*shown[:1], images], mean
         drawing += time.perf_counter() - t
         return mean, elements
 
@@ -806,7 +810,7 @@ def search(method, task, draw, scorer, proposer, cfg) -> Found:
     else:  # oneshot is one iteration, whose history holds the user prompt alone
         propose = proposer.propose if method != "paraphrase" else lambda p, history, n: proposer.paraphrase(p, n)
         best, trace = optimise(task.prompt, generate, score, propose, iterations, n, cfg.history, cfg.target)
-    return Found(best, trace, pictures, time.perf_counter() - began, drawing)
+    return Found(best, trace, pictures, [shown[0], shown[-1]], time.perf_counter() - began, drawing)
 
 
 def top_k_mean(scores, k):
@@ -828,19 +832,26 @@ def solve_task(i, task, draw, scorer, cfg, out, client) -> dict:
     if client:
         client.task = i
     base = scorer(task, draw(task.prompt, cfg.fresh, fresh))[0]
+
+    def with_fresh_seeds(p):
+        try:
+            return base if p == task.prompt else scorer(task, draw(p, cfg.fresh, fresh))[0]
+        except (Refused, data.BadSample):
+            return math.nan
+
     for method in cfg.methods.split(","):
         proposer = (HttpProposer(client, cfg) if client else Grammar(cfg.seed + i) if cfg.proposer == "grammar" else
                     LmProposer(cfg.seed + i, cfg.temperature))  # fmt: skip
         found = search(method, task, draw, scorer, proposer, cfg)
         best, trace, clock[method] = found.best, found.trace, (found.drawing, found.seconds)
-        again = base if best.prompt == task.prompt else scorer(task, draw(best.prompt, cfg.fresh, fresh))[0]
         result["methods"][method] = {
-            "first": trace[0][0].score, "best": best.score, "prompt": best.prompt, "fresh_first": base, "fresh_best": again,
+            "first": trace[0][0].score, "best": best.score, "prompt": best.prompt, "fresh_first": base,
+            "fresh_best": with_fresh_seeds(best.prompt),
             "iterations": len(trace) - 1, "prompts": sum(map(len, trace)), "pictures": len(found.pictures),
             "picture_scores": found.pictures, "curve": [[s.score for s in part] for part in trace],
             "words": len(best.prompt.split()), "elements": best.elements}  # fmt: skip
         if [method] == searched(cfg)[:1]:
-            draw_sheet(trace[0][0], best, draw, cfg, out / f"{i:03d}.png")
+            draw_sheet(trace[0][0], best, found.shown, out / f"{i:03d}.png")
     write_json(out / f"{i:03d}.json", result)
     return clock
 
@@ -1004,9 +1015,11 @@ def check(cfg: Config) -> None:
                              f"{cfg.steps * cfg.candidates}, or methods could not be compared")  # fmt: skip
     if cfg.steps < 0:
         raise ValueError(f"--steps {cfg.steps} must not be negative")
-    for name in ("candidates", "images", "history", "fresh", "batch_size", "limit", "log_every", "save_every", "prompts"):
-        if (value := getattr(cfg, name)) in (0, "0") or isinstance(value, int) and value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
+    for name in ("candidates", "images", "history", "fresh", "batch_size", "limit", "log_every", "save_every"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name} {getattr(cfg, name)} must be at least 1")
+    if cfg.prompts.isdigit() and int(cfg.prompts) < 1:
+        raise ValueError(f"--prompts {cfg.prompts} must be at least 1, or a file")
     if not cfg.temperature > 0 and not (cfg.llm_url or cfg.replay):
         raise ValueError(f"--temperature {cfg.temperature} must be above 0 for the stand-in language model")
     if cfg.proposer == "http" and not (cfg.llm_url or cfg.replay):
@@ -1034,7 +1047,7 @@ def run(cfg: Config) -> dict:
     methods = cfg.methods.split(",")
     if cfg.dry_run:
         scored = len(methods) * budget * cfg.images + cfg.fresh * (1 + len(methods))  # search, fresh seeds; of one prompt
-        shown = 2 * cfg.images + (2 * cfg.fresh if cfg.prompts.isdigit() else 0)  # sheet, set metrics
+        shown = 2 * cfg.fresh if cfg.prompts.isdigit() else 0  # set metrics
         asked = max(len(t.questions) for t in tasks) if cfg.vqa_url else 0
         messages = sum(iterations_of(m, cfg)[0] for m in searched(cfg))
         print(f"{len(tasks)} prompts x {len(methods)} methods: at most {len(tasks) * len(methods) * budget:,} prompts, "
@@ -1063,7 +1076,7 @@ def run(cfg: Config) -> dict:
         if not (out / f"{i:03d}.json").exists():
             try:
                 clocks.append(solve_task(i, task, draw, scorer, cfg, out, client))
-            except (Refused, data.BadSample) as error:  # of the user prompt itself, or of the best one with fresh seeds
+            except (Refused, data.BadSample) as error:  # the user prompt itself
                 write_json(out / f"{i:03d}.json", {"prompt": task.prompt, "refused": str(error)})
         if env.world == 1 and ddp.interrupted():
             raise KeyboardInterrupt
@@ -1148,11 +1161,10 @@ def over_iterations(curve, of) -> list[float]:
     return out
 
 
-def draw_sheet(first, best, draw, cfg, path) -> None:
-    """The pictures of the user's prompt and of the best one side by side, each with its prompt and its elements' scores."""
+def draw_sheet(first, best, shown, path) -> None:
+    """The scored pictures of the user's prompt and of the best one side by side, with prompts and the elements' scores."""
     panels = []
-    for name, s in (("the user's prompt", first), ("the best prompt", best)):
-        images = draw(s.prompt, cfg.images, cfg.seed)
+    for name, s, images in (("the user's prompt", first, shown[0]), ("the best prompt", best, shown[1])):
         images = list(to_uint8(images)) if isinstance(images, torch.Tensor) else images
         title = f"{name}: {100 * s.score:.0f}"
         sheet = plot.grid(images, min(2, len(images)), None, None, title, 400 // min(2, len(images)))

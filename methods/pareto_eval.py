@@ -885,10 +885,10 @@ def by_group(cfg, prompts, real, sets, count, out) -> dict:
     size = min(map(len, ids.values()))
     kept, own = [p for p in sets if p.knob != "top_m"], real["prompt"] >= 0
     real = {k: v[own] for k, v in real.items()} if own.any() else real
-    if min(size * count, *(int(torch.isin(real["prompt"], torch.tensor(ids[g][:size])).sum()) for g in groups)) <= cfg.k:
-        if own.any():
-            print(f"\nno table of groups: the smallest has {size} prompts, too few pictures for --k {cfg.k} neighbours")
-            return {}
+    reals = [sum((real["prompt"] == i).sum().item() for i in ids[g][:size]) if own.any() else len(own) for g in groups]
+    if min(size * count, *reals) <= cfg.k:
+        print(f"\nno table of groups: the smallest has {size} prompts, too few pictures for --k {cfg.k} neighbours")
+        return {}
     rows = {(p, g): measure(sets[p], real, ids[g][:size], count, cfg) for p in kept for g in groups}
     at = {p.model: p for p in kept} | {p.model: p for p in kept if p.knob == "guidance" and p.value == cfg.at}
     lines, result = [], {}
@@ -919,8 +919,9 @@ def draw_samples(path, prompts, real, sets) -> None:
     chosen, labels = {("real", ""): real}, {("real", ""): "real"}
     for p, s in sets.items():
         if p.knob in ("guidance", "neighbours", "levels"):
-            for key in ([(p.model, "first")] if (p.model, "first") not in chosen else []) + [(p.model, "last")]:
-                chosen[key], labels[key] = s, f"{p.model}, {p.label}"
+            if (p.model, "first") not in chosen:
+                chosen[p.model, "first"], labels[p.model, "first"] = s, f"{p.model}, {p.label}"
+            chosen[p.model, "last"], labels[p.model, "last"] = s, f"{p.model}, {p.label}"
     pair = [i for i, p in sorted(enumerate(prompts), key=lambda q: -len(q[1].scene.things))][:2]  # two objects, if there are
     cells, texts, many = [], [], min([4, *(int((s["prompt"] == p).sum()) for s in chosen.values() for p in pair)])
     for key, s in chosen.items():

@@ -792,9 +792,9 @@ PRESETS = {
     # ImageNet, ResNet-50, values of the released scripts: phase B of Suave from an 800-epoch SwAV, 10 % of the labels
     "paper": dict(steps=500_000, batch_size=256, lr=0.4, lr_end=1e-3, wd=1e-6, warmup=25_000, dtype="bfloat16", workers=12,
                   log_every=100, save_every=5_000, method="suave", stage="semi", pretrain=0.0, labels="128", queue=3840,
-                  eps=0.05, image_size=224, local_size=96, local_crops=8, canvas=320, global_scale="0.14,1",
-                  local_scale="0.05,0.14", backbone="resnet50", hidden=2048, embed_dim=128, optimiser="lars",
-                  out_dir="runs/semisup_cluster_in1k"),
+                  ema_decay=0.99, ema_ssl=0.996, eps=0.05, image_size=224, local_size=96, local_crops=8, canvas=320,
+                  global_scale="0.14,1", local_scale="0.05,0.14", backbone="resnet50", hidden=2048, embed_dim=128,
+                  optimiser="lars", out_dir="runs/semisup_cluster_in1k"),
 }  # fmt: skip
 
 if __name__ == "__main__":

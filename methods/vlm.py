@@ -144,7 +144,7 @@ def siglip_loss(logits, first=0):
 
 def llip_scores(tokens, keys, f_txt, queries):
     """Llip: every caption mixes a picture's K tokens (b, K, D), keys (b, K, d), by attention of its query (B, d); so each pair
-    has a picture embedding of its own -> cosines (b, B)."""
+    has a picture embedding of its own -> cosines (b, B). The usual form; the tutorial gives none."""
     with torch.autocast(tokens.device.type, enabled=False):
         mix = torch.einsum("jd,ikd->ijk", queries, keys).softmax(2)
         return torch.einsum("ijd,jd->ij", F.normalize(torch.einsum("ijk,ikd->ijd", mix, tokens), dim=2), f_txt)

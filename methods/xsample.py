@@ -6,7 +6,7 @@ Idea       Every contrastive loss has a graph over the samples of a batch and as
            joins a picture with its other view and calls all else equally different, two dogs too. SupCon joins what has the
            same label, and a dog is as far from a wolf as from a truck. X-CLR takes a soft graph, the similarity of captions
            or class names for a frozen text encoder, which runs once, in advance; turns each row into a distribution with a
-           temperature of its own; and trains by cross-entropy towards it. Pictures are compared with pictures: no CLIP.
+           temperature of its own; and trains by cross-entropy towards it. Pictures are compared with pictures alone.
 Equations  target s_ij -> soft_targets()     student p_ij and H(s_i, p_i) -> xclr_loss()     graphs G -> make_graph()
 Read first section 2, then make_graph() and train(); the rest is ordinary
 Symbols    N samples; z (2N, D) unit embeddings of two views, rows i and i + N show the same sample; G (N, N) graph; tau and
@@ -18,7 +18,7 @@ Run        python methods/xsample.py [--preset smoke]                        (CP
 Data       generated (common/scenes.py), or shards by data_prep/imagenet.py, cifar100.py, captions.py, cc12m.py; captions or
            class names encoded by data_prep/cache_text.py, or any .npy / .safetensors with one row a sample or class
 Expect     laptop, 300 a class: class 86.5 +- 2.3 SimCLR, 96.5 +- 1.0 CLIP, 96.9 +- 4.5 X-CLR, 100 SupCon; colours 60.7 SupCon,
-           100 the others; 3 seeds, 073c059. ImageNet, CC3M: not run
+           100 the others; X-CLR over CLIP not clear; 3 seeds, commit 073c059. ImageNet, CC3M: not run
 Differs    from the paper: no code was published, its body was not at hand; the loss is as its abstract, its reviews and I-Con
            (ICLR 2025) state it, settings are recalled or ours. Crops are cut on the device from a square of --canvas pixels.
            --graph tree: 1 - path length / longest path, ours. The text encoder of generated captions is a bag of content

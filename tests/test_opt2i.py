@@ -328,6 +328,27 @@ def test_a_refused_user_prompt_is_left_out_and_said(tmp_path, monkeypatch, capsy
         M.run(M.Config(**{**cfg.__dict__, "out_dir": str(tmp_path / "none")}))
 
 
+def test_the_sheet_shows_what_was_scored_and_a_refusal_with_fresh_seeds_loses_no_search(tmp_path):
+    cfg = M.Config(steps=1, candidates=3, images=2, fresh=4, methods="opt2i", proposer="grammar", target=2.0)
+    task, drawn = M.Task("a small red star on a dark background"), []
+
+    def draw(p, n, seed):
+        if n == cfg.fresh and p != task.prompt:
+            raise M.Refused("not with these seeds")
+        drawn.append((p, n))
+        return torch.full((n, 3, 8, 8), 0.1 * len(drawn))
+
+    def scorer(task, x):
+        return float(x.mean()), [("q", 0.5)], x.flatten(1).mean(1).tolist()
+
+    M.solve_task(0, task, draw, scorer, cfg, tmp_path, None)
+    got = json.loads((tmp_path / "000.json").read_text())["methods"]["opt2i"]
+    assert np.isnan(got["fresh_best"]) and got["best"] > got["first"] and (tmp_path / "000.png").exists()
+    assert len(drawn) == 1 + got["prompts"]  # fresh seeds of the user prompt, the search, and nothing for the sheet
+    found = M.search("opt2i", task, draw, scorer, M.Grammar(0), cfg)
+    assert [float(x.mean()) for x in found.shown] == pytest.approx([found.trace[0][0].score, found.best.score])
+
+
 def test_a_replay_follows_the_last_attempt(tmp_path):
     """A run that was stopped in its second prompt and went on has asked twice; the answers of the first time count no more."""
     lines = [(0, "a", "k", "one"), (1, "a", "k", "stopped"), (1, "b", "k", "two"), (1, "b", "k", "three")]
@@ -679,4 +700,4 @@ def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
 
 def test_dry_run_spends_nothing(tmp_path, capsys):
     M.run(M.Config(prompts="3", dry_run=True, out_dir=str(tmp_path / "r")))
-    assert "2,328 pictures" in capsys.readouterr().out and not (tmp_path / "r").exists()
+    assert "2,304 pictures" in capsys.readouterr().out and not (tmp_path / "r").exists()
