@@ -210,47 +210,60 @@ def _check_features(k: int, **sets):
 
 def _shifted(x, mean):
     """x - mean in float64, kept in float32: differences stay, rounding of large means goes."""
-    return torch.cat([(part.double() - mean).float() for part in x.split(1024)])
+    out = torch.empty(x.shape, device=x.device)
+    for part, into in zip(x.split(1024), out.split(1024)):
+        into.copy_(part.double() - mean)
+    return out
 
 
-def _pairs(a, b, block):
-    """Row blocks of a (N, D) against all of b (M, D), float32: (first row, squared distances (B, M)). Their error is below
-    `_slack(a, b)`."""
-    nb = b.square().sum(1)
-    for i in range(0, len(a), block):
-        part = a[i : i + block]
-        yield i, torch.addmm(nb, part, b.T, alpha=-2).add_(part.square().sum(1, keepdim=True))
+def _squares(x):
+    return torch.linalg.vector_norm(x, dim=1).square()  # without a copy of x
 
 
 def _slack(a, b):
-    return 4e-6 * (a.square().sum(1).max() + b.square().sum(1).max()).item()
+    """More than the error of a squared distance of _near()."""
+    return 4e-6 * (_squares(a).max() + _squares(b).max()).item()
+
+
+def _near(a, b, squares, buffer):
+    """Squared distances (N, M) of a few rows a (N, D) to b (M, D), whose squares (M,) are given, float32, in the buffer."""
+    d = torch.addmm(squares, a, b.T, alpha=-2, out=buffer[: len(a) * len(b)].view(len(a), len(b)))
+    return d.add_(_squares(a)[:, None])
 
 
 def _exact(a, b):
     return (a.double() - b.double()).square().sum(-1)
 
 
-def knn_radius(x: torch.Tensor, k: int, block: int = 256, near: torch.Tensor | None = None) -> torch.Tensor:
+def knn_radius(x: torch.Tensor, k: int, block: int = 512, near: torch.Tensor | None = None) -> torch.Tensor:
     """(N, D) -> (N,) squared distance to the k-th neighbour in the own set, without the point itself, in float64. Candidates
     are found in float32 (near: the rows to find them with, shifted to their mean), a few more than k, and measured in float64;
-    all points are, where float32 cannot tell the others from the k-th."""
+    all points are, where float32 cannot tell the others from the k-th. A pair is looked at once, for both of its points."""
     near = _shifted(x, x.double().mean(0)) if near is None else near
-    out, slack = [], _slack(near, near)
-    for i, d in _pairs(near, near, block):
-        own = torch.arange(len(d))
-        d[own, own + i] = torch.inf
-        far, found = d.topk(min(k + 4, len(x) - 1), largest=False)  # (B, k + 4)
-        exact = torch.stack([_exact(x[i : i + block], x[found[:, j]]) for j in range(found.shape[1])], 1)
-        radius = exact.kthvalue(k, 1).values
-        for row in torch.nonzero(far[:, -1].double() - slack < radius)[:, 0].tolist() if found.shape[1] < len(x) - 1 else ():
-            all_of = torch.cat([_exact(part, x[i + row]) for part in x.split(1024)])
-            all_of[i + row] = torch.inf
-            radius[row] = all_of.kthvalue(k).values
-        out.append(radius)
-    return torch.cat(out)
+    n, m, squares, buffer = len(x), min(k + 4, len(x) - 1), _squares(near), near.new_empty(min(block, len(x)) * len(x))
+    far, found = near.new_full((n, m), torch.inf), torch.zeros(n, m, dtype=torch.long, device=x.device)
+
+    def candidates(first, d, begin):  # rows `first` and on have distances d to the points `begin` and on
+        rows = slice(first, first + len(d))
+        d, places = d.topk(min(m, d.shape[1]), largest=False)
+        far[rows], order = torch.cat([far[rows], d], 1).topk(m, largest=False)
+        found[rows] = torch.cat([found[rows], places + begin], 1).gather(1, order)
+
+    for i in range(0, n, block):
+        d = _near(near[i : i + block], near[i:], squares[i:], buffer)
+        d.diagonal().fill_(torch.inf)  # the points themselves
+        candidates(i, d, i)
+        candidates(i + len(d), d[:, len(d) :].T, i)
+    exact = torch.stack([torch.cat([_exact(p, x[j]) for p, j in zip(x.split(block), js.split(block))]) for js in found.T], 1)
+    radius, slack = exact.kthvalue(k, 1).values, _slack(near, near)
+    for row in torch.nonzero(far[:, -1].double() - slack < radius)[:, 0].tolist() if m < n - 1 else ():
+        every = torch.cat([_exact(part, x[row]) for part in x.split(1024)])
+        every[row] = torch.inf
+        radius[row] = every.kthvalue(k).values
+    return radius
 
 
-def prdc(real: torch.Tensor, fake: torch.Tensor, k: int = 5, closed: bool = False, block: int = 256) -> dict[str, float]:
+def prdc(real: torch.Tensor, fake: torch.Tensor, k: int = 5, closed: bool = False, block: int = 512) -> dict[str, float]:
     """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) of features (N, D), (M, D).
 
     A point belongs to a set if it lies in the ball of one of its points, whose radius reaches the k-th neighbour. closed:
@@ -261,8 +274,9 @@ def prdc(real: torch.Tensor, fake: torch.Tensor, k: int = 5, closed: bool = Fals
     a, b = _shifted(real, mean), _shifted(fake, mean)
     r_real, r_fake, slack = knn_radius(real, k, block, a), knn_radius(fake, k, block, b), _slack(a, b)
     recalled, covered, held = [], [], torch.zeros(len(fake), dtype=torch.float64, device=fake.device)
-    for i, d in _pairs(a, b, block):
-        balls = []
+    squares, buffer = _squares(b), b.new_empty(block * len(b))
+    for i in range(0, len(a), block):
+        d, balls = _near(a[i : i + block], b, squares, buffer), []
         for r in (r_real[i : i + block, None], r_fake[None]):  # of the real points, then of the generated ones
             ball, near = d < (r - slack).float(), d <= (r + slack).float()
             rows, cols = torch.nonzero(ball ^ near, as_tuple=True)
