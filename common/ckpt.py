@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 
 # Fields that may change between a run and its continuation without changing the result; those that change what a trained
 # model is tested on; and paths, of which so many last parts are compared: folders may move.
-FREE = {"out_dir", "workers", "log_every", "save_every", "resume", "max_bad"}
-TESTED_ON = {"eval_data", "sugarcrepe", "probe_data"}
-PATHS = {"data": 1, "eval_data": 1, "probe_data": 1, "sugarcrepe": 1, "init": 2}
+FREE = {"out_dir", "workers", "log_every", "save_every", "resume", "max_bad", "memory_gb"}
+TESTED_ON = {"eval_data", "sugarcrepe", "photos", "references", "probe_data", "probe", "probe_l2", "probe_steps", "real",
+             "in9", "objectnet", "mit_states"}  # fmt: skip
+PATHS = {"init": 2, **dict.fromkeys((*TESTED_ON, "data", "embeddings", "tree", "tokenizer", "synonyms"), 1)}
 
 
 def _replace(path, write) -> None:

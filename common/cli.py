@@ -9,10 +9,18 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import os
 import re
 import sys
 from dataclasses import MISSING, fields
+
+RANGES = {  # of the fields that all methods share: smallest and largest value
+    "seed": (0, 2**31 - 1), "batch_size": (1, math.inf), "accum": (1, math.inf), "lr": (0, math.inf), "wd": (0, math.inf),
+    "wd_end": (0, math.inf), "lr_end": (0, math.inf), "warmup": (0, math.inf), "grad_clip": (0, math.inf), "ema_decay": (0, 1),
+    "workers": (0, math.inf), "log_every": (1, math.inf), "eval_every": (0, math.inf), "save_every": (1, math.inf),
+    "max_bad": (0, 1),
+}  # fmt: skip
 
 
 def comments(Config) -> dict[str, str]:
@@ -46,7 +54,13 @@ def parse(Config, presets: dict[str, dict] | None = None, argv=None):
             parser.add_argument(f"--{f.name}", type=type(f.default), help=text, metavar=type(f.default).__name__)
     given = vars(parser.parse_args(argv))
     preset = presets[given.pop("preset", "laptop")] if presets else {}
-    return Config(**{**preset, **given})
+    cfg = Config(**{**preset, **given})
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(cfg, name, low) <= high:  # NaN is outside, too
+            parser.error(
+                f"--{name} {getattr(cfg, name)} must be " + (f"at least {low}" if high == math.inf else f"{low} to {high}")
+            )
+    return cfg
 
 
 def main(run, Config, presets=None, argv=None) -> None:

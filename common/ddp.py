@@ -80,7 +80,7 @@ def rank() -> int:
 
 def reseed(seed: int, rank: int, step: int) -> None:
     """All of torch's randomness from (seed, rank, step): nothing to save, and any step can be replayed alone."""
-    torch.manual_seed((seed * 1_000_003 + rank) * 2_000_003 + step)
+    torch.manual_seed(((seed * 1_000_003 + rank) * 2_000_003 + step) % 2**63)
 
 
 def wrap(model: torch.nn.Module, env: Env) -> torch.nn.Module:

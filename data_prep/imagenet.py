@@ -14,6 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from common import cli
@@ -61,7 +63,8 @@ def run(cfg: Config) -> dict:
     files = Files(cfg.images)
     found = [(*n.split("/")[-3:-1], n) for n in files.names if Path(n).suffix.lower() in IMAGE_TYPES and n.count("/") >= 2]
     splits = {s: [(c, n) for split, c, n in found if split == s] for s in cfg.splits.split(",")}
-    splits = {s: items for s, items in splits.items() if items}
+    rng = np.random.default_rng(0)  # classes come one after the other: shuffled, so that every shard is a fair sample
+    splits = {s: [items[i] for i in rng.permutation(len(items))] for s, items in splits.items() if items}
     if not splits:
         raise ValueError(f"{cfg.images} holds no images as SPLIT/CLASS/file for the splits {cfg.splits}")
     folders = sorted({c for items in splits.values() for c, _ in items})

@@ -221,12 +221,12 @@ def train(cfg: Config) -> dict:
             critic_opt.step()
         done, end = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or end
-        if due or done % cfg.save_every == 0:
+        leave = (due or env.world == 1) and ddp.interrupted()
+        if due or leave or done % cfg.save_every == 0:
             ddp.check_finite({"loss": loss.item()}, step)
         if due:
             log.write(step, **ddp.mean({"loss": loss, **parts}), lr=lr)
         log.tick(step)
-        leave = (due or env.world == 1) and ddp.interrupted()
         if env.is_main and (done % cfg.save_every == 0 or end or leave):
             ckpt.save(out / "last.pt", done, cfg, **state)
         if leave:

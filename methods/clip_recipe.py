@@ -538,10 +538,12 @@ def train(cfg: Config) -> dict:
     for step in range(start, cfg.steps):
         ddp.reseed(cfg.seed, env.rank, step)  # dropout; data and augmentation are functions of the sample's position
         optim.set_lr(opt, optim.warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr, 1e-6, 1e-5))
+        mean_loss = 0.0
         for _ in range(cfg.accum):
             images, captions = to_device(next(batches), env.device)
             loss, parts = method_loss(wrapped, teacher, images, captions, extra, recipe, cfg)
             (loss / cfg.accum).backward()
+            mean_loss += loss.detach() / cfg.accum
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
@@ -554,11 +556,12 @@ def train(cfg: Config) -> dict:
                     old.lerp_(new, 1 - cfg.ema_decay)
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
-        if due or done % cfg.save_every == 0:
-            ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
+        leave = (due or env.world == 1) and ddp.interrupted()
+        if due or leave or done % cfg.save_every == 0:
+            ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
         if due:
             scales = dict(zip(("s_z", "s_h"), model.scales()))
-            log.write(step, **ddp.mean({"loss": loss, **parts, **scales}), lr=opt.param_groups[0]["lr"], bad=batches.bad)
+            log.write(step, **ddp.mean({"loss": mean_loss, **parts, **scales}), lr=opt.param_groups[0]["lr"], bad=batches.bad)
         if last or (cfg.eval_every and done % cfg.eval_every == 0):
             result = evaluate(model, tests, tok, cfg, env)
             log.write(step, **result)
@@ -567,7 +570,6 @@ def train(cfg: Config) -> dict:
                 best = {"score": score, "step": done}
                 ckpt.export(out / "best.safetensors", model.state_dict(), **best)
         log.tick(step)
-        leave = (due or env.world == 1) and ddp.interrupted()
         if env.is_main and (done % cfg.save_every == 0 or last or leave):
             ckpt.save(out / "last.pt", done, cfg, best, **state)
         if leave:

@@ -859,6 +859,7 @@ def train(cfg: Config) -> dict:
         ddp.reseed(cfg.seed, env.rank, step)  # LoRA's dropout
         rate = cfg.lr * (1 - max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
         optim.set_lr(opt, rate * min(1.0, (step + 1) / max(1, cfg.warmup)))
+        mean_loss = 0.0
         for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
             batch = next(stream)
             rows = batch["row"].tolist()
@@ -872,6 +873,7 @@ def train(cfg: Config) -> dict:
                                       for i in (ids, ids_neg, ids_long))  # fmt: skip
             loss, parts = method_loss(wrapped, normalised(batch["image"].to(env.device)), ids, ids_neg, ids_long, cfg)
             (loss / cfg.accum).backward()
+            mean_loss += loss.detach() / cfg.accum
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
@@ -879,14 +881,14 @@ def train(cfg: Config) -> dict:
             model.logit_scale.clamp_(max=math.log(100))  # after the update, as CLIP does: a clamp in the loss has no gradient
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
-        if due or done % cfg.save_every == 0:
-            ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
+        leave = (due or env.world == 1) and ddp.interrupted()
+        if due or leave or done % cfg.save_every == 0:
+            ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
         if due:
-            log.write(step, **ddp.mean({"loss": loss, **parts}), lr=opt.param_groups[0]["lr"])
+            log.write(step, **ddp.mean({"loss": mean_loss, **parts}), lr=opt.param_groups[0]["lr"])
         if cfg.eval_every and done % cfg.eval_every == 0 and not last and test:
             log.write(step, **evaluate(model, tok, test, cfg, env))
         log.tick(step)
-        leave = (due or env.world == 1) and ddp.interrupted()
         if env.is_main and (done % cfg.save_every == 0 or last or leave):
             ckpt.save(out / "last.pt", done, cfg, model=model, opt=opt)
         if leave:

@@ -848,6 +848,7 @@ def train(cfg, env, vae, world):
     log = RunLog(cfg, env, "public model", start)
     for step in range(start, cfg.steps):
         optim.set_lr(opt, cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup)))
+        mean_loss = 0.0
         for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
             row, g = next(rows)["row"], torch.Generator().manual_seed(cfg.seed * 1_000_003 + micro)
             u, noise = torch.rand(micro_size + 1, 2, generator=g), torch.randn(micro_size, *z.shape[1:], generator=g)
@@ -856,18 +857,19 @@ def train(cfg, env, vae, world):
             batch = (z[row], world.public_bank[near[row]], torch.cat([u[mine], u[-1:]]), noise[mine], extra[mine])
             loss = method_loss(wrapped, *(v.to(env.device) for v in batch), cfg)
             (loss / cfg.accum).backward()
+            mean_loss += loss.detach() / cfg.accum
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
         ema.update(model)
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
-        if due or done % cfg.save_every == 0:
-            ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
-        if due:
-            log.write(step, **ddp.mean({"loss": loss}), lr=opt.param_groups[0]["lr"])
-        log.tick(step)
         leave = (due or env.world == 1) and ddp.interrupted()
+        if due or leave or done % cfg.save_every == 0:
+            ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
+        if due:
+            log.write(step, **ddp.mean({"loss": mean_loss}), lr=opt.param_groups[0]["lr"])
+        log.tick(step)
         if env.is_main and (done % cfg.save_every == 0 or last or leave):
             ckpt.save(out / "last.pt", done, trained, model=model, ema=ema, opt=opt)
         if leave:

@@ -689,6 +689,7 @@ def train(cfg: Config) -> dict:
         ddp.reseed(cfg.seed, env.rank, step)  # the padding's noise; all else is drawn below, for the global batch
         fall = (cfg.steps - step) / max(1.0, cfg.decay * cfg.steps)
         optim.set_lr(opt, cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup), fall if cfg.decay else 1.0))
+        mean_loss = 0.0
         for micro in range(cfg.accum):
             mean, logvar, controls, semantic = (to_device(x, env.device) for x in next(batches))
             noise = draw_noise(cfg.seed, step * cfg.accum + micro, share * env.world, mean.shape[1:], env.device)
@@ -702,18 +703,19 @@ def train(cfg: Config) -> dict:
                     wrapped, z0, time_of(cfg.objective, u[:, 0]), n2, cfg.objective, noise_scale(cfg), **conditions
                 )
             (loss / cfg.accum).backward()
+            mean_loss += loss.detach() / cfg.accum
         norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
         ema.update(model)
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
-        if due or done % cfg.save_every == 0:
-            ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
-        if due:
-            log.write(step, **ddp.mean({"loss": loss, "grad_norm": norm}), lr=opt.param_groups[0]["lr"], bad=batches.bad)
-        log.tick(step)
         leave = (due or env.world == 1) and ddp.interrupted()
+        if due or leave or done % cfg.save_every == 0:
+            ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
+        if due:
+            log.write(step, **ddp.mean({"loss": mean_loss, "grad_norm": norm}), lr=opt.param_groups[0]["lr"], bad=batches.bad)
+        log.tick(step)
         if env.is_main and (done % cfg.save_every == 0 or last or leave):
             ckpt.save(out / "last.pt", done, cfg, **state)
         if leave:

@@ -462,6 +462,7 @@ def train(cfg: Config, arm: str) -> dict:
         began = time.monotonic()
         optim.set_lr(opt, cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup)))
         due = (step + 1) % cfg.log_every == 0 or step + 1 == total
+        mean_loss = 0.0
         for micro in range(cfg.accum):
             loss, parts, output = micro_loss(step, micro)
             if due and "lpl" in parts:
@@ -469,20 +470,21 @@ def train(cfg: Config, arm: str) -> dict:
                 parts["gradient_ratio"] = gradient_ratio(parts, output, cfg.weight)
                 began += time.monotonic() - before  # a diagnostic, no part of a step
             (loss / cfg.accum).backward()
+            mean_loss += loss.detach() / cfg.accum
         norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
         ema.update(model)
         done, last = step + 1, step + 1 == total
-        if due or done % cfg.save_every == 0:
-            ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
+        leave = (due or env.world == 1) and ddp.interrupted()
+        if due or leave or done % cfg.save_every == 0:
+            ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
         extra["seconds"] += time.monotonic() - began
         if due:
-            log.write(step, **ddp.mean({"loss": loss, "grad_norm": norm, **parts}), lr=opt.param_groups[0]["lr"])
+            log.write(step, **ddp.mean({"loss": mean_loss, "grad_norm": norm, **parts}), lr=opt.param_groups[0]["lr"])
         if cfg.eval_every and done % cfg.eval_every == 0 and not last:
             report(step)
         log.tick(step)
-        leave = (due or env.world == 1) and ddp.interrupted()
         if env.is_main and (done % cfg.save_every == 0 or last or leave):
             ckpt.save(out / "last.pt", done, here, extra, **state)
         if leave:

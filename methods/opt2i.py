@@ -961,12 +961,12 @@ def train_lm(cfg: Config) -> dict:
         opt.zero_grad(set_to_none=True)
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
-        if due or done % cfg.save_every == 0:
+        leave = (due or env.world == 1) and ddp.interrupted()
+        if due or leave or done % cfg.save_every == 0:
             ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
         if due:
             log.write(step, **ddp.mean({"loss": loss}))
         log.tick(step)
-        leave = (due or env.world == 1) and ddp.interrupted()
         if env.is_main and (done % cfg.save_every == 0 or last or leave):
             ckpt.save(out / "last.pt", done, cfg, model=model, opt=opt)
         if leave:

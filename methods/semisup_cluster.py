@@ -606,7 +606,8 @@ def train(cfg: Config) -> dict:
                     old.lerp_(new, 1 - m)
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
-        if due or done % cfg.save_every == 0:
+        leave = (due or env.world == 1) and ddp.interrupted()
+        if due or leave or done % cfg.save_every == 0:
             ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
         if due:
             line = ddp.mean({"loss": loss, **parts})
@@ -618,7 +619,6 @@ def train(cfg: Config) -> dict:
         if cfg.eval_every and done % cfg.eval_every == 0 and not last:
             log.write(step, **evaluate(net, world, cfg, env))
         log.tick(step)
-        leave = (due or env.world == 1) and ddp.interrupted()
         if env.is_main and (done % cfg.save_every == 0 or last or leave):
             ckpt.save(out / "last.pt", done, cfg, **state)
         if leave:

@@ -1279,11 +1279,13 @@ def train(cfg: Config) -> dict:
     for step in range(start, cfg.steps):
         ddp.reseed(cfg.seed, env.rank, step)
         optim.set_lr(opt, optim.warmup_cosine(step, cfg.steps, cfg.warmup, rate))
+        mean_loss = 0.0
         for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
             batch = make_batch(pairs, next(stream), cfg.arms, tok, cfg, micro, first, env.device)
             with torch.autocast(env.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
                 loss, parts = wrapped(batch)
             (loss / cfg.accum).backward()
+            mean_loss += loss.detach() / cfg.accum
         norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
@@ -1291,12 +1293,12 @@ def train(cfg: Config) -> dict:
             model.log_scale.data.clamp_(max=math.log(100))
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
-        if due or done % cfg.save_every == 0:
-            ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
-        if due:
-            log.write(step, **ddp.mean({"loss": loss, **parts}), lr=opt.param_groups[0]["lr"])
-        log.tick(step)
         leave = (due or env.world == 1) and ddp.interrupted()
+        if due or leave or done % cfg.save_every == 0:
+            ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
+        if due:
+            log.write(step, **ddp.mean({"loss": mean_loss, **parts}), lr=opt.param_groups[0]["lr"])
+        log.tick(step)
         if env.is_main and (done % cfg.save_every == 0 or last or leave):
             ckpt.save(out / "last.pt", done, cfg, model=model, opt=opt)
         if leave:

@@ -608,25 +608,27 @@ def train(cfg: Config) -> dict:
     )
     for step in range(start, cfg.steps):
         optim.set_lr(opt, optim.warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr))
+        mean_loss = 0.0
         for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
             batch = next(stream)
             images = two_views(batch, micro, cfg, env).contiguous(memory_format=torch.channels_last)
             ids = trim(tok([texts[i] for i in batch["row"].tolist()], 77), 8).to(env.device) if texts else None
             loss, parts = method_loss(wrapped, batch, images, graph, ids, micro, cfg)
             (loss / cfg.accum).backward()
+            mean_loss += loss.detach() / cfg.accum
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
-        if due or done % cfg.save_every == 0:
-            ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
+        leave = (due or env.world == 1) and ddp.interrupted()
+        if due or leave or done % cfg.save_every == 0:
+            ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
         if due:
-            log.write(step, **ddp.mean({"loss": loss, **parts()}), lr=opt.param_groups[0]["lr"])
+            log.write(step, **ddp.mean({"loss": mean_loss, **parts()}), lr=opt.param_groups[0]["lr"])
         if cfg.eval_every and done % cfg.eval_every == 0 and not last:
             log.write(step, **evaluate(model, world, cfg, env))
         log.tick(step)
-        leave = (due or env.world == 1) and ddp.interrupted()
         if env.is_main and (done % cfg.save_every == 0 or last or leave):
             ckpt.save(out / "last.pt", done, cfg, model=model, opt=opt)
         if leave:
