@@ -51,7 +51,7 @@ from common import augment, ckpt, cli, data, ddp, metrics, optim, plot, scenes
 from common.log import RunLog, table, write_json
 from common.resnet import ResNet
 from common.tokenizer import Tokenizer
-from common.vit import TextTransformer, ViT, trim
+from common.vit import TextTransformer, trim
 
 
 # 1. CONFIG (presets stand in section 7) ------------------------------------------------------------------------------
@@ -78,14 +78,14 @@ class Config:
     resume: bool = True  # continue from last.pt, exactly; --no-resume starts again
     max_bad: float = 0.01  # share of damaged samples at which the run stops
     # the method
-    method: str = "simclr,supcon,clip,xclr"  # comma list, one arm each
+    method: str = "untrained,simclr,supcon,clip,xclr"  # comma list, one arm each
     graph: str = "text"  # of xclr: text, class, identity, tree, rand_class, rand_sample
     text_of: str = "captions"  # what the text graph compares: captions, or classes, i.e. --template with the class name
     template: str = "a photo of a {}"  # of class descriptions
     embeddings: str = ""  # .npy or .safetensors, a row for each sample or class; "" = bag of content words
     tree: str = ""  # text file, line i: path of class i from the root, like animal/dog; "" = the data set's own hierarchy
     tau: float = 0.1  # temperature of the student
-    tau_s: float = 0.1  # temperature of the target; 0 = its limit, equal shares among the most similar
+    tau_s: float = 0.1  # of the target, 0 = equal shares among the most similar; goes with batch and text encoder: watch `pair`
     images_per_class: str = "30,300"  # comma list, one arm each; 0 = all, 300 of generated ones
     optimiser: str = "adamw"  # adamw or lars
     probe_data: str = ""  # folder of labelled shards for the probes, where --data has captions only (CC3M, then ImageNet)
@@ -98,11 +98,8 @@ class Config:
     memory_gb: float = 8.0  # a data set below this size is kept on the device
     crop_scale: float = 0.35  # smallest area of a crop; SimCLR: 0.08, too little of a tiny picture
     jitter: str = "light"  # of views: "full", SimCLR's, or "light", no hue and grey, where captions name colours
-    backbone: str = "small"  # small (common/resnet.py), resnet50 (torchvision) or vit
-    width: int = 16  # small, vit
-    patch: int = 8  # vit: pixels
-    depth: int = 6  # vit
-    heads: int = 4  # vit
+    backbone: str = "small"  # small (common/resnet.py) or resnet50 (torchvision)
+    width: int = 16  # small
     hidden: int = 256  # of the projector
     embed_dim: int = 64  # of the projector; SimCLR: 128
     init: str = ""  # model.safetensors whose backbone to start from
@@ -159,16 +156,18 @@ def xclr_loss(z, graph, tau=0.1, tau_s=0.1):
 
 
 @torch.no_grad()
-def diagnostics(z, graph, tau, tau_s):
+def diagnostics(loss, graph, tau_s):
     """kl = L - H(s): unlike L it is comparable over tau_s and batch sizes, its floor is 0. pair: target mass on the other view.
-    positives: exp(mean H(s)), the effective number of positives. negatives: of a view, over all processes."""
+    positives: exp(mean H(s)), the effective number of positives. others: views that a view is compared with, over all
+    processes. similar: their mean similarity in the graph."""
     n, N = graph.shape
     s = soft_targets(graph, tau_s)
     entropy = torch.special.entr(s).sum(1).mean()
     row = torch.arange(2 * n, device=s.device)
     pair = s[row, torch.cat([row[:n] + N, row[:n]]) + ddp.rank() * n].mean()
-    kl = -(s * log_student(z, tau)).sum(1).mean() - entropy
-    return {"kl": kl, "pair": pair, "positives": entropy.exp(), "negatives": torch.tensor(2.0 * N - 2)}
+    similar = (graph.sum() - n) / max(1, n * (N - 1))
+    return {"kl": loss.detach() - entropy, "pair": pair, "positives": entropy.exp(), "others": torch.tensor(2.0 * N - 2),
+            "similar": similar}  # fmt: skip
 
 
 def clip_loss(f_img, f_txt, scale, smoothing=0.0, gather=ddp.gather_rows):  # twin: clip_loss
@@ -215,7 +214,7 @@ def bag_of_words(texts):
 
 
 def read_embeddings(path, names):
-    """-> (len(names), d) rows, memory-mapped. names: keys of the samples or names of the classes, in order."""
+    """-> (len(names), d) rows, of .npy memory-mapped. names: keys of the samples or names of the classes, in order."""
     what = f"--embeddings {path}"
     try:
         if str(path).endswith(".safetensors"):
@@ -224,11 +223,12 @@ def read_embeddings(path, names):
         else:
             beside = Path(f"{path.removesuffix('.npy')}.ids.npy")
             rows, ids = np.load(path, mmap_mode="r"), np.load(beside) if beside.exists() else None
+        shape = tuple(rows.shape)
     except Exception as error:
         raise ValueError(f"{what} cannot be read ({type(error).__name__}: {error}); write it with data_prep/cache_text.py, "
                          'or as .npy, or as .safetensors with a tensor "embedding"') from error  # fmt: skip
-    if rows.ndim != 2 or len(rows) != len(names):
-        raise ValueError(f"{what} has the shape {rows.shape}, expected ({len(names)}, d): a row for each sample or class")
+    if len(shape) != 2 or shape[0] != len(names):
+        raise ValueError(f"{what} has the shape {shape}, expected ({len(names)}, d): a row for each sample or class")
     if ids is not None and [int(i) for i in ids] != [data.text_id(n) for n in names]:
         raise ValueError(f"{what} belongs to other samples or to another order; encode this data with data_prep/cache_text.py")
     return rows
@@ -245,8 +245,7 @@ def unit_rows(e, what):
 def make_graph(cfg, world, device):
     """-> graph(batch, step): (n, N) similarity of this process's samples to those of all processes. Nothing of the size of the
     data set squared is ever built: a table of classes, or the product of a batch's text embeddings."""
-    kind = {"simclr": "identity", "supcon": "class"}.get(cfg.method, cfg.graph)
-    C, rank = len(world.classes), ddp.rank()
+    kind, C, rank = cfg.graph, len(world.classes), ddp.rank()
 
     def of_classes(S):  # (C, C)
         if len(S) != C or not C:
@@ -299,8 +298,6 @@ class Encoder(nn.Module):
         super().__init__()
         if cfg.backbone == "small":
             self.body = ResNet(cfg.width)
-        elif cfg.backbone == "vit":
-            self.body = ViT(cfg.image_size, cfg.patch, cfg.width, cfg.depth, cfg.heads)
         else:
             from common.vision import torchvision
 
@@ -335,7 +332,7 @@ class World:
     classes: list
     paths: list  # of the classes in a hierarchy
     kinds: int  # number of classes that the probe tells apart, 0 = none
-    attributes: dict  # name -> (values for every picture of "test")
+    attributes: dict  # name -> (values of the training pictures, of "test")
 
 
 def backgrounds(shape, rng, how):
@@ -346,11 +343,12 @@ def backgrounds(shape, rng, how):
     return tuple(scenes.TONES)[i % 3], scenes.PATTERNS[i // 3]
 
 
-def scene_set(count, seed, size, how=""):
-    """One object on a background that mostly goes with its shape, which is the class. -> (fields, texts, attributes)"""
+def scene_set(count, seed, size, part, how=""):
+    """One object on a background that mostly goes with its shape, which is the class. part: train or test, which have no object
+    in common, or nine test pictures of ten would have been trained on. -> (fields, texts, attributes)"""
     rng, world = np.random.default_rng((seed, 7)), []
     for i in range(count):
-        s = scenes.scene(i, seed, (1, 1), grid=1)
+        s = scenes.scene(i, seed, (1, 1), grid=1, part=part)
         tone, pattern = backgrounds(s.things[0].shape, rng, how)
         world.append(replace(s, tone=tone, pattern=pattern))
     images = np.concatenate([scenes.render(world[i : i + 256], size) for i in range(0, count, 256)])
@@ -367,14 +365,14 @@ def open_world(cfg: Config, env) -> World:
     count = int(cfg.images_per_class)
     if not cfg.data:
         C, S = len(scenes.SHAPES), canvas(cfg)
-        every, texts, _ = scene_set((2 * max(count or 300, 30) + 20) * C, 4 * cfg.seed, S)
+        every, texts, known = scene_set((2 * max(count or 300, 30) + 20) * C, 4 * cfg.seed, S, "train")
         rows = data.pick(every["label"], count or 300, cfg.seed)
         train = {k: v[rows].to(env.device) for k, v in every.items()}
         tests, attributes = {}, {}
         for i, how in enumerate(("", "same", "rand")):  # natural backgrounds, those of the class, those of another class
-            fields, _, values = scene_set(2_000, 4 * cfg.seed + i + 1, S, how)
+            fields, _, values = scene_set(2_000, 4 * cfg.seed + i + 1, S, "test", how)
             tests[("test", "mixed_same", "mixed_rand")[i]] = {k: v.to(env.device) for k, v in fields.items()}
-            attributes = attributes or values
+            attributes = attributes or {k: (known[k][rows], v) for k, v in values.items()}
         paths = [f"{family}/{s}" for family, members in scenes.FAMILIES.items() for s in members]
         keys = [str(i) for i in range(len(texts))]
         return World(train, train, tests, keys, texts, list(scenes.SHAPES), paths, C, attributes)
@@ -387,6 +385,10 @@ def open_world(cfg: Config, env) -> World:
     if cfg.probe_data:
         source, other, _, probed, rows = data.open_labelled(cfg.probe_data, 0, cfg.seed)
         taught, kinds = data.load(source, rows, **options), len(probed)
+    if kinds and any(not 0 <= r.get("label", -1) < kinds for r in data.records(other) if r["key"]):
+        raise ValueError(f"{cfg.probe_data or cfg.data}: some test pictures have no label below {kinds}; prepare them again")
+    if not kinds and not cfg.mit_states:
+        raise ValueError(f"{cfg.data} has no labels, nothing would be measured; give --probe_data")
     tests = {"test": data.load(other, np.arange(len(other)), **options)}
     texts = [(r.get("captions") or [""])[0] for r in records]
     return World(train, taught, tests, [r["key"] for r in records], texts, classes, paths, kinds, {})
@@ -395,11 +397,6 @@ def open_world(cfg: Config, env) -> World:
 def canvas(cfg):
     """Pixels of the squares that views are cut from."""
     return cfg.canvas or cfg.image_size
-
-
-def batches(pictures, cfg, env, start, seed, batch_size):
-    """Endless dicts image (n, 3, S, S) uint8, side, label, row of this process."""
-    return data.endless(pictures, canvas(cfg), batch_size, env, seed, start, cfg.workers, cfg.max_bad)
 
 
 def two_views(batch, step, cfg, env):
@@ -439,8 +436,8 @@ def sgd_probe(model, pictures, cfg, env, classes):
     """One linear layer on frozen features of random crops: SGD with momentum, cosine, no weight decay -> features -> logits."""
     head = nn.Linear(model.body.out_dim, classes).to(env.device)
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
-    opt = torch.optim.SGD(head.parameters(), 0.1, momentum=0.9)
-    stream = batches(pictures, cfg, env, 0, cfg.seed + 1, 256 // env.world * env.world)
+    opt = torch.optim.SGD(head.parameters(), momentum=0.9)
+    stream = data.endless(pictures, canvas(cfg), 256 // env.world * env.world, env, cfg.seed + 1, 0, cfg.workers, cfg.max_bad)
     colour = augment.Colour(jitter_p=0, grey_p=0, blur_p=0)
     for step in range(cfg.probe_steps):
         batch, g = next(stream), torch.Generator(env.device).manual_seed(step * 2 + 1)
@@ -449,7 +446,7 @@ def sgd_probe(model, pictures, cfg, env, classes):
         x = augment.view(batch["image"].to(env.device), batch["side"].to(env.device), u, cfg.image_size, (0.08, 1.0), colour)
         with torch.no_grad():
             f = F.normalize(model.body(augment.normalise(x)).float(), dim=1)
-        optim.set_lr(opt, optim.warmup_cosine(step, cfg.probe_steps, 0, 10.0))
+        optim.set_lr(opt, optim.warmup_cosine(step, cfg.probe_steps, 0, 10.0))  # ours; high, for features of length 1
         with torch.enable_grad():
             F.cross_entropy(head(f), batch["label"].to(env.device)).backward()
         for p in head.parameters():
@@ -528,10 +525,11 @@ def further_tests(model, probe, guess, rows, world, cfg, env) -> dict[str, float
     if cfg.mit_states:
         source = data.Folder(cfg.mit_states)
         f, y, _ = embed(model, data.Subset(source, np.arange(len(source))), cfg, env)
-        for i, name in enumerate(("attributes", "objects")):  # "ancient building"
-            words = [c.split(" ", 1)[i] for c in source.classes]
+        for i, name in enumerate(("attributes", "objects")):  # "ancient building" or "ancient_building"; "adj" is no attribute
+            words = [re.split("[ _]", c, maxsplit=1)[i] for c in source.classes]
+            kept = torch.tensor([words[c] != "adj" for c in y.tolist()])
             ids = torch.tensor([sorted(set(words)).index(words[c]) for c in y.tolist()])
-            out[f"mit_{name}"] = half_probe(f, ids, cfg)
+            out[f"mit_{name}"] = half_probe(f[kept], ids[kept], cfg)
     return out
 
 
@@ -545,20 +543,23 @@ def half_probe(f, y, cfg):
 @torch.no_grad()
 def evaluate(model, world, cfg, env) -> dict[str, float]:
     """Percent right, on frozen backbone features (not the projector's output): probe and k-NN of the class, probes of
-    attributes, backgrounds. gap = mixed_same - mixed_rand: what is lost when the background misleads."""
+    attributes, backgrounds. Probes learn from the pictures that the arm was trained on. gap = mixed_same - mixed_rand: what is
+    lost when the background misleads."""
     model.eval()
     out, guess, rows, probe = {}, [], [], None
     if world.kinds:
         f, y, _ = embed(model, world.taught, cfg, env)
         probe = (metrics.linear_probe(f, y, cfg.probe_l2) if cfg.probe == "lbfgs"
                  else sgd_probe(model, world.taught, cfg, env, world.kinds))  # fmt: skip
-    for name, pictures in world.tests.items() if world.kinds else ():
-        f_test, y_test, seen = embed(model, pictures, cfg, env)
-        out["probe" if name == "test" else name] = metrics.accuracy(probe(f_test), y_test)
-        if name == "test":
-            guess, rows = probe(f_test).argmax(1).tolist(), seen.tolist()
-            out["knn"] = metrics.knn_accuracy(f, y, f_test, y_test, 20)
-            out.update({k: half_probe(f_test, v, cfg) for k, v in world.attributes.items()})
+        for name, pictures in world.tests.items():
+            f_test, y_test, seen = embed(model, pictures, cfg, env)
+            scores = probe(f_test)
+            out["probe" if name == "test" else name] = metrics.accuracy(scores, y_test)
+            if name == "test":
+                guess, rows = scores.argmax(1).tolist(), seen.tolist()
+                out["knn"] = metrics.knn_accuracy(f, y, f_test, y_test, 20)
+                for k, (known, asked) in world.attributes.items():
+                    out[k] = metrics.accuracy(metrics.linear_probe(f, known, cfg.probe_l2)(f_test), asked)
     if "mixed_rand" in out:
         out["gap"] = out["mixed_same"] - out["mixed_rand"]
     out.update(further_tests(model, probe, guess, rows, world, cfg, env))
@@ -576,19 +577,15 @@ def method_loss(model, batch, images, graph, ids, step, cfg):
         scale = ddp.raw(model).log_scale.exp().clamp(max=100)
         return sum(clip_loss(f, f_txt, scale) for f in z.chunk(2)) / 2, lambda: {"scale": scale}
     G = graph(batch, step)
-    tau_s = 0.0 if cfg.method in ("simclr", "supcon") else cfg.tau_s
-    return xclr_loss(out, G, cfg.tau, tau_s), lambda: diagnostics(out, G, cfg.tau, tau_s)
+    loss = xclr_loss(out, G, cfg.tau, cfg.tau_s)
+    return loss, lambda: diagnostics(loss, G, cfg.tau_s)
 
 
 def train(cfg: Config) -> dict:
     """One arm: a single method with a single number of pictures a class, in cfg.out_dir. Returns its metrics."""
     env, out = ddp.start(cfg.seed), Path(cfg.out_dir)
     world = open_world(cfg, env)
-    if not world.kinds and (cfg.real or cfg.in9 or cfg.objectnet):
-        raise ValueError(f"--real, --in9 and --objectnet need classes, and {cfg.data} has none; give --probe_data")
     texts = world.texts if cfg.method == "clip" else []
-    if cfg.method == "clip" and not all(texts):
-        raise ValueError("--method clip needs captions, and some samples have none; leave it out of the list")
     tok = (Tokenizer.from_clip(cfg.tokenizer) if cfg.tokenizer else Tokenizer.train(texts, 4096)) if texts else ()
     ddp.reseed(cfg.seed, 0, 0)  # the same initial weights on every process, and of the backbone in every arm
     model = Encoder(cfg, len(tok)).to(env.device, memory_format=torch.channels_last)
@@ -602,10 +599,9 @@ def train(cfg: Config) -> dict:
     if local * cfg.accum != env.share(cfg.batch_size):
         raise ValueError(f"batch_size {cfg.batch_size} on {env.world} processes cannot be cut into {cfg.accum} micro-batches")
     graph = make_graph(cfg, world, env.device)
-    stream = batches(world.train, cfg, env, start * cfg.accum, cfg.seed, cfg.batch_size // cfg.accum)
-    log = RunLog(
-        cfg, env, f"{cfg.method}, {cfg.images_per_class} a class" if cfg.images_per_class != "0" else cfg.method, start
-    )
+    stream = data.endless(world.train, canvas(cfg), cfg.batch_size // cfg.accum, env, cfg.seed, start * cfg.accum, cfg.workers,
+                          cfg.max_bad)  # fmt: skip
+    log = RunLog(cfg, env, out.name, start)
     for step in range(start, cfg.steps):
         optim.set_lr(opt, optim.warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr))
         mean_loss = 0.0
@@ -635,10 +631,11 @@ def train(cfg: Config) -> dict:
             log.close()
             raise KeyboardInterrupt
     result = evaluate(model, world, cfg, env)
-    log.write(cfg.steps - 1, **result)
+    log.write(max(0, cfg.steps - 1), **result)
     if env.is_main:
         ckpt.export(out / "model.safetensors", model.state_dict(), method=cfg.method, graph=cfg.graph)
-        plot.save(plot.lines(log.history("loss", "kl"), log.name, y="loss"), out / "curves.png")
+        if cfg.steps:
+            plot.save(plot.lines(log.history("loss", "kl"), log.name, y="loss"), out / "curves.png")
         if isinstance(world.tests["test"], dict):
             draw_neighbours(model, world, cfg, env, out / "samples" / "neighbours.png")
     log.finish(result)
@@ -655,38 +652,41 @@ def load_backbone(model, path):
         raise ValueError(f"--init {path} does not hold this backbone ({str(error).splitlines()[0][:200]})") from error
 
 
-def shown(x):
-    return list(x.permute(0, 2, 3, 1).cpu().numpy())
-
-
 def draw_neighbours(model, world, cfg, env, path):
     """Six test pictures and their five nearest by the frozen features; the same class is framed in green."""
     test = world.tests["test"]
     f = F.normalize(embed(model.eval(), test, cfg, ddp.Env(0, 1, env.device))[0], dim=1)
     pick = [i * len(f) // 6 for i in range(6)]
-    near = (f[pick] @ f.T).topk(6).indices  # the first is the picture itself
-    y, flat = test["label"].cpu(), near.flatten().tolist()
-    marks = [None if i % 6 == 0 else plot.GREEN if y[j] == y[flat[i - i % 6]] >= 0 else plot.FAINT for i, j in enumerate(flat)]
-    title = "test picture  |  its five nearest; the same class in green"
-    plot.save(plot.grid(shown(test["image"][flat]), 6, None, marks, title, cell=90), path)
+    images, y, rows = test["image"].cpu(), test["label"].cpu(), []
+    for i, order in zip(pick, (f[pick] @ f.T).argsort(1, descending=True)):  # its copies are no neighbours
+        rows.append([i, *[j for j in order.tolist() if not torch.equal(images[i], images[j])][:5]])
+    width, flat = min(map(len, rows)), []
+    for row in rows:
+        flat += row[:width]
+    marks = [None if n % width == 0 else plot.GREEN if y[j] == y[flat[n - n % width]] >= 0 else plot.FAINT
+             for n, j in enumerate(flat)]  # fmt: skip
+    title = "test picture  |  its nearest, copies left out; the same class in green"
+    plot.save(plot.grid(list(images[flat].permute(0, 2, 3, 1).numpy()), width, None, marks, title, cell=90), path)
     model.train()
 
 
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
-    choices = {"method": ("simclr", "supcon", "clip", "xclr"), "text_of": ("captions", "classes"), "jitter": ("light", "full"),
+    choices = {"method": tuple(SEES), "text_of": ("captions", "classes"), "jitter": ("light", "full"),
                "graph": ("text", "class", "identity", "tree", "rand_class", "rand_sample"), "optimiser": ("adamw", "lars"),
-               "dtype": ("float32", "bfloat16"), "backbone": ("small", "resnet50", "vit"),
-               "probe": ("lbfgs", "sgd")}  # fmt: skip
+               "dtype": ("float32", "bfloat16"), "backbone": ("small", "resnet50"), "probe": ("lbfgs", "sgd")}  # fmt: skip
     for field, known in choices.items():
         for value in getattr(cfg, field).split(","):
             if value not in known or (field != "method" and value != getattr(cfg, field)):
                 raise ValueError(f"--{field} {getattr(cfg, field)} is unknown; choose from {', '.join(known)}")
-    for field in ("steps", "accum", "image_size", "width", "hidden", "embed_dim", "log_every", "save_every", "probe_steps"):
+    for field in ("steps", "accum", "image_size", "width", "hidden", "embed_dim", "log_every", "save_every", "probe_steps",
+                  "text_width", "text_depth", "text_heads"):  # fmt: skip
         if getattr(cfg, field) < 1:
             raise ValueError(f"--{field} {getattr(cfg, field)} must be at least 1")
-    if cfg.batch_size < 2 or not cfg.tau > 0 or not cfg.tau_s >= 0 or not 0 < cfg.crop_scale <= 1:
-        raise ValueError("--batch_size must be at least 2, --tau above 0, --tau_s not negative, --crop_scale in (0, 1]")
+    if cfg.batch_size < 2 or not cfg.tau > 0 or not 0 < cfg.crop_scale <= 1 or cfg.canvas < 0:
+        raise ValueError("--batch_size must be at least 2, --tau above 0, --crop_scale in (0, 1], --canvas not negative")
+    if not cfg.tau_s >= 0 or not cfg.probe_l2 >= 0:
+        raise ValueError("--tau_s and --probe_l2 must not be negative")
     if not all(v.isdigit() for v in cfg.images_per_class.split(",")):
         raise ValueError(f"--images_per_class {cfg.images_per_class} must be a comma list of numbers, 0 for all")
     if cfg.template.count("{}") != 1 or cfg.template.count("{") != 1 or cfg.template.count("}") != 1:
@@ -699,23 +699,46 @@ def check(cfg: Config) -> None:
     if cfg.data and cfg.graph == "text" and "xclr" in cfg.method.split(",") and not cfg.embeddings:
         raise ValueError("--graph text on --data needs --embeddings, of a text encoder (data_prep/cache_text.py)")
 
+    if (cfg.real or cfg.in9 or cfg.objectnet) and not cfg.data:
+        raise ValueError("--real, --in9 and --objectnet judge models of ImageNet's 1,000 classes; give --data or --probe_data")
 
-def arm_folder(cfg, method, count) -> Path:
-    return Path(cfg.out_dir, f"xclr_{cfg.graph}_{count}" if method == "xclr" else f"{method}_{count}")
+
+def arm_of(cfg, method, count) -> Config:
+    """The settings of one arm. Baselines are limits of X-CLR: SimCLR has the identity for a graph, SupCon the classes."""
+    name = f"xclr_{cfg.graph}_{count}" if method == "xclr" else f"{method}_{count}"
+    arm = replace(cfg, method=method, images_per_class=count, out_dir=str(Path(cfg.out_dir, name)))
+    if method == "xclr":
+        return arm
+    graph = {"supcon": "class"}.get(method, "identity")
+    return replace(arm, graph=graph, tau_s=0.0, text_of="captions", template="{}", embeddings="", tree="",
+                   steps=0 if method == "untrained" else cfg.steps)  # fmt: skip
+
+
+def check_arms(arms, env) -> None:
+    """What an arm lacks is said before the first one trains."""
+    worlds = {count: open_world(next(a for a in arms if a.images_per_class == count), env)
+              for count in dict.fromkeys(a.images_per_class for a in arms)}  # fmt: skip
+    for arm in arms:
+        world = worlds[arm.images_per_class]
+        if arm.method == "clip" and not all(world.texts):
+            raise ValueError("--method clip needs captions, and some samples have none; leave it out of the list")
+        make_graph(arm, world, env.device)
+        if (arm.real or arm.in9 or arm.objectnet) and world.kinds != 1000:
+            raise ValueError(f"--real, --in9 and --objectnet need ImageNet's 1,000 classes, the probe has {world.kinds}")
 
 
 def run(cfg: Config) -> dict:
     """All arms of --method x --images_per_class, each in its own folder; finished arms are kept. Prints the claim."""
     check(cfg)
-    ddp.start(cfg.seed)
-    out, scores = Path(cfg.out_dir), {}
-    for count, method in itertools.product(cfg.images_per_class.split(","), cfg.method.split(",")):
-        arm = replace(cfg, method=method, images_per_class=count, out_dir=str(arm_folder(cfg, method, count)))
-        done = Path(arm.out_dir, "metrics.json")
+    env, out, scores = ddp.start(cfg.seed), Path(cfg.out_dir), {}
+    arms = [arm_of(cfg, m, c) for c, m in itertools.product(cfg.images_per_class.split(","), cfg.method.split(","))]
+    check_arms(arms, env)
+    for arm in arms:
+        done, key = Path(arm.out_dir, "metrics.json"), (arm.method, arm.images_per_class)
         if cfg.resume and done.exists() and ckpt.same_config(json.loads(Path(arm.out_dir, "config.json").read_text()), arm):
-            scores[method, count] = json.loads(done.read_text())
+            scores[key] = json.loads(done.read_text())
         else:
-            scores[method, count] = train(arm)
+            scores[key] = train(arm)
     result = {f"{m}_{c}_{k}": v for (m, c), s in scores.items() for k, v in s.items()}
     if ddp.rank() == 0:
         report(cfg, scores)
@@ -723,7 +746,14 @@ def run(cfg: Config) -> dict:
     return result
 
 
-SEES = {"simclr": "pictures", "supcon": "pictures, labels", "clip": "pictures, captions", "xclr": "pictures, graph"}
+SEES = {"untrained": "", "simclr": "pictures", "supcon": "pictures, labels", "clip": "pictures, captions", "xclr": "pictures"}
+
+
+def seen_by(method, cfg):
+    """What a method is shown; X-CLR: what its graph is made of."""
+    text = "captions" if cfg.text_of == "captions" else "labels, text model"
+    graph = {"text": text, "class": "labels", "tree": "labels, hierarchy", "rand_class": "labels"}.get(cfg.graph, "")
+    return f"pictures, {graph}" if method == "xclr" and graph else SEES[method]
 
 
 def report(cfg, scores):
@@ -732,13 +762,13 @@ def report(cfg, scores):
              "mixed_same": "own background", "mixed_rand": "other background", "gap": "gap"}  # fmt: skip
     claims = (("clip", "probe", "X-CLR beats CLIP on the same captions", "CC3M +17.2, CC12M +0.6"),
               ("clip", "mixed_rand", "... also on misleading backgrounds", ""),
-              ("clip", "in9_mixed_rand", "... also on ImageNet-9's", "+3.3 to +5.6"),
+              ("clip", "in9_mixed_rand", "... also on ImageNet-9's", "+3.3 to +5.6 on its tests"),
               ("simclr", "probe", "X-CLR beats SimCLR", "it does (ImageNet)"),
               ("supcon", "probe", "X-CLR beats SupCon, which sees the labels", "it does (ImageNet)"))  # fmt: skip
     for count in cfg.images_per_class.split(","):
         some = {m: s for (m, c), s in scores.items() if c == count}
         keys = list(next(iter(some.values())))
-        rows = [[m, f"{cfg.graph} graph" if m == "xclr" else SEES[m], *[s[k] for k in keys]] for m, s in some.items()]
+        rows = [[m, seen_by(m, cfg), *[s[k] for k in keys]] for m, s in some.items()]
         title = f"{count} pictures a class" if count != "0" else "all pictures"
         print(f"\n{title}, percent right with frozen features\n" + table(rows, ["", "sees", *[names.get(k, k) for k in keys]]))
         pairs = [(some[m][k], some["xclr"][k], text, paper) for m, k, text, paper in claims
@@ -748,7 +778,7 @@ def report(cfg, scores):
             print("\n" + table(rows, ["claim", "baseline", "X-CLR", "difference", "paper"]))
     curves = {}
     for m, c in scores:
-        lines = map(json.loads, (arm_folder(cfg, m, c) / "log.jsonl").read_text().splitlines())
+        lines = map(json.loads, Path(arm_of(cfg, m, c).out_dir, "log.jsonl").read_text().splitlines())
         points = [(line["step"], line["kl"]) for line in lines if "kl" in line]
         if points:
             curves[f"{m}, {c}"] = tuple(map(list, zip(*points)))
@@ -771,7 +801,7 @@ PRESETS = {
     "paper": dict(steps=125_000, batch_size=1_024, lr=2.4, wd=1e-6, warmup=12_500, dtype="bfloat16", workers=12, log_every=50,
                   save_every=1_000, method="xclr", text_of="classes", images_per_class="0", optimiser="lars", probe="sgd",
                   probe_steps=450_000, image_size=224, canvas=320, crop_scale=0.08, jitter="full", backbone="resnet50",
-                  hidden=2048, embed_dim=128, out_dir="runs/xsample_in1k"),
+                  hidden=2048, embed_dim=128, text_width=512, text_depth=12, text_heads=8, out_dir="runs/xsample_in1k"),
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -99,11 +99,10 @@ def test_floor_is_the_entropy_and_is_reached():
     e = unit(N, 5, 1)  # the embeddings that made the graph: tau = tau_s, so z z^T = G
     z = torch.cat([e, e])
     assert M.xclr_loss(z, G, 0.1, 0.1).item() == pytest.approx(entropy, abs=1e-10)
-    parts = M.diagnostics(z, G, 0.1, 0.1)
-    assert (
-        abs(parts["kl"]) < 1e-10 and parts["positives"].item() == pytest.approx(math.exp(entropy)) and parts["negatives"] == 10
-    )
-    assert M.diagnostics(z, torch.eye(N), 0.1, 0.0)["pair"] == 1
+    parts = M.diagnostics(M.xclr_loss(z, G, 0.1, 0.1), G, 0.1)
+    assert abs(parts["kl"]) < 1e-10 and parts["positives"].item() == pytest.approx(math.exp(entropy)) and parts["others"] == 10
+    assert parts["similar"].item() == pytest.approx(G[~torch.eye(N, dtype=torch.bool)].mean().item())
+    assert M.diagnostics(torch.tensor(0.0), torch.eye(N), 0.0)["pair"] == 1
 
 
 def test_gradient_is_p_minus_s():
@@ -152,7 +151,7 @@ def part(env, z, G):
     w = torch.cat([z[:N][rows], z[N:][rows]]).requires_grad_()
     loss = M.xclr_loss(w, G[rows], 0.1, 0.1)
     loss.backward()
-    return loss.detach(), w.grad / env.world, M.diagnostics(w, G[rows], 0.1, 0.1)  # DDP averages
+    return loss.detach(), w.grad / env.world, M.diagnostics(loss, G[rows], 0.1)  # DDP averages
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -162,14 +161,18 @@ def test_two_processes_equal_one(tmp_path):
     assert torch.allclose((two[0][0] + two[1][0]) / 2, one[0], atol=1e-12)
     first, second = (torch.cat([t[1].chunk(2)[v] for t in two]) for v in (0, 1))
     torch.testing.assert_close(torch.cat([first, second]), one[1], atol=1e-10, rtol=0)
-    for key in ("kl", "pair"):
+    for key in ("kl", "pair", "similar"):
         assert torch.allclose((two[0][2][key] + two[1][2][key]) / 2, one[2][key].double(), atol=1e-6)
-    assert two[0][2]["negatives"] == one[2]["negatives"] == 10
+    assert two[0][2]["others"] == one[2]["others"] == 10
+
+
+def batches(pictures, cfg, env, start, seed, size):
+    return data.endless(pictures, M.canvas(cfg), size, env, seed, start)
 
 
 def graphs(env, cfg):
     world = M.open_world(cfg, env)
-    batch = next(iter(M.batches(world.train, cfg, env, 3, 0, 8)))
+    batch = next(iter(batches(world.train, cfg, env, 3, 0, 8)))
     u = M.two_views(batch, 3, cfg, env)
     return {k: M.make_graph(cfg_of(cfg, k), world, env.device)(batch, 5) for k in KINDS}, u, batch["row"]
 
@@ -199,7 +202,7 @@ def test_graphs_and_views_of_two_processes_are_parts_of_one(tmp_path):
 def test_what_the_graphs_hold():
     env = ddp.Env(0, 1, torch.device("cpu"))
     world = M.open_world(CFG, env)
-    batch = next(iter(M.batches(world.train, CFG, env, 0, 0, 8)))
+    batch = next(iter(batches(world.train, CFG, env, 0, 0, 8)))
     y = batch["label"]
     G = {k: M.make_graph(cfg_of(CFG, k), world, env.device) for k in KINDS}
     assert torch.equal(G["class"](batch, 0), (y[:, None] == y).float())
@@ -242,7 +245,7 @@ def test_imagenet9_objectnet_and_mit_states_are_read(tmp_path):
     (maps / "pytorch_to_imagenet_2012_id.json").write_text(json.dumps({"0": 2, "1": 0}))
     (maps / "imagenet_to_label_2012_v2").write_text("folding chair\nkit fox\nbarber chair\n")
     assert M.objectnet_classes(tmp_path / "on") == {"chair_a": {0, 1}}
-    folder_of(tmp_path / "mit", ["old cat", "new cat", "old dog", "new dog"], 8)
+    folder_of(tmp_path / "mit", ["old cat", "new_cat", "old dog", "new dog", "adj dog"], 8)
     cfg = M.replace(CFG, in9=str(tmp_path / "in9"), objectnet=str(tmp_path / "on"), mit_states=str(tmp_path / "mit"))
     env, model = ddp.Env(0, 1, torch.device("cpu")), M.Encoder(CFG).eval()
     out = M.further_tests(model, lambda f: torch.eye(2)[torch.zeros(len(f)).long()], [], [], None, cfg, env)  # always class 0
@@ -258,6 +261,14 @@ def test_whole_pictures_are_resized_like_torchvision():
     x = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
     want = M.augment.normalise(TF.resize(x.float() / 255, [24, 24], antialias=True))
     torch.testing.assert_close(M.whole(x, 24), want, atol=1e-4, rtol=0)
+
+
+def test_no_test_picture_is_trained_on():
+    world = M.open_world(M.Config(images_per_class="30"), ddp.Env(0, 1, torch.device("cpu")))
+    known = {x.numpy().tobytes() for x in world.train["image"]}
+    for name, pictures in world.tests.items():
+        assert not known & {x.numpy().tobytes() for x in pictures["image"]}, name
+        assert set(pictures["label"].tolist()) == set(range(9)), name
 
 
 # Runs ------------------------------------------------------------------------------------------------------------------
@@ -284,7 +295,7 @@ def test_one_and_two_processes_and_the_report(tmp_path):
     two = torchrun(2, "methods/xsample.py", *SMALL, "--out_dir", tmp_path / "2")
     assert two.returncode == 0, two.stderr
     for m in ("simclr", "supcon", "clip", "xclr"):
-        name = M.arm_folder(M.Config(out_dir=""), m, 6)
+        name = M.arm_of(M.Config(out_dir=""), m, 6).out_dir
         logs = [[json.loads(x) for x in (tmp_path / str(k) / name / "log.jsonl").read_text().splitlines()] for k in (1, 2)]
         for key in logs[0][0].keys() & {"loss", "kl", "pair"}:  # after one update; later, AdamW enlarges the rounding
             assert logs[0][0]["step"] == 1 and logs[0][0][key] == pytest.approx(logs[1][0][key], abs=1e-4), (m, key)
@@ -309,7 +320,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
 def prepared(tmp_path_factory):
     """Labelled, captioned shards and a tiny CLIP."""
     out = tmp_path_factory.mktemp("d")
-    fields, texts, _ = M.scene_set(80, 0, 20)
+    fields, texts, _ = M.scene_set(80, 0, 20, "")
 
     def make(item):
         split, i = item
@@ -363,7 +374,7 @@ def test_real_data_with_precomputed_captions_in_memory_and_from_the_loader(prepa
 def test_captions_alone_are_probed_on_another_set(prepared, tmp_path):
     """As in the paper, from CC3M to ImageNet: the training set has captions and neither labels nor a test split."""
     out, texts, *_ = prepared
-    fields, texts, _ = M.scene_set(40, 9, 20)
+    fields, texts, _ = M.scene_set(40, 9, 20, "")
 
     def make(i):
         return str(i), "png", png(Image.fromarray(fields["image"][i].permute(1, 2, 0).numpy())), {"captions": [texts[i]]}
@@ -446,6 +457,10 @@ def test_embeddings_that_do_not_fit(tmp_path):
         (["--init", "nowhere.safetensors"], ["nowhere.safetensors"]),
         (["--batch_size", "1"], ["--batch_size"]),
         (["--accum", "3"], ["cannot be cut"]),
+        (["--grad_clip", "-1"], ["--grad_clip -1", "at least 0"]),
+        (["--probe_l2", "nan"], ["--probe_l2"]),
+        (["--text_width", "0"], ["--text_width 0"]),
+        (["--in9", "."], ["--in9", "1,000 classes"]),
     ],
 )
 def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
@@ -457,12 +472,12 @@ def test_xclr_costs_no_more_than_simclr():
     env = ddp.Env(0, 1, torch.device("cpu"))
     cfg = M.replace(CFG, images_per_class="30", batch_size=64)
     world = M.open_world(cfg, env)
-    batch, model = next(iter(M.batches(world.train, cfg, env, 0, 0, 64))), M.Encoder(cfg)
+    batch, model = next(iter(batches(world.train, cfg, env, 0, 0, 64))), M.Encoder(cfg)
     x = M.two_views(batch, 0, cfg, env)
     times = {}
     for _ in range(5):
         for method in ("simclr", "xclr"):
-            c = M.replace(cfg, method=method)
+            c = M.arm_of(cfg, method, "30")
             graph, began = M.make_graph(c, world, env.device), time.process_time()
             for step in range(4):
                 M.method_loss(model, batch, x, graph, None, step, c)[0].backward()

@@ -228,11 +228,11 @@ def losses(root):
     env, rows = ddp.Env(0, 1, torch.device("cpu")), []
     cfg = X.Config(images_per_class="30", batch_size=128)
     world = X.open_world(cfg, env)
-    batch, model = next(X.batches(world.train, cfg, env, 0, 0, 128)), X.Encoder(cfg)
+    batch, model = next(data.endless(world.train, cfg.image_size, 128, env, 0)), X.Encoder(cfg)
     x = X.two_views(batch, 0, cfg, env)
 
     def step(method):
-        c = replace(cfg, method=method)
+        c = X.arm_of(cfg, method, "30")
         graph = X.make_graph(c, world, env.device)
         return lambda: X.method_loss(model, batch, x, graph, None, 0, c)[0].backward()
 
