@@ -10,20 +10,21 @@ Idea       SwAV and DINO train by cross-entropy between a softmax over prototype
            Suave is this on SwAV (Sinkhorn assignments), Daino on DINO (a teacher, centred and sharpened).
 Equations  Eq. 2 -> cross_entropy()     Eq. 5-6 -> sinkhorn()     Eq. 7 -> teacher_momentum()     Eq. 8 -> dino_targets()
            Eq. 9 -> dino_center_update()     swapped prediction -> unlabelled_loss()     weights -> frequency_weights()
-Read first section 2, then method_loss() and train(); the rest is ordinary
+Read first section 2, then method_loss() and train()
 Symbols    B_u, B_l unlabelled and labelled pictures of a batch; V views, of which 2 are global; C classes; z (B, D) unit
            embeddings, o = z P^T scores of the prototypes P (C, D); q assignments; tau temperature, of all rows
 Run        python methods/semisup_cluster.py [--preset smoke]                       (CPU, no data; 4.0 min on two quiet cores)
            torchrun --nproc_per_node=8 methods/semisup_cluster.py --preset paper --data data/imagenet --init SWAV.pth.tar
+           ... phase C: --stage finetune --init .../model.safetensors --lr 0.03 --lr_end 0.0003
 Data       generated (common/scenes.py), or shards by data_prep/cifar100.py, imagenet.py; --labels a class keep their label
 Expect     laptop: 48.8 +- 6.8 supervised only, 58.5 +- 31.0 Suave (+11.0, +19.9, -1.6), 3 seeds, commits 1a0a0de, 23b1955;
-           CIFAR-100, minutes of a GPU: 18.4 and 23.2 with 4 labels a class, 37.2 and 32.5 with 25, one seed; gpu, paper not run
-Differs    from the paper: its settings for CIFAR-100 are in a supplement that was not at hand; ours are flagged as ours.
-           Crops are cut on the device from a square of --canvas pixels. FixMatch has our views, network and budget.
-           from the released code: an unlabelled mixed view counts its rows (there 1, --mix_views); fine-tuning keeps the
-           prototypes (there random ones, --reset_prototypes); the queue is whole on every process, so that one and two agree;
-           all networks are in training mode at every step; Sinkhorn works in logarithms; evaluated prototypes are unit rows.
-           LARS scales no biases (there it does). Left out: published label lists, drop-path, PAWS, contrastive fine-tuning.
+           CIFAR-100, minutes of a GPU, one seed: 18.4 and 23.2 with 4 labels a class, 37.2 and 32.5 with 25
+Differs    from the paper: settings for CIFAR-100 are ours, its supplement was not at hand. Crops are cut on the device from a
+           square of --canvas pixels, bilinear; tests see whole pictures squeezed to one. FixMatch has our views, network,
+           smoothing and budget, 2 unlabelled rows a labelled one (there 7), no averaged weights. Phase C has phase B's crops.
+           from the released code: a mixed view counts its rows (there 1, --mix_views); fine-tuning keeps the prototypes (there
+           random ones, --reset_prototypes); the queue is whole on every process; all networks are in training mode at every
+           step; Sinkhorn works in logarithms; LARS scales no biases. Left out: label lists, PAWS, contrastive fine-tuning.
 Uses       common/augment.py ckpt.py cli.py data.py ddp.py log.py metrics.py optim.py plot.py resnet.py scenes.py
            vision.py vit.py   (copy these with this file)
 """
@@ -64,7 +65,7 @@ class Config:
     lr_end: float = 1e-5  # at the last update, by a cosine
     wd: float = 1e-4  # weight decay
     wd_end: float = 0.0  # weight decay at the last update, by a cosine; 0 = constant; DINO: 0.4
-    warmup: int = 30  # updates of linear warm-up
+    warmup: int = 30  # updates of linear warm-up, of every phase, at most a quarter of it
     grad_clip: float = 0.0  # largest gradient norm OF EACH PARAMETER, 0 = off; DINO: 3
     ema_decay: float = 0.9  # of Daino's teacher at the start, rising to 1; Daino: 0.99, for many more updates
     dtype: str = "float32"  # float32, or bfloat16 autocast (assignments and losses stay in float32)
@@ -79,14 +80,14 @@ class Config:
     # the method
     method: str = "sup,ssl+ft,suave"  # comma list of ARMS (also ssl, fixmatch, daino), each with every number of labels
     labels: str = "2"  # comma list: labelled pictures of each class
-    pretrain: float = 0.7  # share of the updates in phase A, self-supervised; 0 with --init
+    pretrain: float = 0.7  # share of the updates in phase A, self-supervised; 0 with --init of a whole pre-training
     finetune: float = 0.0  # share of the updates in phase C: the same loss, weak augmentation, a tenth of the learning rate
     stage: str = "all"  # all phases of an arm, or one of them: ssl, semi, finetune
     init: str = ""  # backbone to start from: model.safetensors, or SwAV's, DINO's or torchvision's file
     ratio: int = 2  # B_u : B_l
     tau: float = 0.1  # student temperature, of labelled and unlabelled rows
     eps: float = 0.02  # Sinkhorn's entropy; the paper: 0.05, for many more updates
-    queue: int = 0  # features of past batches that Sinkhorn also balances; needed where B_u < 4 C; ImageNet: 3840
+    queue: int = 0  # features of past batches that Sinkhorn also balances: the paper's cure for B_u < 4 C; ImageNet: 3840
     tau_t: float = 0.04  # Daino: teacher temperature in the end; ImageNet: 0.07
     tau_t_epochs: int = 0  # Daino: epochs of its linear warm-up from 0.04; ImageNet: 10
     ema_ssl: float = 0.98  # Daino: ema_decay of phase A, slower; DINO: 0.996
@@ -146,7 +147,8 @@ def frequency_weights(unlabelled, labelled, mixed, clean):
 def sinkhorn(scores, eps=0.05, iters=3):  # twin: sinkhorn
     """Balanced soft assignment of rows to columns: scores (B, K) of this process's rows -> Q (B, K), rows sum to 1.
 
-    Alternates column and row normalisation over the rows of all processes: rows end exact, columns nearly equal."""
+    Alternates column and row normalisation over the rows of all processes: rows end exact, columns nearly equal. Equal columns
+    assume balanced classes: on long-tailed data every step pushes frequent classes into the prototypes of rare ones."""
     Q = scores.float() / eps  # in logarithms: nothing overflows, and no row is lost
     for _ in range(iters):
         top = Q.amax(0)
@@ -247,7 +249,9 @@ def make_body(cfg: Config) -> nn.Module:
     if cfg.backbone == "wide":
         return WideResNet(cfg.depth, cfg.width)
     if cfg.backbone == "vit":
-        return ViT(cfg.image_size, cfg.patch, cfg.width, cfg.depth, cfg.heads)
+        body = ViT(cfg.image_size, cfg.patch, cfg.width, cfg.depth, cfg.heads)
+        body.pos_rule = "offset"  # DINO's resizing of positions, for local views
+        return body
     from common.vision import torchvision
 
     body = torchvision.models.resnet50()
@@ -301,15 +305,17 @@ def load_init(net, path, cfg):
     """Weights to start from. A file of this script brings the backbone, in phase C also projector, prototypes and probes; those
     of SwAV, DINO and torchvision bring the backbone."""
     try:
+        state = {}
         if path.endswith(".safetensors"):
             with safe_open(path, "pt") as f:
                 state = {k: f.get_tensor(k) for k in f.keys()}
+        if any(k.startswith("body.") for k in state):
+            pass  # our own
         elif cfg.backbone == "vit":
             dino = load_dino(path)
             state = {f"body.{k}": v for k, v in dino.state_dict().items()}
             if dino.blocks[0].attn.heads != cfg.heads or state.keys() - net.state_dict().keys():
                 raise ValueError(f"it has {dino.blocks[0].attn.heads} heads, or parts that this ViT lacks")
-            net.body.pos_rule = dino.pos_rule
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = {f"body.{k.removeprefix('module.')}": v for k, v in state.get("state_dict", state).items()}
@@ -336,9 +342,10 @@ class World:
     labelled: dict  # number a class -> the labelled pictures
 
 
-def scene_set(count, seed, size):
-    """One plain object; its shape is the class. Colour, size and the background's tone are not."""
-    world = [scenes.scene(i, seed, (1, 1), grid=1) for i in range(count)]
+def scene_set(count, seed, size, part):
+    """One plain object; its shape is the class. Colour, size and the background's tone are not. part: train or test, which have
+    no object in common; of the train part there are 324 different pictures."""
+    world = [scenes.scene(i, seed, (1, 1), grid=1, part=part) for i in range(count)]
     world = [replace(s, pattern="plain", things=(replace(s.things[0], texture="solid"),)) for s in world]
     images = np.concatenate([scenes.render(world[i : i + 256], size) for i in range(0, count, 256)])
     return {"row": torch.arange(count), "side": torch.full((count, 2), size),
@@ -354,8 +361,11 @@ def canvas(cfg):
 def open_world(cfg: Config, env) -> World:
     counts = [int(n) for n in cfg.labels.split(",")]
     if not cfg.data:
-        train, test = (scene_set(n, 2 * cfg.seed + i, canvas(cfg)) for i, n in enumerate((cfg.images, 2_000)))
+        train, test = (scene_set(n, 2 * cfg.seed + i, canvas(cfg), part)
+                       for i, (n, part) in enumerate(((cfg.images, "train"), (2_000, "test"))))  # fmt: skip
         train, test = ({k: v.to(env.device) for k, v in part.items()} for part in (train, test))
+        if len(train["label"].unique()) < len(scenes.SHAPES):
+            raise ValueError(f"--images {cfg.images} are too few to show all {len(scenes.SHAPES)} classes")
         rows = {n: data.pick(train["label"].cpu(), n, cfg.seed) for n in counts}
         labelled = {n: {k: v[r] for k, v in train.items()} for n, r in rows.items()}
         return World(train, test, list(scenes.SHAPES), labelled)
@@ -389,11 +399,16 @@ def bounds(text):
     return low, high
 
 
+def phase_seed(cfg):
+    """Each phase has its own order of pictures and its own views, or phase B would see phase A's once more."""
+    return 3 * cfg.seed + ("ssl", "semi", "finetune").index(cfg.stage)
+
+
 def make_views(batch, kinds, cfg, env, number):
-    """Views of a batch of this process; kinds: (pixels, area, colour) each; number: of the step. All random numbers are drawn
+    """Views of a batch of this process; kinds: (pixels, area, colour) each; number: of the draw. All random numbers are drawn
     for the global batch -> list of normalised (B, 3, S, S)."""
     n, x, sides = len(batch["label"]), batch["image"].to(env.device), batch["side"].to(env.device)
-    g = torch.Generator(env.device).manual_seed(cfg.seed * 1_000_003 + number)
+    g = torch.Generator(env.device).manual_seed(phase_seed(cfg) * 1_000_003 + number)
     u = torch.rand(len(kinds), n * env.world, augment.NUMBERS, generator=g, device=env.device)[:, env.rank * n :][:, :n]
     return [augment.normalise(augment.view(x, sides, v, size, area, c)) for v, (size, area, c) in zip(u, kinds)]
 
@@ -407,7 +422,7 @@ def budget(cfg: Config) -> float:
 
 def batch_sizes(cfg: Config) -> tuple[int, int]:
     """Unlabelled and labelled pictures of an update (global), such that every method sees about as many pixels."""
-    labelled, unit = cfg.batch_size // cfg.ratio, math.lcm(8, ddp.world_size())
+    labelled, unit = cfg.batch_size // cfg.ratio, 8  # the same for any number of processes
     if cfg.method == "sup":
         return 0, max(unit, int(budget(cfg) / (2 if cfg.mix else 1)) // unit * unit)
     if cfg.method == "fixmatch":
@@ -434,19 +449,19 @@ def embed(net, pictures, cfg, env):
 
 @torch.no_grad()
 def evaluate(net, world, cfg, env) -> dict[str, float]:
-    """Top-1 of every head on the test set: prototypes, and the online probes on backbone, hidden layer and output."""
+    """Top-1 of every head on the test set, prototypes and the online probes on backbone, hidden layer and output (phase A has
+    neither labels nor probes) -> (flat dict, scores of the prototypes, labels)."""
     net.eval()
     net.normalise_prototypes()
     *f, scores, y = embed(net, world.test, cfg, env)
     net.train()
-    if net.probes is None:
-        return {}
-    logits = [scores, *[probe(x.to(env.device)).cpu() for probe, x in zip(net.probes, f)]]
-    return {name: metrics.accuracy(v, y) for name, v in zip(HEADS, logits)}
+    logits = [scores, *[probe(x.to(env.device)).cpu() for probe, x in zip(net.probes or (), f)]]
+    return {name: metrics.accuracy(v, y) for name, v in zip(HEADS, logits) if net.probes}, scores, y
 
 
 def probe_offline(cfg: Config) -> dict[str, float]:
-    """Of a finished phase A: logistic regression on frozen features of the labelled pictures."""
+    """Of a finished phase A: logistic regression on frozen features of the labelled pictures, whole and clean; the other arms'
+    probes learn online, on augmented views."""
     env = ddp.start(cfg.seed)
     world = open_world(cfg, env)
     net = Net(cfg, cfg.ssl_prototypes or 4 * len(world.classes), 0).to(env.device)
@@ -463,21 +478,21 @@ def make_rows(unlabelled, labelled, cfg, env, step):
     partner} where rows were mixed."""
     one, two, local, lab, weak = colours(cfg)
     S, area, near, fixmatch = cfg.image_size, bounds(cfg.global_scale), (0.8, 1.0), cfg.method == "fixmatch"
-    u = torch.rand(2, 4, generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)).tolist()
+    u = torch.rand(2, 4, generator=torch.Generator().manual_seed(phase_seed(cfg) * 1_000_003 + 3 * step + 2)).tolist()
     rows, lam = {}, {}
     if labelled:
         kind = (S, near, weak) if fixmatch else (S, area, lab)
-        (x,) = make_views(labelled, [kind], cfg, env, 2 * step)
+        (x,) = make_views(labelled, [kind], cfg, env, 3 * step)
         rows["labelled"] = x
         if cfg.mix and not fixmatch:  # mixed rows are added to the clean ones
             rows["labelled mixed"], lam["labelled"] = mix(x, x, u[0])
     if unlabelled and fixmatch:
-        rows["weak"], rows["strong"] = make_views(unlabelled, [(S, near, weak), (S, area, one)], cfg, env, 2 * step + 1)
+        rows["weak"], rows["strong"] = make_views(unlabelled, [(S, near, weak), (S, area, one)], cfg, env, 3 * step + 1)
     elif unlabelled:
         kinds = [(S, area, one), (S, area, two)]
         if cfg.stage != "finetune":
             kinds += [(cfg.local_size, bounds(cfg.local_scale), local)] * cfg.local_crops
-        x1, x2, *small = make_views(unlabelled, kinds, cfg, env, 2 * step + 1)
+        x1, x2, *small = make_views(unlabelled, kinds, cfg, env, 3 * step + 1)
         rows |= {"view 1": x1, "view 2": x2}
         if cfg.mix and cfg.method == "suave" and cfg.stage != "ssl":  # one more view; it gets no assignment of its own
             rows["mixed"], lam["unlabelled"] = mix(x1, x2, u[1])
@@ -485,8 +500,9 @@ def make_rows(unlabelled, labelled, cfg, env, step):
     return rows, lam
 
 
-def method_loss(net, teacher, queue, center, unlabelled, labelled, cfg, env, step, tau_t):
-    """One update's loss -> (loss, parts, new centre). One forward of the backbone for each resolution, one of the head."""
+def method_loss(net, teacher, queue, unlabelled, labelled, cfg, env, step, tau_t):
+    """One update's loss -> (loss, parts); queue and the teacher's centre go on. One forward of the backbone for each
+    resolution, one of the head."""
     rows, lam = make_rows(unlabelled, labelled, cfg, env, step)
     clean, amp = len(rows.get("labelled", ())), torch.autocast(env.device.type, torch.bfloat16, cfg.dtype == "bfloat16")
     sizes = sorted({x.shape[-1] for x in rows.values()}, reverse=True)
@@ -504,11 +520,11 @@ def method_loss(net, teacher, queue, center, unlabelled, labelled, cfg, env, ste
         loss_l, labelled_rows = cross_entropy(scores_l, smooth(target, cfg.smoothing), cfg.tau), len(target)
         parts = {"labelled": loss_l, "probes": sum(F.cross_entropy(p, y) for p in probes)}
     if cfg.method == "sup":
-        return loss_l + parts["probes"], parts, center
+        return loss_l + parts["probes"], parts
     if cfg.method == "fixmatch":
         loss_u = fixmatch_loss(o["weak"], o["strong"], cfg.tau)
         parts |= {"unlabelled": loss_u, **watch(F.softmax(o["weak"].detach() / cfg.tau, 1), unlabelled["label"], cfg)}
-        return loss_l + loss_u + parts["probes"], parts, center
+        return loss_l + loss_u + parts["probes"], parts
 
     if cfg.method == "suave":
         P, first = ddp.raw(net).P().detach(), [z["view 1"].detach(), z["view 2"].detach()]
@@ -518,8 +534,8 @@ def method_loss(net, teacher, queue, center, unlabelled, labelled, cfg, env, ste
     else:
         with torch.no_grad(), amp:
             above = teacher([torch.cat([rows["view 1"], rows["view 2"]])])[0]
-        q = list(dino_targets(above, center, tau_t).chunk(2))  # with the OLD centre
-        center = dino_center_update(center, above)
+        q = list(dino_targets(above, teacher.center, tau_t).chunk(2))  # with the OLD centre
+        teacher.center.copy_(dino_center_update(teacher.center, above))
     views = [v for name, v in o.items() if name.startswith("view")]
     loss_u, loss_m, mixed = unlabelled_loss(views, q, cfg.tau), 0.0, 0
     if "mixed" in rows:
@@ -527,7 +543,7 @@ def method_loss(net, teacher, queue, center, unlabelled, labelled, cfg, env, ste
         mixed = 1 if cfg.mix_views else len(q[0])
     w_u, w_l, w_m, w_p = frequency_weights(sum(map(len, views)), labelled_rows, mixed, clean)
     loss = w_u * loss_u + w_l * loss_l + w_m * loss_m + w_p * parts.get("probes", 0.0)
-    return loss, {**parts, "unlabelled": loss_u, "mixed": loss_m, **watch(q[0], unlabelled["label"], cfg)}, center
+    return loss, {**parts, "unlabelled": loss_u, "mixed": loss_m, **watch(q[0], unlabelled["label"], cfg)}
 
 
 @torch.no_grad()
@@ -535,14 +551,16 @@ def watch(q, y, cfg):
     """Is it clustering? spread: entropy of the mean assignment over ln K, 1 = all prototypes used; doubt: mean entropy of an
     assignment over ln K; largest: share of the largest cluster; pseudo: right pseudo-labels in percent, where K = C."""
     mean = ddp.all_sum(q.mean(0)) / ddp.world_size()
-    K = math.log(q.shape[1])
-    doubt = torch.special.entr(q).sum(1).mean() / K
-    out = {"spread": torch.special.entr(mean).sum() / K, "doubt": doubt, "largest": mean.max()}
+    ln_K = math.log(q.shape[1])
+    doubt = torch.special.entr(q).sum(1).mean() / ln_K
+    out = {"spread": torch.special.entr(mean).sum() / ln_K, "doubt": doubt, "largest": mean.max()}
     return out if cfg.stage == "ssl" else {**out, "pseudo": 100 * (q.argmax(1) == y.to(q.device)).float().mean()}
 
 
-ADVICE = ("the unlabelled loss sits at ln K = {:.4f}, every assignment is uniform: lower --eps or --tau_t, freeze the "
-          "prototypes longer (--freeze), take larger crops or fewer local ones, a smaller --lr, or --head swav")  # fmt: skip
+ADVICE = (
+    "the unlabelled loss sits at ln K = {:.4f}, every assignment is uniform: lower --eps or --tau_t, freeze the "
+    "prototypes longer (--freeze), take larger crops or fewer local ones, or a smaller --lr"
+)
 
 
 def train(cfg: Config) -> dict:
@@ -559,19 +577,22 @@ def train(cfg: Config) -> dict:
         load_init(net, cfg.init, cfg)
     net = net.to(env.device, memory_format=torch.channels_last)
     wrapped = ddp.wrap(torch.compile(net) if cfg.compile else net, env)
-    teacher = copy.deepcopy(net).requires_grad_(False) if cfg.method == "daino" else None  # with the wrapped model's batch norm
+    teacher = None
+    if cfg.method == "daino":  # a copy with the wrapped model's batch norm
+        teacher = copy.deepcopy(net).requires_grad_(False)
+        teacher.register_buffer("center", torch.zeros(1, K, device=env.device))
     length = cfg.queue // max(1, B_u) * B_u  # whole batches
     if cfg.method == "suave" and cfg.queue and B_u and not length:
         raise ValueError(f"--queue {cfg.queue} is shorter than the {B_u} unlabelled pictures of a batch; 0 = none")
-    queue, center = Queue(2, length, cfg.embed_dim).to(env.device), nn.Parameter(torch.zeros(1, K), requires_grad=False)
+    queue = Queue(2, length, cfg.embed_dim).to(env.device)
     groups = optim.decay_groups(net, cfg.wd)  # biases and norms do not decay
     opt = optim.Lars(groups, cfg.lr) if cfg.optimiser == "lars" else torch.optim.AdamW(groups, cfg.lr, fused=True)
-    memory = nn.ParameterDict({"center": center}).to(env.device)
-    state = {"net": net, "opt": opt, "queue": queue, "memory": memory, **({"teacher": teacher} if teacher else {})}
+    state = {"net": net, "opt": opt, "queue": queue, **({"teacher": teacher} if teacher else {})}
     start, _ = ckpt.resume(out / "last.pt", cfg, **state) if cfg.resume else (0, {})
     options = dict(size=canvas(cfg), env=env, start=start, workers=cfg.workers, max_bad=cfg.max_bad)
-    all_of = data.endless(world.train, batch_size=B_u, seed=cfg.seed, **options) if B_u else None
-    few = data.endless(world.labelled[int(cfg.labels)], batch_size=B_l, seed=cfg.seed + 1, **options) if B_l else None
+    seed, some = 2 * phase_seed(cfg), world.labelled[int(cfg.labels)]
+    all_of = data.endless(world.train, batch_size=B_u, seed=seed, **options) if B_u else None
+    few = data.endless(some, batch_size=B_l, seed=seed + 1, **options) if B_l else None
     total = len(world.train["label"]) if isinstance(world.train, dict) else sum(world.train.sizes)
     log, warned = RunLog(cfg, env, f"{cfg.method} {cfg.stage}" + ("" if ssl else f", {cfg.labels} labels"), start), False
     for step in range(start, cfg.steps):
@@ -583,10 +604,7 @@ def train(cfg: Config) -> dict:
         epoch = step * max(B_u, 1) // total
         unlabelled, labelled = next(all_of) if B_u else None, next(few) if B_l else None
         tau_t = teacher_temperature(epoch, cfg.tau_t, cfg.tau_t_epochs)
-        loss, parts, center = method_loss(
-            wrapped, teacher, queue, memory["center"], unlabelled, labelled, cfg, env, step, tau_t
-        )
-        memory["center"].copy_(center)
+        loss, parts = method_loss(wrapped, teacher, queue, unlabelled, labelled, cfg, env, step, tau_t)
         loss.backward()
         if cfg.grad_clip:
             for p in net.parameters():
@@ -599,7 +617,8 @@ def train(cfg: Config) -> dict:
                 net.length.grad = None
         opt.step()
         opt.zero_grad(set_to_none=True)
-        if teacher:  # Eq. 7; parameters only, batch norm statistics are the teacher's own
+        # Eq. 7: no gradient trains the teacher, and it makes targets only; the student is evaluated, exported and handed on
+        if teacher:  # parameters only, batch norm statistics are the teacher's own
             m = teacher_momentum(step, cfg.steps, cfg.ema_ssl if ssl else cfg.ema_decay)
             with torch.no_grad():
                 for old, new in zip(teacher.parameters(), net.parameters()):
@@ -616,28 +635,27 @@ def train(cfg: Config) -> dict:
             if flat and not warned and step > cfg.warmup and env.is_main:
                 warned = True
                 print(f"\nwarning: {ADVICE.format(math.log(K))}", file=sys.stderr)
-        if cfg.eval_every and done % cfg.eval_every == 0 and not last:
-            log.write(step, **evaluate(net, world, cfg, env))
+        if cfg.eval_every and done % cfg.eval_every == 0 and not last and not ssl:
+            log.write(step, **evaluate(net, world, cfg, env)[0])
         log.tick(step)
         if env.is_main and (done % cfg.save_every == 0 or last or leave):
             ckpt.save(out / "last.pt", done, cfg, **state)
         if leave:
             log.close()
             raise KeyboardInterrupt
-    result = evaluate(net, world, cfg, env)
+    result, scores, y = evaluate(net, world, cfg, env)
     log.write(cfg.steps - 1, **result)
     if env.is_main:
         ckpt.export(out / "model.safetensors", net.state_dict(), method=cfg.method, stage=cfg.stage, classes=world.classes)
         plot.save(plot.lines(log.history("loss", "labelled", "unlabelled"), log.name, y="loss"), out / "curves.png")
         if isinstance(world.test, dict):
-            draw_clusters(net, world, cfg, env, out / "samples" / "clusters.png")
+            draw_clusters(scores, y, world, cfg, out / "samples" / "clusters.png")
     log.finish(result)
     return result
 
 
-def draw_clusters(net, world, cfg, env, path):
+def draw_clusters(scores, y, world, cfg, path):
     """Test pictures nearest to each of nine prototypes; rows are prototypes."""
-    *_, scores, y = embed(net.eval(), world.test, cfg, ddp.Env(0, 1, env.device))
     rows = [k * scores.shape[1] // min(9, scores.shape[1]) for k in range(min(9, scores.shape[1]))]
     best = scores[:, rows].topk(8, 0).indices.T  # (rows, 8)
     images = world.test["image"][best.flatten()].permute(0, 2, 3, 1).cpu().numpy()
@@ -646,7 +664,6 @@ def draw_clusters(net, world, cfg, env, path):
         marks = [plot.GREEN if y[j] == rows[i // 8] else plot.FAINT for i, j in enumerate(best.flatten().tolist())]
     title = "nearest to a prototype, one a row" + ("" if cfg.stage == "ssl" else "; its class in green")
     plot.save(plot.grid(list(images), 8, None, marks, title, cell=80), path)
-    net.train()
 
 
 ARMS = {  # phases of each arm: (method, stage)
@@ -667,17 +684,20 @@ def phases(arm: str, labels: str, cfg: Config) -> list[Config]:
         share[chosen[0][1]] = 1.0
     elif arm == "ssl+ft":
         share["semi"] = 1 - cfg.pretrain
-    out, init = [], cfg.init
+    if arm == "ssl" and cfg.stage == "all":  # phase A alone: as many rows in all, in more updates
+        share["ssl"] = budget(cfg) / (budget(replace(cfg, pretrain=1.0)))
+    out, init = [], "" if arm == "sup" and cfg.stage == "all" else cfg.init  # supervised ONLY
     for method, stage in chosen:
         steps = round(cfg.steps * share[stage])
         if not steps:
             continue
         name = f"ssl_{method}_{steps}" if stage == "ssl" else f"{arm.replace('+', '_')}_{labels}_{stage}"
-        lr = cfg.lr / 10 if stage == "finetune" else cfg.lr
-        alone = cfg.stage != "all" or (arm, stage) == ("ssl+ft", "semi")  # phase A is paid for: now as many rows as B
-        pretrain = 0.0 if alone else cfg.pretrain
-        here = replace(cfg, method=method, stage=stage, labels="1" if stage == "ssl" else labels, steps=steps, init=init, lr=lr,
-                       pretrain=pretrain, warmup=min(cfg.warmup, steps // 4), out_dir=str(Path(cfg.out_dir, name)))  # fmt: skip
+        weak = 10 if stage == "finetune" and cfg.stage == "all" else 1  # phase C: a tenth of the learning rate
+        # budget() reads `pretrain` once more: an arm that was given phase A sees as many rows as phase B, others the average
+        pretrain = 0.0 if cfg.stage != "all" or (arm, stage) == ("ssl+ft", "semi") else cfg.pretrain
+        here = replace(cfg, method=method, stage=stage, labels="1" if stage == "ssl" else labels, steps=steps, init=init,
+                       lr=cfg.lr / weak, lr_end=cfg.lr_end / weak, pretrain=pretrain, warmup=min(cfg.warmup, steps // 4),
+                       out_dir=str(Path(cfg.out_dir, name)))  # fmt: skip
         out.append(here)
         init = str(Path(here.out_dir, "model.safetensors"))
     return out
@@ -692,30 +712,38 @@ def check(cfg: Config) -> None:
         for value in getattr(cfg, field).split(","):
             if value not in known or (field != "method" and value != getattr(cfg, field)):
                 raise ValueError(f"--{field} {getattr(cfg, field)} is unknown; choose from {', '.join(known)}")
-    for field in ("steps", "batch_size", "ratio", "images", "image_size", "local_size", "log_every",
-                  "save_every", "width", "hidden", "embed_dim"):  # fmt: skip
-        if getattr(cfg, field) < 1:
-            raise ValueError(f"--{field} {getattr(cfg, field)} must be at least 1")
+    sizes = ("steps", "ratio", "images", "image_size", "local_size", "width", "hidden", "embed_dim")
+    ranges = dict.fromkeys(sizes, (1, math.inf))
+    ranges |= dict.fromkeys(("freeze", "queue", "local_crops", "ssl_prototypes", "canvas"), (0, math.inf))
+    ranges |= {"pretrain": (0, 1), "finetune": (0, 1), "smoothing": (0, 1), "ema_ssl": (0, 1)}
+    for field, (low, high) in ranges.items():
+        if not low <= getattr(cfg, field) <= high:
+            limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            raise ValueError(f"--{field} {getattr(cfg, field)} must be {limit}")
     if cfg.accum != 1:
         raise ValueError("--accum must be 1: micro-batches would shrink the batch that Sinkhorn balances")
     if not all(v.isdigit() and int(v) for v in cfg.labels.split(",")):
         raise ValueError(f"--labels {cfg.labels} must be a comma list of numbers of labelled pictures a class")
-    if not 0 < cfg.tau_t < cfg.tau or not cfg.eps > 0:
-        raise ValueError(f"--tau_t {cfg.tau_t} must lie between 0 and --tau {cfg.tau}, and --eps {cfg.eps} above 0")
-    if not 0 <= cfg.pretrain + cfg.finetune <= 1 or min(cfg.pretrain, cfg.finetune, cfg.freeze, cfg.queue, cfg.local_crops) < 0:
-        raise ValueError("--pretrain and --finetune are shares that leave room for phase B; no number may be negative")
+    if not cfg.tau > 0 or not cfg.eps > 0:
+        raise ValueError(f"--tau {cfg.tau} and --eps {cfg.eps} must be above 0")
+    if "daino" in cfg.method.split(",") and not 0 < cfg.tau_t < cfg.tau:
+        raise ValueError(f"--tau_t {cfg.tau_t} must lie between 0 and --tau {cfg.tau}")
+    if cfg.ssl_prototypes == 1:
+        raise ValueError("--ssl_prototypes 1 is one cluster for everything; 0 = four a class")
     if cfg.local_crops and cfg.local_size > cfg.image_size:
         raise ValueError(f"--local_size {cfg.local_size} must not be above --image_size {cfg.image_size}")
-    if cfg.finetune and cfg.pretrain + cfg.finetune == 1:
-        raise ValueError("--pretrain and --finetune leave no room for phase B, which phase C starts from")
-    if cfg.batch_size < cfg.ratio or cfg.ssl_prototypes < 0:
-        raise ValueError(
-            f"--ratio {cfg.ratio} leaves a batch of {cfg.batch_size} no labelled picture, or --ssl_prototypes is negative"
-        )
+    if cfg.batch_size < cfg.ratio:
+        raise ValueError(f"--ratio {cfg.ratio} leaves a batch of {cfg.batch_size} no labelled picture")
     if not cfg.init and (cfg.stage == "finetune" or (cfg.stage == "semi" and "ssl+ft" in cfg.method.split(","))):
         raise ValueError(f"--stage {cfg.stage} starts from an earlier phase: give its weights by --init")
     for arm in cfg.method.split(","):
-        if not phases(arm, cfg.labels.split(",")[0], cfg):
+        plan = [p.stage for p in phases(arm, cfg.labels.split(",")[0], cfg)] if cfg.pretrain + cfg.finetune <= 1 else []
+        if cfg.stage == "all" and arm != "ssl" and "semi" not in plan:
+            raise ValueError(f"--pretrain {cfg.pretrain} and --finetune {cfg.finetune} of --steps {cfg.steps} leave no phase B "
+                             f"to --method {arm}")  # fmt: skip
+        if cfg.stage == "all" and arm == "ssl+ft" and "ssl" not in plan and not cfg.init:
+            raise ValueError("--method ssl+ft needs a phase A (--pretrain) or the weights of one (--init)")
+        if not plan:
             raise ValueError(
                 f"--stage {cfg.stage} is no phase of --method {arm}; its phases: {', '.join(p for _, p in ARMS[arm])}"
             )
@@ -758,6 +786,7 @@ def report(cfg, scores):
     names = {"sup": "supervised only", "ssl": "SwAV + linear probe", "ssl+ft": "SwAV + fine-tuning",
              "fixmatch": "FixMatch-style", "suave": "Suave", "daino": "Daino"}  # fmt: skip
     claims = (("sup", "suave", "Suave beats supervised only"), ("sup", "daino", "Daino beats supervised only"),
+              ("ssl", "suave", "Suave beats SwAV + linear probe"),
               ("ssl+ft", "suave", "Suave beats SwAV, then fine-tuning"),
               ("fixmatch", "suave", "Suave beats FixMatch"))  # fmt: skip
     for n in cfg.labels.split(","):
@@ -766,10 +795,11 @@ def report(cfg, scores):
         print(f"\n{n} labels a class, equal compute: top-1 in percent\n" + table(rows, ["", *HEADS]))
         head = {a: s.get("prototypes", s.get("backbone")) for a, s in some.items()}
         rows = [[text, head[a], head[b], f"{head[b] - head[a]:+.1f}"] for a, b, text in claims if {a, b} <= head.keys()]
-        if rows:
+        if rows and cfg.stage == "all":
             print("\n" + table(rows, ["claim", "baseline", "method", "difference"]))
     print("\nthe paper, CIFAR-100 with 4 / 25 / 100 labels a class: FixMatch 50.1 / 71.4 / 76.8, Daino 61.1 / 75.2 / 79.2, "
-          "Suave 64.6 / 77.0 / 81.6")  # fmt: skip
+          "Suave 64.6 / 77.0 / 81.6; ImageNet, Suave, 10 / 1 %: 75.0 / 66.2 by the probe on the hidden layer after phase C, "
+          "73.4 / 64.1 after phase B")  # fmt: skip
     print(f"\npictures, curves and weights: {cfg.out_dir}")
 
 
@@ -778,23 +808,35 @@ PRESETS = {
     "smoke": dict(steps=8, batch_size=16, warmup=2, images=120, width=8, hidden=32, embed_dim=16, log_every=2, save_every=2,
                   method="sup,ssl,fixmatch,suave,daino", local_crops=2, pretrain=0.5, out_dir="runs/semisup_cluster_smoke"),
     "laptop": {},
-    # CIFAR-100 on a CPU: the small ResNet and few updates, for comparison at equal compute only
+    # CIFAR-100 on a CPU: the small ResNet and few updates, for comparison at equal compute only: 20 minutes
     "cifar100_cpu": dict(steps=800, batch_size=64, lr=2e-3, warmup=40, labels="25", image_size=32, hidden=256,
                          ssl_prototypes=100, global_scale="0.2,1", embed_dim=128, method="sup,suave", pretrain=0.5,
                          out_dir="runs/semisup_cluster_cifar100_cpu"),
-    # CIFAR-100 as in the paper's Table 1: WRN-28-8, LARS, K = 100; lengths, rates and crops are ours. Entropy 0.05 and a queue
-    # from the first update on left phase A at uniform assignments
-    "gpu": dict(steps=30_000, batch_size=256, lr=0.8, lr_end=8e-4, wd=1e-5, warmup=1_000, dtype="bfloat16", labels="4,25,100",
-                method="sup,suave", pretrain=0.5, finetune=0.05, image_size=32, local_size=18, local_crops=4,
-                ema_decay=0.99, ema_ssl=0.996, ssl_prototypes=100, global_scale="0.2,1", local_scale="0.08,0.5",
-                backbone="wide", width=8, depth=28, hidden=2048, embed_dim=128, optimiser="lars", log_every=50,
-                save_every=1_000, out_dir="runs/semisup_cluster_cifar100"),
+    # CIFAR-100 on a GPU: a ResNet of 2.4 million parameters, 2 to 5 minutes an arm
+    "gpu": dict(steps=2_000, batch_size=512, lr=2e-3, wd=1e-4, warmup=100, dtype="bfloat16", labels="4,25", method="sup,suave",
+                pretrain=0.6, image_size=32, local_size=18, local_crops=2, ema_decay=0.99, ema_ssl=0.996, ssl_prototypes=100,
+                global_scale="0.2,1", local_scale="0.08,0.5", width=64, hidden=512, embed_dim=128, log_every=50,
+                save_every=1_000, out_dir="runs/semisup_cluster_gpu"),
+    # CIFAR-100 as in the paper's Table 1: WRN-28-8, LARS, K = 100; lengths, rates and crops are ours; about an hour a row on an
+    # H200, not run
+    "cifar100": dict(steps=30_000, batch_size=256, lr=0.8, lr_end=8e-4, wd=1e-5, warmup=1_000, dtype="bfloat16",
+                     labels="4,25,100", method="sup,suave", pretrain=0.5, finetune=0.05, image_size=32, local_size=18,
+                     local_crops=4, ema_decay=0.99, ema_ssl=0.996, ssl_prototypes=100, global_scale="0.2,1",
+                     local_scale="0.08,0.5", backbone="wide", width=8, depth=28, hidden=2048, embed_dim=128, optimiser="lars",
+                     log_every=50, save_every=1_000, out_dir="runs/semisup_cluster_cifar100"),
     # ImageNet, ResNet-50, values of the released scripts: phase B of Suave from an 800-epoch SwAV, 10 % of the labels
     "paper": dict(steps=500_000, batch_size=256, lr=0.4, lr_end=1e-3, wd=1e-6, warmup=25_000, dtype="bfloat16", workers=12,
                   log_every=100, save_every=5_000, method="suave", stage="semi", pretrain=0.0, labels="128", queue=3840,
                   ema_decay=0.99, ema_ssl=0.996, eps=0.05, image_size=224, local_size=96, local_crops=8, canvas=320,
                   global_scale="0.14,1", local_scale="0.05,0.14", backbone="resnet50", hidden=2048, embed_dim=128,
                   optimiser="lars", out_dir="runs/semisup_cluster_in1k"),
+    # ImageNet, ViT-S/16, Daino's script: 60 epochs of 1,024 + 512 from DINO's student
+    "paper_daino": dict(steps=75_000, batch_size=1_024, lr=9.6e-4, lr_end=1e-5, wd=0.04, wd_end=0.4, warmup=5_000,
+                        grad_clip=3.0, workers=12, log_every=100, save_every=5_000, method="daino", stage="semi", pretrain=0.0,
+                        labels="128",
+                        tau_t=0.07, tau_t_epochs=10, ema_decay=0.99, image_size=224, local_size=96, local_crops=8, canvas=320,
+                        global_scale="0.25,1", local_scale="0.05,0.25", backbone="vit", width=384, depth=12, heads=6, patch=16,
+                        head="dino", hidden=2048, embed_dim=256, out_dir="runs/semisup_cluster_in1k_daino"),
 }  # fmt: skip
 
 if __name__ == "__main__":

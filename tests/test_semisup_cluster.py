@@ -206,7 +206,10 @@ def step(env, method, stage, mix, seed=0, **kw):
     u = next(data.endless(world.train, 16, B_u, env)) if B_u else None
     y = next(data.endless(world.labelled[2], 16, B_l, env, 1)) if B_l else None
     queue = M.Queue(2, 0, cfg.embed_dim)
-    loss, parts, center = M.method_loss(wrapped, teacher, queue, torch.zeros(1, len(net.prototypes)), u, y, cfg, env, 3, 0.04)
+    if teacher:
+        teacher.register_buffer("center", torch.zeros(1, len(net.prototypes)))
+    loss, parts = M.method_loss(wrapped, teacher, queue, u, y, cfg, env, 3, 0.04)
+    center = teacher.center if teacher else torch.zeros(1)
     loss.backward()
     grads = {k: p.grad for k, p in net.named_parameters() if p.grad is not None}
     return loss.detach(), grads, center, {k: torch.as_tensor(v).detach() for k, v in parts.items()}
@@ -272,6 +275,34 @@ def test_every_method_is_given_as_many_pixels():
     B_u, B_l = M.batch_sizes(replace(cfg, method="fixmatch"))
     assert B_l == 32 and 2 * B_u + B_l == 320 and B_u % 8 == 0
     assert M.batch_sizes(replace(cfg, method="suave", stage="ssl")) == (64, 0)
+
+
+def test_no_test_picture_is_trained_on():
+    world = M.open_world(M.Config(), ENV)
+    known = {x.numpy().tobytes() for x in world.train["image"]}
+    assert not known & {x.numpy().tobytes() for x in world.test["image"]}
+    assert 300 < len(known) <= 324 and set(world.test["label"].tolist()) == set(range(9))
+
+
+def test_phases_do_not_repeat_each_other():
+    batch = {
+        "image": torch.randint(0, 255, (4, 3, 16, 16), dtype=torch.uint8),
+        "label": torch.zeros(4),
+        "side": torch.full((4, 2), 16),
+    }
+    ssl, semi = (M.make_rows(batch, None, replace(CFG, method="suave", stage=s, mix=False), ENV, 5)[0] for s in ("ssl", "semi"))
+    assert not torch.equal(ssl["view 1"], semi["view 1"])
+    plan = M.phases("ssl", "2", M.Config())
+    rows = plan[0].steps * 2 * 96
+    assert abs(rows - 1000 * M.budget(M.Config())) < 2 * 96  # as many rows as the others
+
+
+def test_arms_are_what_they_are_called():
+    for change, words in (({"pretrain": 1.0}, "no phase B"), ({"pretrain": 0.0, "method": "ssl+ft"}, "needs a phase A"),
+                          ({"smoothing": 1.5}, "--smoothing"), ({"method": "daino", "tau_t": 0.2}, "--tau_t")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            M.check(replace(M.Config(), **change))
+    assert M.phases("sup", "2", M.Config(init="x"))[0].init == "" and M.phases("suave", "2", M.Config(init="x"))[0].init == "x"
 
 
 # Runs ------------------------------------------------------------------------------------------------------------------
@@ -363,7 +394,7 @@ def test_killed_and_resumed_equals_uninterrupted(method, tmp_path):
 
 
 def test_labelled_shards_and_starting_weights(tmp_path):
-    fields = M.scene_set(60, 0, 20)
+    fields = M.scene_set(60, 0, 20, "")
 
     def make(item):
         i = item[1]
