@@ -134,6 +134,12 @@ def test_inverses():
     T = M.find_queries(10, 0.01, 0.85, 1 / 82800)
     assert M.epsilon(0.01, 0.85, T, 1 / 82800) <= 10 < M.epsilon(0.01, 0.85, T + 1, 1 / 82800)
     assert M.find_queries(1, 1, 0.1, 1e-5) == 0
+    for eps, q, sigma, T, delta in ((0.5, 1.0, 0.05, 100_000, 1 / 82_800), (0.14776, 0.00377, 0.0262, 1_983, 1 / 946_389)):
+        k = M.whole_k(eps, q, sigma, T, delta)  # exact where epsilon is flat, too
+        assert M.epsilon(q, sigma * k / 2, T, delta) <= eps < M.epsilon(q, sigma * (k - 1) / 2, T, delta)
+    for f in (lambda: M.find_q(0.05, 20, 0.035, 100, 1e-5), lambda: M.whole_k(0.05, 0.1, 0.1, 100, 1e-5)):
+        with pytest.raises(ValueError, match="orders certify"):
+            f()
     with pytest.raises(ValueError, match="below what these orders certify"):
         M.find_k(1e-3, 0.02, 0.1, 1000, 1 / 12_000)
 
@@ -276,7 +282,9 @@ def test_blending_and_public_only():
     best = M.nearest(M.unit(world.queries)[0], world.public_bank, 4)
     torch.testing.assert_close(got[0, 0], torch.nn.functional.normalize(world.public_bank[best], dim=1).mean(0))
     text = M.conditions(M.Arm(float("inf"), k=4), world, M.Config(lam=0.0, other="text"), None, None)
-    assert text.shape == (3, 4, 6)
+    assert text.shape == (3, 1, 6)  # one token acts as many equal ones
+    many = M.conditions(M.Arm(float("inf"), k=4), world, M.Config(lam=0.0), None, None)
+    assert many.shape == (3, 4, 6)
 
 
 def test_what_the_accountants_must_not_lose():
@@ -404,6 +412,39 @@ while True:
     assert answers >= 20 and answers <= M.Ledger(tmp_path / "l", 1e6, 1e-5).queries() <= answers + 1
 
 
+def test_an_experiment_leaves_the_real_meter_alone(tmp_path):
+    cfg = M.Config(**{**M.PRESETS["smoke"], "out_dir": str(tmp_path)})
+    (tmp_path / "ledger_10_8.jsonl").write_text("of a run with --secure")
+    M.run(cfg)
+    assert (tmp_path / "ledger_10_8.jsonl").read_text() == "of a run with --secure"
+    assert len((tmp_path / "experiment_ledger_10_8.jsonl").read_text().splitlines()) == 9
+
+
+def test_charges_are_whole(tmp_path):
+    ledger = M.Ledger(tmp_path / "l", 10.0, 1e-5)
+    with pytest.raises(ValueError, match="a whole number"):
+        ledger.charge(0.1, 2.0, 1.5)
+    ledger.charge(0.1, 2.0, 2)
+    text = (tmp_path / "l").read_text()
+    (tmp_path / "l").write_text(text.replace('"queries": 2', '"queries": 1.5'))
+    with pytest.raises(ValueError, match="damaged"):
+        ledger.queries()
+
+
+def test_generated_worlds():
+    """No reference picture is in a bank, and prompts ask for what the embedding can see."""
+    cfg = M.Config(records=400, images=300, prompts=32)
+    embed = M.Embedder(cfg, torch.device("cpu"))
+    world = M.open_world(cfg, embed)
+    private = M.generated(400, 2, True)
+    known = {x.numpy().tobytes() for x in (*world.public, *private[1])}
+    assert not known & {x.numpy().tobytes() for x in world.test}
+    torch.testing.assert_close(embed.pictures(private[1]), world.private_bank)
+    for query, colour in zip(world.queries, world.colours):
+        near = M.nearest(M.unit(query[None])[0], world.private_bank, 4)
+        assert [private[0][i].things[0].colour for i in near.tolist()].count(colour) >= 3, colour
+
+
 def test_an_answer_is_charged_first():
     world = M.World(None, torch.randn(30, 6), torch.randn(20, 6), None, ["a"] * 3, torch.randn(3, 6))
 
@@ -521,6 +562,11 @@ def test_banks_from_files(tmp_path):
         (["--queries", "0"], ["--queries 0"]),
         (["--sigma", "0.01", "--queries", "1000"], ["neighbours", "the private set has 64"]),
         (["--prompts", "9"], ["--prompts 9", "--queries 8"]),
+        (["--prompts", "5"], ["--prompts", "at least 6"]),
+        (["--budgets", "inf"], ["--budgets inf"]),
+        (["--queries", "1e3"], ["--queries 1e3", "whole"]),
+        (["--k", "65"], ["--k 65", "64 records"]),
+        (["--drop", "1.5"], ["--drop"]),
         (["--public", "nowhere"], ["--private"]),
         (["--public", "nowhere", "--private", "nowhere"], ["nowhere", "data_prep/"]),
         (["--clip", "x"], ["--tokenizer"]),
