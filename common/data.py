@@ -309,17 +309,23 @@ class Latents:
 # Order and batches --------------------------------------------------------------------------------------------------
 
 
-class Order:
-    """position -> (shard, row). Every epoch visits each sample once: shards in a random order, rows shuffled within windows
-    of `window` shards, so that reading stays local and memory small. A pure function of (seed, position)."""
+def whole_batches(total: int, batch: int) -> int:
+    """Samples of an epoch."""
+    return total // batch * batch or total
 
-    def __init__(self, sizes: list[int], seed: int, window: int = 8):
+
+class Order:
+    """position -> (shard, row). An epoch visits samples once: shards in a random order, rows shuffled within windows of
+    `window` shards, so that reading stays local and memory small. It ends with its last whole batch, so that no batch holds a
+    sample twice, its own negative, unless there are fewer samples than a batch. A pure function of (seed, position)."""
+
+    def __init__(self, sizes: list[int], seed: int, window: int = 8, batch: int = 1):
         self.sizes, self.seed, self.window = np.asarray(sizes), seed, window
-        self.total = int(self.sizes.sum())
+        self.length = whole_batches(int(self.sizes.sum()), batch)
         self.epoch = self.block = None
 
     def __call__(self, position: int) -> tuple[int, int]:
-        epoch, p = divmod(position, self.total)
+        epoch, p = divmod(position, self.length)
         if epoch != self.epoch:
             self.shards = np.random.default_rng((self.seed, epoch)).permutation(len(self.sizes))
             self.ends, self.epoch, self.block = np.cumsum(self.sizes[self.shards]), epoch, None
@@ -340,9 +346,9 @@ class _Stream(torch.utils.data.Dataset):
     Photographs are read by `threads` threads, since Pillow decodes and resizes without the interpreter's lock; for tiny
     pictures the threads would only fight for it."""
 
-    def __init__(self, source, make, seed: int, threads: int):
+    def __init__(self, source, make, seed: int, batch: int, threads: int):
         self.source, self.make, self.seed, self.threads, self.pool = source, make, seed, threads, None
-        self.order, self.large = Order(source.sizes, seed), False
+        self.order, self.large = Order(source.sizes, seed, batch=batch), False
 
     def __getitems__(self, positions):
         first, rest = self[positions[0]], positions[1:]
@@ -379,7 +385,7 @@ class Batches:
 
     def __init__(self, source, make, collate, batch_size, env, seed=0, start=0, workers=0, max_bad=0.01):
         self.local, self.max_bad, self.seen, self.bad, self.first_bad = env.share(batch_size), max_bad, 0, 0, ""
-        stream = _Stream(source, make, seed, threads=1 if workers else min(4, os.cpu_count()))
+        stream = _Stream(source, make, seed, batch_size, threads=1 if workers else min(4, os.cpu_count()))
         positions = _positions(batch_size, env.rank * self.local, self.local, start)
         self.loader = iter(torch.utils.data.DataLoader(
             stream, batch_sampler=positions, num_workers=workers, collate_fn=_Collate(collate),
@@ -492,18 +498,18 @@ def endless(pictures, size: int, batch_size: int, env, seed=0, start=0, workers=
 
 class InMemory:
     """Batches for a set that fits into the device's memory: fields of equal length (tensors) -> dict of their rows, endless.
-    Each epoch is a new permutation, a pure function of (seed, epoch)."""
+    Each epoch is the whole batches of a new permutation, a pure function of (seed, epoch)."""
 
     def __init__(self, fields: dict[str, torch.Tensor], batch_size, env, seed=0, start=0):
         self.fields, self.total, self.seed, self.epochs, self.bad = fields, len(next(iter(fields.values()))), seed, {}, 0
-        self.local = env.share(batch_size)
+        self.local, self.length = env.share(batch_size), whole_batches(self.total, batch_size)
         self.first, self.stride = start * batch_size + env.rank * self.local, batch_size
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        epoch, place = np.divmod(np.arange(self.first, self.first + self.local), self.total)
+        epoch, place = np.divmod(np.arange(self.first, self.first + self.local), self.length)
         for e in set(epoch.tolist()) - self.epochs.keys():
             self.epochs = {k: v for k, v in self.epochs.items() if k >= epoch[0]}
             self.epochs[e] = np.random.default_rng((self.seed, e)).permutation(self.total)

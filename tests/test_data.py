@@ -60,6 +60,9 @@ def test_order_is_local_and_pure():
     order = D.Order([10] * 20, seed=1, window=4)
     first = [order(p) for p in range(40)]
     assert len({s for s, _ in first}) == 4 and len(set(first)) == 40  # four shards at a time
+    cut = D.Order([10] * 20, seed=1, window=4, batch=64)  # three whole batches an epoch
+    for first in range(0, 640, 64):
+        assert len({cut(i) for i in range(first, first + 64)}) == 64
     again = D.Order([10] * 20, seed=1, window=4)
     assert [again(p) for p in reversed(range(40))] == first[::-1]
     assert D.Order([10] * 20, seed=2, window=4)(0) != order(0) or D.Order([10] * 20, seed=2)(1) != order(1)
@@ -116,7 +119,7 @@ def test_photographs_are_read_by_threads_with_the_same_result(tmp_path):
     runs = []
     for threads in (1, 4):
         seen = set()
-        stream = D._Stream(D.Shards(tmp_path / "d", "train", keep=1), make, 3, threads)
+        stream = D._Stream(D.Shards(tmp_path / "d", "train", keep=1), make, 3, 1, threads)
         runs.append([stream.__getitems__(range(s, s + 10)) for s in range(0, 100, 10)])
         assert (len(seen) > 1) == (threads > 1)
     assert runs[0] == runs[1] and sum(len(problems) for batch in runs[0] for _, problems in batch) >= 2
@@ -281,8 +284,13 @@ def test_in_memory_batches_are_parts_of_one_stream():
         return [next(it) for _ in range(n)]
 
     whole = torch.cat([b["row"] for b in rows(10)])
-    assert sorted(whole[:10].tolist()) == sorted(whole[10:20].tolist()) == list(range(10))
-    assert whole[:10].tolist() != whole[10:20].tolist() and torch.equal(torch.cat([b["x"] for b in rows(10)]), whole * 2)
+    for first in range(0, 40, 8):  # an epoch is two whole batches: nothing twice in one
+        assert len(set(whole[first : first + 8].tolist())) == 8
+    assert (
+        set(whole.tolist()) == set(range(10))
+        and whole[:8].tolist() != whole[8:16].tolist()
+        and torch.equal(torch.cat([b["x"] for b in rows(10)]), whole * 2)
+    )
     halves = torch.cat([torch.cat([a["row"], b["row"]]) for a, b in zip(rows(10, rank=0, world=2), rows(10, rank=1, world=2))])
     assert torch.equal(halves, whole) and torch.equal(torch.cat([b["row"] for b in rows(6, start=4)]), whole[16:])
     assert len(rows(1, batch=25)[0]["row"]) == 25  # more than an epoch in one batch
