@@ -61,8 +61,8 @@ def test_order_is_local_and_pure():
     first = [order(p) for p in range(40)]
     assert len({s for s, _ in first}) == 4 and len(set(first)) == 40  # four shards at a time
     cut = D.Order([10] * 20, seed=1, window=4, batch=64)  # three whole batches an epoch
-    for first in range(0, 640, 64):
-        assert len({cut(i) for i in range(first, first + 64)}) == 64
+    for start in range(0, 640, 64):
+        assert len({cut(i) for i in range(start, start + 64)}) == 64
     again = D.Order([10] * 20, seed=1, window=4)
     assert [again(p) for p in reversed(range(40))] == first[::-1]
     assert D.Order([10] * 20, seed=2, window=4)(0) != order(0) or D.Order([10] * 20, seed=2)(1) != order(1)
