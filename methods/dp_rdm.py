@@ -14,7 +14,7 @@ Symbols    N private records, k neighbours, sigma noise on the MEAN, q a record'
 Run        python methods/dp_rdm.py [--preset smoke]                      (CPU, no data; 3.1 min on two quiet cores)
            python methods/dp_rdm.py --plan --records 82800                (epsilon, queries, neighbours as tables)
            python methods/dp_rdm.py --attack                              (a planted record, and whether the bound holds)
-Data       generated: private things are spotted, on pale grounds; or shards (--public, --private) with --vae and --clip
+Data       generated: all private things are spotted; or shards (--public, --private) with --vae and --clip
 Expect     laptop: Frechet distance 101 public only, 45 not private, 43 at epsilon 10, T = 10,000; 3 seeds, commit fa79d3e
 Differs    from the paper: a small DiT, flow and Euler steps for a UNet, eps and DDIM; a learned null token, a KL autoencoder;
            squeezed pictures, raw references; "public only" is the same model, told the noiseless mean of public neighbours
@@ -621,18 +621,18 @@ class Embedder:
 
 
 def generated(count, seed, private, part="train"):
-    """One object a picture; public ones have every texture and ground, private ones are all spotted, on a pale ground. part:
-    train or test, which have no object in common."""
+    """One object a picture; public ones have every texture, private ones are all spotted. part: train or test, which have no
+    object in common."""
     world = [scenes.scene(i, seed, (1, 1), grid=2, part=part) for i in range(count)]
     if private:
-        world = [replace(s, tone="pale", things=(replace(s.things[0], texture="spotted"),)) for s in world]
+        world = [replace(s, things=(replace(s.things[0], texture="spotted"),)) for s in world]
     x = np.concatenate([scenes.render(world[i : i + 256], 32) for i in range(0, count, 256)])
     return world, torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
 
 def open_world(cfg, embed) -> World:
-    """Prompts name a colour alone, which the stand-in CLIP sees and noise can hide; that things are spotted here, on pale
-    grounds, is what only the private set knows."""
+    """Prompts name a colour alone, which the stand-in CLIP sees and noise can hide; that all things are spotted here is what
+    only the private set knows."""
     if bool(cfg.public) != bool(cfg.private):
         raise ValueError("--public and --private belong together: two folders of shards")
     if cfg.public:
