@@ -216,11 +216,18 @@ def test_text_model_padding_modes_and_fixed_noise():
         assert torch.equal(a, b) and a.isfinite().all()  # in evaluation the noise is fixed
         alone = model(**{k: v[1:] for k, v in x.items()}, ids=ids[1:])
         torch.testing.assert_close(alone, a[1:], atol=1e-5, rtol=1e-5)  # whatever else is in the batch
-        assert torch.equal(model.train()(**x, ids=ids), a) == (padding != "noisy")
-    model.eval()
+        given = model(**x, ids=ids, noise=torch.randn(2, 16, 32))  # as in training
+        assert torch.equal(given, a) == (padding != "noisy")
     longer = ids.clone()
     longer[0, 5] = 7  # behind the end token: not read
     assert torch.equal(model(**x, ids=longer), a)
+
+
+def test_a_baseline_is_told_its_class_as_in_dit():
+    """Class vectors begin as small as DiT's; tokens that are attended to have unit scale."""
+    summed, attended = M.ClassTokens(9, 1, 32, False), M.ClassTokens(9, 4, 32, True)
+    y, no = torch.arange(9), torch.zeros(9, dtype=torch.bool)
+    assert 0.015 < summed(y, no).std() < 0.025 and 0.9 < attended(y, no).std() < 1.1
 
 
 # 4. Transfer ---------------------------------------------------------------------------------------------------------------
