@@ -395,6 +395,10 @@ def test_command_line_in_one_and_two_processes(tmp_path):
         assert (tmp_path / "1" / name).exists(), name
     line = json.loads((tmp_path / "1" / "lpl" / "log.jsonl").read_text().splitlines()[0])
     assert {"loss", "diffusion", "lpl", "share", "gated", "gradient_ratio", "lpl_0", "kept_3"} <= line.keys()
+    other = ["--preset", "smoke", "--after", tmp_path / "1", "--weight", "1", "--out_dir", tmp_path / "w"]
+    assert inside(M, *other).returncode == 0 and not (tmp_path / "w/pretrain").exists()  # other arms from the same phase 1
+    same = [(tmp_path / d / "control/model.safetensors").read_bytes() for d in "1w"]
+    assert same[0] == same[1]
     two = torchrun(2, "methods/lpl_ldm.py", "--preset", "smoke", "--out_dir", tmp_path / "2")
     assert two.returncode == 0, two.stderr
     a, b = (json.loads((tmp_path / d / "metrics.json").read_text()) for d in "12")
@@ -410,6 +414,9 @@ def test_command_line_in_one_and_two_processes(tmp_path):
         (["--image_size", "30"], ["--image_size 30", "multiple of 8"]),
         (["--vae", "none.safetensors"], ["none.safetensors", "does not exist"]),
         (["--init", "none.pt"], ["--init", "--pretrain 0"]),
+        (["--drop", "2"], ["--drop"]),
+        (["--lpl_start", "4"], ["--lpl_start"]),
+        (["--image_size", "4", "--patch", "1"], ["--image_size", "2 pixels a side"]),
         (["--init", "none.pt", "--pretrain", "0"], ["none.pt", "does not exist"]),
         (["--data", "nowhere"], ["nowhere", "cache_latents.py"]),
         (["--sample_steps", "5,x"], ["--sample_steps 5,x"]),
