@@ -357,7 +357,7 @@ def load_clip(path, act: str = "", trust_torchscript: bool = False) -> CLIP:
         state = _rename(state, _OPENAI)
         if "model_cfg" in config:
             act = act or ("quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu")
-    else:
+    elif "visual.cls_token" not in state:  # that would be our own names, of a fine-tuned model
         raise ValueError(
             f"{path} is not a CLIP ViT: it has neither visual.class_embedding (OpenAI, open_clip) nor "
             f"vision_model.embeddings.class_embedding (Hugging Face), but {', '.join(list(state)[:4])}, ..."

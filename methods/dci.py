@@ -5,8 +5,9 @@ Paper      Urbanek, Bordes, Astolfi, Williamson, Sharma, Romero-Soriano: A Pictu
 Idea       Captions from the web name one thing; a person describes a picture in a thousand words, tied to its regions. Cut a
            picture into its regions and give each a dense caption that fits CLIP: now a model must find the right one among
            eight that look alike (sub-crop matching), and tell a true caption from one with two words exchanged. CLIP is weak
-           at both, and benchmarks of word order alone do not show it. Fine-tuning on a few thousand such pictures, with new
-           captions of a crop at each visit and a negative, repairs it: dense positives teach content, negatives the order.
+           at both, and benchmarks of word order alone do not show it. Fine-tune it on a few thousand such pictures, with new
+           captions of a crop at each visit: dense positives lift matching; a negative beside them lifts Neg and word order,
+           and costs matching.
 Equations  pooling over M captions -> caption_pool()     L_clip -> clip_pool_loss()     L_neg -> negatives_loss()
            SCM and Neg -> subcrop_matching(), beats_negatives()     L = alpha L_clip + beta L_neg -> method_loss()
 Read first section 2, then LoRA in section 3, items_of() in section 4, official_tests() in section 5 and train()
@@ -19,14 +20,13 @@ Run        python methods/dci.py --preset smoke                              (CP
 Data       a generated copy of DCI's files (schema of the release), the release itself with SA-1B's photos beside it, or shards
            with boxes by data_prep/coco.py (their pictures are unpacked once, below DIR/.pictures). DCI: CC BY-NC 4.0, photos:
            SA-1B research licence
-Expect     laptop: SCM 68.8 CLIP, 82.1 dense, 71.6 with L_neg; Neg 50.8, 66.2, 88.1; 3 seeds, commit fa79d3e
+Expect     laptop: SCM 68.8 +- 4.5 CLIP, 82.1 +- 7.3 dense, 71.6 +- 4.0 with L_neg; Neg 50.8, 66.2, 88.1; 3 seeds
 Differs    from the released code: pooling "hardest" takes the minimum of the positives before anything is pooled (there it
            comes too late: 0.154 for 0.904 on the test matrix), max and min do not fall back to the mean; missing photos
            are counted, and refused in the test split; masks without a caption too; crops are cut when needed, negatives drawn
-           anew at each access; texts are cut at the context length; processes share tests by whole batches; the last
+           anew at each access; texts are cut at the context length; Neg is a share of the items that have a negative; the last
            weights are reported, the split valid is not used. Left out: making captions by a language model; BLIP, FLAVA,
-           X-VLM; ARO, VL-Checklist and ELEVATER themselves.
-           The paper's body was not at hand: of its results only VL-Checklist's 81.17 -> 88.37 is printed.
+           X-VLM; ARO, VL-Checklist and ELEVATER themselves. Of the paper's results only 81.17 -> 88.37 was at hand.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
            vae.py vit.py zoo.py and weights/   (copy these with this file)
 """
@@ -36,6 +36,7 @@ from __future__ import annotations
 import base64
 import csv
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -86,23 +87,23 @@ class Config:
     arms: str = "clip,short,dense,dense+neg"  # comma list; also negclip, dense+long and base, see ARMS
     alpha: float = 1.0  # weight of L_clip
     beta: float = 1.0  # weight of L_neg; released: 9, 1, 0
-    pool: str = "avg"  # of the captions in L_clip: avg, max, min, hardest
+    pool: str = "avg"  # of the M captions in L_clip: avg, max, min, hardest; without effect unless --captions pick5
     captions: str = "pick1"  # first, pick1 or pick5: captions of a crop at each access
     negatives: str = "swaps"  # swaps, basic, layout, or rule: words exchanged by this file, for data without negatives
     rank: int = 4  # of LoRA's update; 0 = all weights are trained
     lora_alpha: float = 8.0  # update = alpha / rank B A; released: 32 (rank 32), 2 (ranks 1, 2, 4)
     lora_dropout: float = 0.1  # of LoRA's input; released: 0.1, 0.2
-    context: int = 77  # text tokens; 248 stretches the positions behind the 20th by four (Long-CLIP)
+    context: int = 77  # text tokens; 248 stretches the positions behind the 20th by four (Long-CLIP), in all arms but clip
     # data and model
     init: str = ""  # CLIP weights to start from; "" = the stand-in of common/weights
     tokenizer: str = ""  # CLIP's merges file; "" = the stand-in's
-    act: str = "quick_gelu"  # of --init: quick_gelu (OpenAI) or gelu
+    act: str = ""  # of --init: quick_gelu (OpenAI) or gelu; "" = what config.json beside it says
     min_side: int = 224  # smallest side of a mask's box in pixels; the generated copy uses 16
     allow_missing: bool = False  # evaluate although photos of the test split are missing
     images: int = 600  # generated training pictures
     test_images: int = 112  # generated test pictures; the release has 112
     memory_gb: float = 8.0  # crops below this size are kept in memory
-    sugarcrepe: str = ""  # sugarcrepe csv (file, caption, negative_caption): word-order test on real text
+    sugarcrepe: str = ""  # sugarcrepe csv (kind, file, caption, negative_caption): word-order test on real text
     photos: str = ""  # folder of its pictures; "" = text only, against --references
     references: str = ""  # csv of COCO captions (image_id, caption), for the text-only check
 
@@ -141,7 +142,8 @@ def clip_pool_loss(scores, how="avg", to_pictures=None, first=0):
 
 def negatives_loss(pos, neg):
     """L_neg = 1/(2B) sum_i [softplus(-p_i) + softplus(t_i)]: binary cross-entropy of the scores (B,) of pictures with their
-    own positive (label 1) and their own negative (label 0). Absolute, not a comparison of the two: it pulls all scores to 0."""
+    own positive (label 1) and their own negative (label 0). Absolute, not a comparison of the two: scores begin at 25 to 40, so
+    L_neg begins at half of that and first drives all of them towards 0. Negatives of other pictures are not used."""
     return (F.softplus(-pos).mean() + F.softplus(neg).mean()) / 2
 
 
@@ -237,7 +239,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 
 def lengthen(model: CLIP, context: int) -> CLIP:
-    """Stretches the text positions; the first 20 keep their values (their gradient is zero), the rest is trained."""
+    """Stretches the text positions; train() puts the first 20 back after each update, the rest is trained."""
     if context == model.text.context:
         return model
     pos = model.text.pos_embed
@@ -245,9 +247,6 @@ def lengthen(model: CLIP, context: int) -> CLIP:
         raise ValueError(f"--context {context}: only 77 -> 248 is defined, and the model has {len(pos)} positions")
     model.text.pos_embed = nn.Parameter(stretch_positions(pos.detach()))
     model.text.context = context
-    rows = torch.ones(context, 1)
-    rows[:20] = 0
-    model.text.pos_embed.register_hook(lambda grad: grad * rows.to(grad))
     return model
 
 
@@ -363,9 +362,11 @@ def read_dci(folder, split, min_side, allow_missing=False, say=False) -> list[It
     """All items of a split, picture by picture. say: prints what was found and left out. ValueError for a damaged file, and for
     missing photos of the test split."""
     root, out, missing, without, pictures = find_root(folder), [], [], 0, 0
+    what = f"{root / 'splits.json'}: {split} is not"
     try:
         names = json.loads((root / "splits.json").read_text("utf-8"))[split]
         for name in names:
+            what = f"{root / 'complete' / Path(name).name}: not"
             entry = json.loads((root / "complete" / Path(name).name).read_text("utf-8"))
             photo = root / "photos" / Path(entry["image"]).name
             if not photo.is_file():
@@ -382,7 +383,7 @@ def read_dci(folder, split, min_side, allow_missing=False, say=False) -> list[It
             f"{error.filename} is named in {root}/splits.json and does not exist; unpack dci.tar.gz again"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{root}: {split} is not in DCI's form ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{what} in DCI's form ({type(error).__name__}: {error})") from error
     if missing and split == "test" and not allow_missing:
         raise ValueError(f"{len(missing)} of {len(names)} photos of the test split are missing, {missing[0]} the first; "
                          "they come from SA-1B's sa_000138.tar. --allow_missing evaluates the rest: another test")  # fmt: skip
@@ -395,11 +396,13 @@ def read_dci(folder, split, min_side, allow_missing=False, say=False) -> list[It
     return out
 
 
-def read_boxes(folder, split, min_side, seed) -> list[Item]:
-    """Shards with captions and boxes (data_prep/coco.py): the picture with its captions, each box with its class name."""
+def read_boxes(folder, split, min_side) -> list[Item]:
+    """Shards with captions and boxes (data_prep/coco.py): the picture with its captions, one box of each class with its name;
+    negatives exchange words, or the name for that of another class."""
     source, out, number, bad = data.Shards(folder, split), [], 0, 0
-    pictures = Path(folder, ".pictures")
-    pictures.mkdir(exist_ok=True)
+    seen = hashlib.blake2b(repr(source.manifest["shards"]).encode(), digest_size=6).hexdigest()  # other shards, other pictures
+    pictures = Path(folder, ".pictures", seen)
+    pictures.mkdir(parents=True, exist_ok=True)
     for shard, size in enumerate(source.sizes):
         for row in range(size):
             try:
@@ -407,21 +410,33 @@ def read_boxes(folder, split, min_side, seed) -> list[Item]:
             except data.BadSample:
                 bad += 1
                 continue
+            if not r.get("captions"):
+                bad += 1
+                continue
             path = pictures / f"{split}-{shard}-{row}.png"
             if not path.exists():  # several processes may write it
                 r["image"].save(f"{path}.{os.getpid()}", format="PNG")
                 os.replace(f"{path}.{os.getpid()}", path)
             w, h = r["image"].size
-            items = [Item(str(path), None, r["captions"], long="\n".join(r["captions"]), image=number)]
+            items, names = [Item(str(path), None, r["captions"], long="\n".join(r["captions"]), image=number)], set()
             for j, b in enumerate(r.get("boxes") or []):
                 x0, y0, x1, y1 = b["box"]
-                if not b.get("iscrowd") and min(x1 - x0, y1 - y0) >= min_side:
-                    text = f"a photo of a {b['label']}"
+                if not b.get("iscrowd") and min(x1 - x0, y1 - y0) >= min_side and b["label"] not in names:
+                    text = scenes.articles(f"a photo of a {b['label']}")
                     items.append(Item(str(path), padded(b["box"], w, h), [text], long=text, key=f"m-{j}-sc", image=number))
+                    names.add(b["label"])
             out, number = out + items, number + 1
     if bad and ddp.rank() == 0:
-        print(f"{folder}, {split}: {bad} damaged pictures left out", file=sys.stderr)
-    return with_rules(out, seed)
+        print(f"{folder}, {split}: {bad} pictures are damaged or lack captions and were left out", file=sys.stderr)
+    if not out:
+        raise ValueError(f"{folder}, {split}: no picture has captions; prepare some with boxes by data_prep/coco.py")
+    boxes = [i for i in out if i.key != "base"]
+    names = sorted({i.captions[0] for i in boxes})
+    for n, item in enumerate(boxes):
+        others = [t for t in names if t != item.captions[0]]
+        item.negatives["rule"] = [others[k] for k in np.random.default_rng((1, n)).permutation(len(others))[:3]]
+    with_rules([i for i in out if i.key == "base"], 0)
+    return out
 
 
 def with_rules(items, seed) -> list[Item]:
@@ -439,7 +454,7 @@ GROUPS = (tuple(scenes.COLOURS) + ("black", "white", "brown", "gray", "grey", "g
           ("man", "woman", "boy", "girl", "dog", "cat", "person", "child", "people", "bus", "car", "truck", "train", "table"),
           scenes.TEXTURES + ("lined", "checked", "plain", "wooden", "metal", "wet", "dry"), scenes.SHAPES)  # fmt: skip
 STOP = frozenset("a an the of on in at to and with is are it its this that there for from by as into near next two three "
-                 "while his her their some".split())  # fmt: skip
+                 "while his her their some photo picture".split())  # fmt: skip
 
 
 def rule_negative(text: str, rng) -> str:
@@ -572,8 +587,9 @@ def normalised(images):  # twin: normalised
 
 def open_items(cfg, split, say=False) -> list[Item]:
     if Path(cfg.data, "manifest.json").is_file():
-        return read_boxes(cfg.data, data.held_out(cfg.data) if split == "test" else split, cfg.min_side, cfg.seed)
-    return read_dci(cfg.data, split, cfg.min_side, cfg.allow_missing, say)
+        return read_boxes(cfg.data, data.held_out(cfg.data) if split == "test" else split, cfg.min_side)
+    items = read_dci(cfg.data, split, cfg.min_side, cfg.allow_missing, say)
+    return items if any("swaps" in i.negatives for i in items) else with_rules(items, 0)
 
 
 def short_items(items) -> list[Item]:
@@ -602,16 +618,19 @@ def text_features(model, tok, texts, device, part=256):
 
 
 @torch.no_grad()
-def picture_features(model, items, cfg, env, part=64):
-    """(N, D) in order; a damaged photo ends the run, since leaving it out would change the batches behind it."""
+def picture_features(model, items, env, part=64):
+    """(N, D) in order, divided over the processes; a damaged photo ends the run, since leaving it out would change the batches
+    behind it."""
     source, out = Crops(items, model.visual.image_size), []
-    for i in range(0, len(items), part):
+    for i in range(part * env.rank, len(items), part * env.world):
         try:
             rows = [source.view(source.read(0, r)) for r in range(i, min(i + part, len(items)))]
         except data.BadSample as error:
             raise ValueError(f"{error}; the test needs every photo") from error
-        out.append(F.normalize(model.encode_image(normalised(collate(rows)["image"].to(env.device))).float(), dim=1))
-    return torch.cat(out)
+        f = F.normalize(model.encode_image(normalised(collate(rows)["image"].to(env.device))).float(), dim=1)
+        out.append((i, f.cpu()))
+    out = ddp.gather_lists(out) if env.world > 1 else out
+    return torch.cat([f for _, f in sorted(out, key=lambda x: x[0])]).to(env.device)
 
 
 TESTS = {  # official name: items, captions of each, negatives -> columns; "": not reported
@@ -622,19 +641,20 @@ TESTS = {  # official name: items, captions of each, negatives -> columns; "": n
 }
 
 
-def official_tests(model, tok, items, cfg, env, batch=8) -> dict[str, float]:
-    """The four tests, in percent: batches of 8 consecutive items, never shuffled, so that neighbours are crops of one picture.
-    Processes share whole batches. SCM is a share of all items, Neg of those that have a negative."""
+def official_tests(model, tok, items, features, env, batch=8) -> dict[str, float]:
+    """The four tests, in percent, of items with their features (N, D): batches of 8 consecutive items, never shuffled, so that
+    neighbours are crops of one picture. Processes share whole batches. SCM is a share of all items, Neg of those that have a
+    negative."""
     kind = "swaps" if any("swaps" in i.negatives for i in items) else "rule"
     out = {}
     for which, count, negative, columns in TESTS.values():
-        chosen = [i for i in items if len(i.captions) >= count and (which == "all" or i.key == "base")]
+        chosen = [r for r, i in enumerate(items) if len(i.captions) >= count and (which == "all" or i.key == "base")]
         if not chosen:
             continue
         mine = [chosen[b : b + batch] for b in range(0, len(chosen), batch)][env.rank :: env.world]
         sums = torch.zeros(4, dtype=torch.float64)  # right by SCM, items, right by Neg, items with a negative
-        for part in mine:
-            f = picture_features(model, part, cfg, env)
+        for rows in mine:
+            f, part = features[rows], [items[r] for r in rows]
             texts = text_features(model, tok, [c for i in part for c in i.captions[:count]], env.device)
             scores = (f @ texts.T).view(len(part), len(part), count)
             sums += torch.tensor([subcrop_matching(scores) * len(part), len(part), 0, 0])
@@ -660,10 +680,9 @@ def hardest(item) -> list[str]:
     return [named[max(stored, key=stored.get)]] if stored else list(named.values())
 
 
-def extra_tests(model, tok, items, cfg, env) -> dict[str, float]:
+def extra_tests(model, tok, items, f, env) -> dict[str, float]:
     """Beside the official tests: matching within one picture (both directions, 0 = chance, 100 = perfect), retrieval of whole
     pictures by their whole description (cut at the context), and true captions against four with their words shuffled."""
-    f = picture_features(model, items, cfg, env)
     t = text_features(model, tok, [i.captions[0] for i in items], env.device)
     gains = []
     for number in sorted({i.image for i in items}):
@@ -675,7 +694,7 @@ def extra_tests(model, tok, items, cfg, env) -> dict[str, float]:
     base = [r for r, i in enumerate(items) if i.key == "base" and i.long]
     long = text_features(model, tok, [items[r].long for r in base], env.device)
     same = torch.eye(len(base), dtype=torch.bool, device=f.device)
-    recall = [metrics.retrieval_recall(a, b, same, (1,))[1] for a, b in ((f[base], long), (long, f[base]))]
+    recall = [metrics.retrieval_recall(a, b, same, (1,))[1] for a, b in ((f[base], long), (long, f[base])) if base]
     order = []
     for row, item in enumerate(items):
         rng = np.random.default_rng((7, row))
@@ -684,9 +703,9 @@ def extra_tests(model, tok, items, cfg, env) -> dict[str, float]:
             scores = f[row] @ text_features(model, tok, [item.captions[0], *sorted(wrong)], env.device).T
             order.append(float(scores[0] > scores[1:].max()))
     cut = [len(tok.encode(items[r].long)) + 2 > model.text.context for r in base]
-    return {"within": 100 * float(np.mean(gains)) if gains else math.nan, "long R@1": float(np.mean(recall)),
-            "long, cut": 100 * float(np.mean(cut)) if cut else math.nan,
-            "order": 100 * float(np.mean(order)) if order else math.nan}  # fmt: skip
+    found = {"within": [100 * g for g in gains], "long R@1": recall, "long, cut": [100 * c for c in cut],
+             "order": [100 * o for o in order]}  # fmt: skip
+    return {k: float(np.mean(v)) for k, v in found.items() if v}
 
 
 def sugarcrepe(model, tok, cfg, env) -> dict[str, float]:
@@ -696,31 +715,29 @@ def sugarcrepe(model, tok, cfg, env) -> dict[str, float]:
         raw = Path(path).read_bytes()
         return list(csv.DictReader((gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8").splitlines()))
 
-    rows, found = rows_of(cfg.sugarcrepe), {}
+    tables, found = f"{cfg.sugarcrepe}, {cfg.references or cfg.photos}", {}
     try:
+        rows = rows_of(cfg.sugarcrepe)
+        if not rows or {"kind", "file", "caption", "negative_caption"} - rows[0].keys():
+            raise ValueError("expected the columns kind, file, caption, negative_caption")
         if cfg.photos:
             files = {p.name: p for p in Path(cfg.photos).rglob("*.jpg")}
             rows = [r for r in rows if r["file"] in files]
-            if not rows:
-                raise ValueError("no row has its picture there")
-            names = sorted({r["file"] for r in rows})
-            f = picture_features(model, [Item(str(files[n]), None, []) for n in names], cfg, env)
-            found = dict(zip(names, f))
-        else:
+        else:  # a row's picture is stood for by the first of its captions that is not the row's own
             for r in rows_of(cfg.references):
                 found.setdefault(int(r["image_id"]), []).append(r["caption"])
-            keep = [(r, c) for r in rows for c in found.get(int(Path(r["file"]).stem), []) if c != r["caption"]]
-            first = {}
-            for r, c in keep:
-                first.setdefault((r["kind"], r["id"]), (r, c))
-            rows = [r for r, _ in first.values()]
-            query = text_features(model, tok, [c for _, c in first.values()], env.device)
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{cfg.sugarcrepe}, {cfg.references or cfg.photos}: not the expected tables and pictures ({error})"
-        ) from error
+            other = [next((c for c in found.get(int(Path(r["file"]).stem), []) if c != r["caption"]), "") for r in rows]
+            rows, other = [r for r, c in zip(rows, other) if c], [c for c in other if c]
+        if not rows:
+            raise ValueError("no row has its picture there")
+    except (KeyError, ValueError, EOFError, TypeError) as error:
+        raise ValueError(f"{tables}: not the expected tables and pictures ({error})") from error
     if cfg.photos:
-        query = torch.stack([found[r["file"]] for r in rows])
+        names = sorted({r["file"] for r in rows})
+        place = {n: i for i, n in enumerate(names)}
+        query = picture_features(model, [Item(str(files[n]), None, []) for n in names], env)[[place[r["file"]] for r in rows]]
+    else:
+        query = text_features(model, tok, other, env.device)
     yes, no = (text_features(model, tok, [r[k] for r in rows], env.device) for k in ("caption", "negative_caption"))
     right = ((query * yes).sum(1) > (query * no).sum(1)).float().cpu()
     kinds = sorted({r["kind"] for r in rows})
@@ -730,7 +747,8 @@ def sugarcrepe(model, tok, cfg, env) -> dict[str, float]:
 
 def evaluate(model, tok, items, cfg, env) -> dict[str, float]:
     model.eval()
-    out = official_tests(model, tok, items, cfg, env) | extra_tests(model, tok, items, cfg, env)
+    f = picture_features(model, items, env)
+    out = official_tests(model, tok, items, f, env) | extra_tests(model, tok, items, f, env)
     if cfg.sugarcrepe:
         out |= sugarcrepe(model, tok, cfg, env)
     model.train()
@@ -831,13 +849,14 @@ def train(cfg: Config) -> dict:
     else:
         items = open_items(cfg, "train")
         items = with_rules(items, cfg.seed) if cfg.negatives == "rule" else items
-        items = short_items(items) if cfg.arms == "short" else [i for i in items if len(i.captions) >= many]
         many = 1 if cfg.arms in ("short", "negclip", "dense+long") else many
+        items = short_items(items) if cfg.arms == "short" else [i for i in items if len(i.captions) >= many]
         if cfg.arms in ("dense+neg", "negclip"):
             items = [i for i in items if i.negatives.get(cfg.negatives)]
         if len(items) < cfg.batch_size:
-            raise ValueError(f"{len(items)} crops have {many} captions and a negative of the kind {cfg.negatives}; fewer than "
-                             f"--batch_size {cfg.batch_size}")  # fmt: skip
+            raise ValueError(f"arm {cfg.arms}: {len(items)} crops have {many} captions and what the arm needs, fewer than "
+                             f"--batch_size {cfg.batch_size}; without negatives of the kind {cfg.negatives}, --negatives rule "
+                             "makes some")  # fmt: skip
         pictures = hold(items, size, cfg)
         if cfg.context != model.text.context:
             lengthen(model, cfg.context)
@@ -845,6 +864,7 @@ def train(cfg: Config) -> dict:
             add_lora(model, cfg.rank, cfg.lora_alpha, cfg.lora_dropout).to(env.device)
             if cfg.context != 77:
                 model.text.pos_embed.requires_grad_(True)
+        fixed = model.text.pos_embed[:20].detach().clone() if cfg.context != 77 else None
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, fused=True)
     start, _ = ckpt.resume(out / "last.pt", cfg, model=model, opt=opt) if cfg.resume else (0, {})
@@ -879,6 +899,8 @@ def train(cfg: Config) -> dict:
         opt.zero_grad(set_to_none=True)
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))  # after the update, as CLIP does: a clamp in the loss has no gradient
+            if cfg.context != 77:
+                model.text.pos_embed[:20] = fixed  # Long-CLIP
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
         leave = (due or env.world == 1) and ddp.interrupted()
@@ -913,12 +935,12 @@ def hold(items, size, cfg):
     if len(items) * 3 * size * size > cfg.memory_gb * 2**30:
         return source
     parts = [p for p in data.in_order(source, source.view, collate, 256, workers=cfg.workers) if p]
-    found = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-    if len(items) - len(found["row"]) > cfg.max_bad * max(len(items), 1000):
-        raise ValueError(
-            f"{len(items) - len(found['row'])} of {len(items)} crops cannot be read, more than --max_bad {cfg.max_bad}"
-        )
-    return found
+    lost = len(items) - sum(len(p["row"]) for p in parts)
+    if lost > cfg.max_bad * len(items):
+        raise ValueError(f"{lost} of {len(items)} crops cannot be read, more than --max_bad {cfg.max_bad}")
+    if lost and ddp.rank() == 0:
+        print(f"{lost} of {len(items)} crops cannot be read and were left out", file=sys.stderr)
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
 def base_score(model, tok, cfg, env) -> dict[str, float]:
@@ -946,17 +968,16 @@ def check(cfg: Config) -> None:
             raise ValueError(f"--arms {cfg.arms}: {arm!r} is unknown; choose from {', '.join(ARMS)}")
     choices = {"pool": ("avg", "max", "min", "hardest"), "captions": ("first", "pick1", "pick5"),
                "dtype": ("float32", "bfloat16"), "negatives": ("swaps", "basic", "layout", "rule"),
-               "act": ("quick_gelu", "gelu")}  # fmt: skip
+               "act": ("", "quick_gelu", "gelu"), "context": (77, 248)}  # fmt: skip
     for name, known in choices.items():
         if getattr(cfg, name) not in known:
-            raise ValueError(f"--{name} {getattr(cfg, name)} is unknown; choose from {', '.join(known)}")
+            raise ValueError(f"--{name} {getattr(cfg, name)} is unknown; choose from {', '.join(map(str, known))}")
     for name in ("steps", "accum", "log_every", "save_every", "batch_size", "images", "test_images"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name} {getattr(cfg, name)} must be at least 1")
-    if cfg.rank < 0 or cfg.batch_size % cfg.accum:
-        raise ValueError(
-            f"--rank {cfg.rank} must not be negative, --batch_size {cfg.batch_size} a multiple of --accum {cfg.accum}"
-        )
+    if cfg.rank < 0 or cfg.batch_size % cfg.accum or cfg.batch_size < 2 * cfg.accum:
+        raise ValueError(f"--rank {cfg.rank} must not be negative, --batch_size {cfg.batch_size} a multiple of --accum "
+                         f"{cfg.accum}, two crops a micro-batch at least")  # fmt: skip
     if cfg.sugarcrepe and not cfg.photos and not cfg.references:
         raise ValueError("--sugarcrepe needs --photos, or --references for the text-only check")
     for name in ("sugarcrepe", "photos", "references"):
@@ -969,6 +990,7 @@ def run(cfg: Config) -> dict:
     check(cfg)
     out, scores = Path(cfg.out_dir), {}
     env = ddp.start(cfg.seed)
+    env.share(cfg.batch_size // cfg.accum, "batch_size / accum")
     if cfg.arms != "base":
         if not cfg.data:  # smaller pictures, smaller masks
             cfg = replace(cfg, data=str(out / f"generated_{cfg.seed}"), min_side=16)
@@ -1009,7 +1031,8 @@ def report(cfg, scores) -> None:
             rows.append(["chance", *[100 * luck[c] if c in luck else None for c in some]])
             print(f"\n{title}, percent\n" + table(rows, ["", *some]))
     claims = (("clip", "dense", "SCM", "dense captions lift sub-crop matching"),
-              ("short", "dense", "SCM", "... over as many short ones"), ("clip", "dense", "Neg", "... and negatives"),
+              ("short", "dense", "SCM", "... over as many updates on short ones of whole pictures"),
+              ("clip", "dense", "Neg", "... and negatives"),
               ("dense", "dense+neg", "Neg", "the negatives loss lifts negatives"),
               ("dense", "dense+neg", "order", "... and word order"),
               ("dense", "dense+neg", "SCM", "... at the price of matching"))  # fmt: skip
