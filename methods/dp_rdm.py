@@ -20,9 +20,8 @@ Differs    from the paper: a small DiT, flow and Euler steps for a UNet, eps and
            squeezed pictures, raw references; "public only" is the same model, told the noiseless mean of public neighbours
            (the paper's was trained with separate ones); T sets the noise, 256 prompts are drawn. From released code: too few
            neighbours are summed and divided by k (there the last one steps in); a ledger; secure randomness; no tensors are
-           logged. Adjacency: one record added or removed. Protected is a record, no person, prompt or held-out picture.
-           N, k, q, sigma are public; tuning them on private data is not accounted. Every arm has
-           its own meter: publish one. Float64 is no proof against attacks on low-order bits.
+           logged. Adjacency: one record added or removed. Protected is a record, no person, prompt or held-out picture. N, k,
+           q, sigma are public; tuning them on private data is not accounted. Every arm has its own meter: publish one.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
            vae.py vit.py zoo.py and weights/   (copy these with this file)
 """

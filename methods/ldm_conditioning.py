@@ -11,7 +11,7 @@ Idea       A diffusion model is told a class or a text, and control metadata: ho
 Equations  strength of a control over time -> control_schedule()      three conditionings -> Model.forward()
            two guidance strengths -> guide()      text slots -> replicate_padding()
            change of resolution -> resample_pos_embed(), rescale_alpha_bar(), shift_time()
-Read first section 2, Model in section 3, then train(); five published ways to condition a layer follow in section 3
+Read first section 2, Model in section 3, then train(); five published conditionings follow in section 3
 Symbols    z0 clean latent, zt noisy one, eps noise, t in [0, 1] (1 = pure noise), zt = alpha z0 + sigma eps; s semantic
            tokens (B, L, D), c controls (B, 7) = crop box, flip | size; lambda, beta guidance of s and c; k = s' / s
 Run        python methods/ldm_conditioning.py --preset smoke                   (CPU, no data, under 30 s)
@@ -97,9 +97,7 @@ class Config:
     # transfer
     init: str = ""  # model.safetensors to start from; each arm is then trained with and without it
     positions: str = "resample"  # at another resolution: resample, extrapolate or interpolate (bicubic)
-    base_size: int = (
-        0  # pixels at which the noise schedule stays as it is, larger ones are noisier; 0 = of --init, or image_size
-    )
+    base_size: int = 0  # pixels of which the noise schedule is kept; larger ones are noisier; 0 = of --init, or image_size
     # data and model
     image_size: int = 32  # pixels
     images: int = 4_096  # generated training pictures

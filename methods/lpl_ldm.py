@@ -89,9 +89,7 @@ class Config:
     pretrain: int = 600  # updates of phase 1, shared by both arms; 3 to 5 times phase 2 in the paper, by its reviews
     after: str = ""  # folder of another run whose phase 1 both arms start from; "" = their own
     init: str = ""  # DiT weights to start phase 2 from instead; the published ones predict eps
-    weight: float = (
-        4.0  # of the perceptual term: 40 % of the loss for flow on scenes, choose it by `share`; photographs: 1 or less
-    )
+    weight: float = 4.0  # of the perceptual term; 40 % of the loss for flow on scenes, see `share`; photographs: 1 or less
     lpl_start: int = 0  # updates of phase 2 before the term sets in
     tau: float = 3.0  # the term acts where sigma / alpha <= tau
     norm: str = "standardise"  # the prediction's statistics over pixels, or "cross": the target's over channels
@@ -370,7 +368,7 @@ def evaluate(model, vae, judge, world, cfg, env):
 
 def draw_noise(seed, step, count, shape, device):  # twin: draw_noise
     """Everything random of a step for the GLOBAL batch: any number of processes sees the same numbers.
-    -> uniform (count, 3), of which the twin uses all, posterior noise and diffusion noise (count, *shape)."""
+    -> uniform (count, 3), posterior noise and diffusion noise (count, *shape)."""
     g = torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 2 + 1)
     return (torch.rand(count, 3, generator=g, device=device), torch.randn(count, *shape, generator=g, device=device),
             torch.randn(count, *shape, generator=g, device=device))  # fmt: skip

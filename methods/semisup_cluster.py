@@ -15,7 +15,7 @@ Symbols    B_u, B_l unlabelled and labelled pictures of a batch; V views, of whi
            embeddings, o = z P^T scores of the prototypes P (C, D); q assignments; tau temperature, of all rows
 Run        python methods/semisup_cluster.py [--preset smoke]                       (CPU, no data; 4.0 min on two quiet cores)
            torchrun --nproc_per_node=8 methods/semisup_cluster.py --preset paper --data data/imagenet --init SWAV.pth.tar
-           ... phase C: --stage finetune --init .../model.safetensors --lr 0.03 --lr_end 0.0003
+           (phase C: --stage finetune --init .../model.safetensors --lr 0.03 --lr_end 0.0003)
 Data       generated (common/scenes.py), or shards by data_prep/cifar100.py, imagenet.py; --labels a class keep their label
 Expect     laptop: 48.8 +- 6.8 supervised only, 58.5 +- 31.0 Suave (+11.0, +19.9, -1.6), 3 seeds, commits 1a0a0de, 23b1955;
            CIFAR-100, minutes of a GPU, one seed: 18.4 and 23.2 with 4 labels a class, 37.2 and 32.5 with 25
@@ -86,7 +86,7 @@ class Config:
     init: str = ""  # backbone to start from: model.safetensors, or SwAV's, DINO's or torchvision's file
     ratio: int = 2  # B_u : B_l
     tau: float = 0.1  # student temperature, of labelled and unlabelled rows
-    eps: float = 0.02  # Sinkhorn's entropy; the paper: 0.05, for many more updates
+    eps: float = 0.02  # Sinkhorn's entropy; the paper: 0.05, for many more updates. Equal columns assume balanced classes!
     queue: int = 0  # features of past batches that Sinkhorn also balances: the paper's cure for B_u < 4 C; ImageNet: 3840
     tau_t: float = 0.04  # Daino: teacher temperature in the end; ImageNet: 0.07
     tau_t_epochs: int = 0  # Daino: epochs of its linear warm-up from 0.04; ImageNet: 10
@@ -147,8 +147,7 @@ def frequency_weights(unlabelled, labelled, mixed, clean):
 def sinkhorn(scores, eps=0.05, iters=3):  # twin: sinkhorn
     """Balanced soft assignment of rows to columns: scores (B, K) of this process's rows -> Q (B, K), rows sum to 1.
 
-    Alternates column and row normalisation over the rows of all processes: rows end exact, columns nearly equal. Equal columns
-    assume balanced classes: on long-tailed data every step pushes frequent classes into the prototypes of rare ones."""
+    Alternates column and row normalisation over the rows of all processes: rows end exact, columns nearly equal."""
     Q = scores.float() / eps  # in logarithms: nothing overflows, and no row is lost
     for _ in range(iters):
         top = Q.amax(0)
