@@ -658,14 +658,16 @@ def draw_neighbours(model, world, cfg, env, path):
     f = F.normalize(embed(model.eval(), test, cfg, ddp.Env(0, 1, env.device))[0], dim=1)
     pick = [i * len(f) // 6 for i in range(6)]
     images, y, rows = test["image"].cpu(), test["label"].cpu(), []
-    for i, order in zip(pick, (f[pick] @ f.T).argsort(1, descending=True)):  # its copies are no neighbours
-        rows.append([i, *[j for j in order.tolist() if not torch.equal(images[i], images[j])][:5]])
-    width, flat = min(map(len, rows)), []
-    for row in rows:
-        flat += row[:width]
+    for order in (f[pick] @ f.T).argsort(1, descending=True).tolist():  # the picture itself, then others, none shown twice
+        known = {}
+        for j in order[:500]:
+            known.setdefault(images[j].numpy().tobytes(), j)
+        rows.append(list(known.values()))
+    width = min(6, *map(len, rows))
+    flat = [j for row in rows for j in row[:width]]
     marks = [None if n % width == 0 else plot.GREEN if y[j] == y[flat[n - n % width]] >= 0 else plot.FAINT
              for n, j in enumerate(flat)]  # fmt: skip
-    title = "test picture  |  its nearest, copies left out; the same class in green"
+    title = "test picture  |  its nearest; the same class in green"
     plot.save(plot.grid(list(images[flat].permute(0, 2, 3, 1).numpy()), width, None, marks, title, cell=90), path)
     model.train()
 
