@@ -31,6 +31,16 @@ def wrap(text: str, width: float, face) -> list[str]:
     return lines
 
 
+def distinct(images, order, count: int) -> list[int]:
+    """The first `count` places of `order` whose images (a tensor of uint8) differ: generated worlds repeat themselves."""
+    known = {}
+    for j in order.tolist():
+        known.setdefault(images[j].numpy().tobytes(), j)
+        if len(known) == count:
+            break
+    return list(known.values())
+
+
 def grid(images, cols: int, labels=None, marks=None, title: str = "", cell: int = 96, rows_of_text: int = 2) -> Image.Image:
     """images: (H, W, 3) uint8 arrays or PIL images, shown `cell` px wide (small ones enlarged without smoothing).
 

@@ -656,13 +656,14 @@ def train(cfg: Config) -> dict:
 def draw_clusters(scores, y, world, cfg, path):
     """Test pictures nearest to each of nine prototypes; rows are prototypes."""
     rows = [k * scores.shape[1] // min(9, scores.shape[1]) for k in range(min(9, scores.shape[1]))]
-    best = scores[:, rows].topk(8, 0).indices.T  # (rows, 8)
-    images = world.test["image"][best.flatten()].permute(0, 2, 3, 1).cpu().numpy()
-    marks = None
+    images = world.test["image"].cpu()
+    best = [plot.distinct(images, order, 8) for order in scores[:, rows].T.argsort(1, descending=True)]
+    width = min(map(len, best))
+    flat, marks = [j for row in best for j in row[:width]], None
     if cfg.stage != "ssl":  # prototypes are classes
-        marks = [plot.GREEN if y[j] == rows[i // 8] else plot.FAINT for i, j in enumerate(best.flatten().tolist())]
+        marks = [plot.GREEN if y[j] == rows[i // width] else plot.FAINT for i, j in enumerate(flat)]
     title = "nearest to a prototype, one a row" + ("" if cfg.stage == "ssl" else "; its class in green")
-    plot.save(plot.grid(list(images), 8, None, marks, title, cell=80), path)
+    plot.save(plot.grid(list(images[flat].permute(0, 2, 3, 1).numpy()), width, None, marks, title, cell=80), path)
 
 
 ARMS = {  # phases of each arm: (method, stage)

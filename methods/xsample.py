@@ -657,13 +657,10 @@ def draw_neighbours(model, world, cfg, env, path):
     test = world.tests["test"]
     f = F.normalize(embed(model.eval(), test, cfg, ddp.Env(0, 1, env.device))[0], dim=1)
     pick = [i * len(f) // 6 for i in range(6)]
-    images, y, rows = test["image"].cpu(), test["label"].cpu(), []
-    for order in (f[pick] @ f.T).argsort(1, descending=True).tolist():  # the picture itself, then others, none shown twice
-        known = {}
-        for j in order[:500]:
-            known.setdefault(images[j].numpy().tobytes(), j)
-        rows.append(list(known.values()))
-    width = min(6, *map(len, rows))
+    images, y = test["image"].cpu(), test["label"].cpu()
+    # the picture itself, then its neighbours, none shown twice
+    rows = [plot.distinct(images, order, 6) for order in (f[pick] @ f.T).argsort(1, descending=True)]
+    width = min(map(len, rows))
     flat = [j for row in rows for j in row[:width]]
     marks = [None if n % width == 0 else plot.GREEN if y[j] == y[flat[n - n % width]] >= 0 else plot.FAINT
              for n, j in enumerate(flat)]  # fmt: skip
