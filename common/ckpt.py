@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 
 # Fields that may change between a run and its continuation without changing the result; those that change what a trained
 # model is tested on; and paths, of which so many last parts are compared: folders may move.
-FREE = {"out_dir", "workers", "log_every", "save_every", "resume", "max_bad", "memory_gb"}
+FREE = {"out_dir", "workers", "log_every", "save_every", "resume", "max_bad"}
 TESTED_ON = {"eval_data", "sugarcrepe", "photos", "references", "probe_data", "probe", "probe_l2", "probe_steps", "real",
              "in9", "objectnet", "mit_states"}  # fmt: skip
-PATHS = {"init": 2, **dict.fromkeys((*TESTED_ON, "data", "embeddings", "tree", "tokenizer", "synonyms"), 1)}
+PATHS = {**dict.fromkeys((*TESTED_ON, "data", "after"), 1), **dict.fromkeys(("init", "embeddings", "tree", "tokenizer"), 2)}
 
 
 def _replace(path, write) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -357,7 +357,10 @@ def load_clip(path, act: str = "", trust_torchscript: bool = False) -> CLIP:
         state = _rename(state, _OPENAI)
         if "model_cfg" in config:
             act = act or ("quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu")
-    elif "visual.cls_token" not in state:  # that would be our own names, of a fine-tuned model
+    elif "visual.cls_token" in state and Path(path).is_file():  # our own export, of a fine-tuned model
+        with safe_open(path, "pt") as f:
+            act = act or json.loads((f.metadata() or {}).get("meta", "{}")).get("act", "")
+    else:
         raise ValueError(
             f"{path} is not a CLIP ViT: it has neither visual.class_embedding (OpenAI, open_clip) nor "
             f"vision_model.embeddings.class_embedding (Hugging Face), but {', '.join(list(state)[:4])}, ..."

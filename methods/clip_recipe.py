@@ -475,8 +475,6 @@ def embed_images(model, test, cfg, env):
     items = sorted(items, key=lambda item: item[0]["key"])
     if not items:
         raise ValueError(f"no picture of {cfg.eval_data or cfg.data} can be used for the tests")
-    if (lost := sum(test.source.sizes) - len(items)) and env.is_main:
-        print(f"\n{lost} test pictures are damaged or lack a caption and were left out", file=sys.stderr)
     return {k: torch.stack([f[k] for _, f in items]) for k in items[0][1]}, [r for r, _ in items]
 
 
@@ -539,6 +537,9 @@ def train(cfg: Config) -> dict:
     env = ddp.start(cfg.seed)
     recipe, extra, out = RECIPES[cfg.recipe], cfg.extra, Path(cfg.out_dir)
     source, tests, tok, synonyms = open_data(cfg)
+    bad = [sum(not r.get("captions") for r in data.records(t.source)) for t in tests if t.retrieval]
+    if sum(bad) and env.is_main:
+        print(f"{sum(bad)} test pictures are damaged or lack a caption and are left out", file=sys.stderr)
     if sum(source.sizes) < cfg.batch_size:
         raise ValueError(f"--batch_size {cfg.batch_size} is more than the {sum(source.sizes)} pairs: they would be their own "
                          "negatives")  # fmt: skip

@@ -57,7 +57,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, 
 from common import ckpt, cli, data, ddp, metrics, optim, plot, scenes, zoo
 from common.log import RunLog, table, write_json
 from common.tokenizer import Tokenizer
-from common.vit import CLIP, TextTransformer, ViT, load_clip, trim
+from common.vit import ACTS, CLIP, TextTransformer, ViT, load_clip, trim
 
 
 # 1. CONFIG (presets stand in section 7) ------------------------------------------------------------------------------
@@ -848,7 +848,8 @@ def train(cfg: Config) -> dict:
         pictures = {"image": images, "row": torch.arange(len(items))}
     else:
         items = open_items(cfg, "train")
-        items = with_rules(items, cfg.seed) if cfg.negatives == "rule" else items
+        if cfg.negatives == "rule" and not any("rule" in i.negatives for i in items):
+            items = with_rules(items, cfg.seed)
         many = 1 if cfg.arms in ("short", "negclip", "dense+long") else many
         items = short_items(items) if cfg.arms == "short" else [i for i in items if len(i.captions) >= many]
         if cfg.arms in ("dense+neg", "negclip"):
@@ -864,7 +865,7 @@ def train(cfg: Config) -> dict:
             add_lora(model, cfg.rank, cfg.lora_alpha, cfg.lora_dropout).to(env.device)
             if cfg.context != 77:
                 model.text.pos_embed.requires_grad_(True)
-        fixed = model.text.pos_embed[:20].detach().clone() if cfg.context != 77 else None
+    fixed = model.text.pos_embed[:20].detach().clone()
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, fused=True)
     start, _ = ckpt.resume(out / "last.pt", cfg, model=model, opt=opt) if cfg.resume else (0, {})
@@ -923,7 +924,8 @@ def train(cfg: Config) -> dict:
     if env.is_main:
         sizes = {"visual": STAND_IN["visual"], "text": {**STAND_IN["text"], "vocab": len(tok), "context": model.text.context}}
         sizes = sizes if len(tok) == len(zoo.load_tokenizer()) else {}  # of a stand-in: it can be an --init again
-        ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms, **sizes)
+        act = next(name for name, f in ACTS.items() if f is model.visual.blocks[0].mlp.act)
+        ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms, act=act, **sizes)
         plot.save(plot.lines(log.history("loss"), cfg.arms, y="loss"), out / "curves.png")
     log.finish(result)
     return result

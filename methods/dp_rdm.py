@@ -118,19 +118,20 @@ class Config:
 
 
 # 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
-def private_retrieve(query, bank, k, sigma, q=1.0, random=None):
+def private_retrieve(query, bank, k, sigma, q=1.0, random=None, norms=None):
     """Noisy mean of the k nearest unit embeddings of a fresh subsample: query (d,), bank (N, d) rows -> (d,), float64.
 
     S: every row on its own with chance q, drawn anew for THIS query; mean = 1/k sum over the k rows of S with the largest
     cosine. Rows are normalised BEFORE, the constant k divides also when S has fewer rows: then one record more or less changes
     the mean by 2/k at most. random: a Random; draws the subsample and one noise vector. ValueError for k > N, q outside (0, 1],
-    a zero or non-finite embedding. NOT re-normalised: the model is trained with noisy means."""
+    a zero or non-finite embedding. NOT re-normalised: the model is trained with noisy means. norms (N,): the rows'
+    lengths, if known."""
     N, d = bank.shape
     if not 1 <= k <= N or not 0 < q <= 1 or not sigma >= 0:
         raise ValueError(f"k {k} must be in 1 to N = {N}, q {q} in (0, 1], sigma {sigma} not negative")
     random = random or Random()
     rows = random.subsample(N, q)
-    best = nearest(unit(query[None])[0], bank, k, rows)
+    best = nearest(unit(query[None])[0], bank, k, rows, norms)
     mean = unit(bank[best]).sum(0) / k
     return mean + sigma * random.normal(d).to(mean.device) if sigma else mean
 
@@ -712,7 +713,7 @@ def make_arms(cfg, N) -> list[Arm]:
 def conditions(arm, world, cfg, ledger, random) -> torch.Tensor:
     """Tokens (P, n, d) for the prompts of the evaluation. Private answers are charged first, each. Public only: the mean of the
     neighbours as in training, without noise."""
-    out = []
+    out, norms = [], world.private_bank.norm(dim=1)
     for query in world.queries:
         rest = unit(query[None])  # one token acts as many equal ones
         if arm.eps == 0 or (cfg.lam < 1 and cfg.other == "public"):
@@ -721,10 +722,10 @@ def conditions(arm, world, cfg, ledger, random) -> torch.Tensor:
             out.append(rest.mean(0, keepdim=True) if arm.eps == 0 else rest)
             continue
         if math.isinf(arm.eps):
-            private = private_retrieve(query, world.private_bank, arm.k, 0.0)
+            private = private_retrieve(query, world.private_bank, arm.k, 0.0, norms=norms)
         else:
             ledger.charge(arm.q, arm.sigma * arm.k / 2)
-            private = private_retrieve(query, world.private_bank, arm.k, arm.sigma, arm.q, random)
+            private = private_retrieve(query, world.private_bank, arm.k, arm.sigma, arm.q, random, norms)
         out.append(blend(private, rest, cfg.lam))
     return torch.stack(out).float()
 
@@ -892,7 +893,7 @@ def train(cfg, env, vae, world):
 def training_part(cfg: Config) -> Config:
     """The settings that the public model depends on: another budget, bank or guidance needs no new one."""
     free = ("sigma", "q", "budgets", "queries", "delta", "lam", "other", "secure", "guidance", "sample_steps", "private",
-            "private_bank", "records", "prompts", "memory_gb", "trials")  # fmt: skip
+            "private_bank", "inception", "records", "prompts", "memory_gb", "trials")  # fmt: skip
     return replace(cfg, **{k: getattr(Config(), k) for k in free})
 
 
@@ -946,12 +947,12 @@ def run(cfg: Config) -> dict:
     N = len(world.private_bank)
     if cfg.k > min(N, len(world.public_bank)):
         raise ValueError(f"--k {cfg.k} is more than the {min(N, len(world.public_bank)):,} records of one of the sets")
-    arms = make_arms(cfg, N)
+    arms, features = make_arms(cfg, N), feature_model(cfg, env.device)
     model = train(cfg, env, vae, world)
     if not env.is_main:
         torch.distributed.barrier()  # leaves together with rank 0, which evaluates alone
         return {}
-    features, scores, pictures = feature_model(cfg, env.device), {}, {}
+    scores, pictures = {}, {}
     real = features(world.test)
     for arm in arms:
         scores[arm], pictures[arm] = evaluate(model, vae, features, real, embed, world, arm, cfg, env, out)

@@ -483,6 +483,8 @@ class Items:
         return sample["mean"], sample["logvar"], sample["controls"], what
 
     def collate(self, items):
+        if not items:
+            raise ValueError("a whole batch of latents has no labels or captions; prepare them again")
         mean, logvar, controls, what = zip(*items)
         return torch.stack(mean), torch.stack(logvar), torch.stack(controls), self.semantic(what)
 

@@ -263,6 +263,8 @@ def item(sample, rng):
 
 
 def collate(items):
+    if not items:
+        raise ValueError("a whole batch of latents has no labels; prepare them again")
     mean, logvar, y = zip(*items)
     return torch.stack(mean), torch.stack(logvar), torch.tensor(y)
 
@@ -340,7 +342,8 @@ def evaluate(model, vae, judge, world, cfg, env):
     rows = data.in_order(world.val, lambda s: item(s, None), collate, 256, part)
     shape = world.val.read(0, 0)["mean"].shape
     noise = zip(*(x[part].split(256) for x in draw_noise(EVALUATION, 0, used, shape, env.device)))
-    for (mean, logvar, y), (u, n1, n2) in zip(rows, noise):
+    for (mean, logvar, y), numbers in zip(rows, noise):
+        u, n1, n2 = (x[: len(mean)] for x in numbers)  # without bad records
         z0, t = vae.to_latent(mean.to(env.device), logvar.to(env.device), n1), time_of(cfg.objective, u[:, 0])
         alpha, sigma = alpha_sigma(cfg.objective, t)
         got = model(alpha * z0 + sigma * n2, 999 * t, y.to(env.device))
@@ -570,6 +573,8 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--sample_steps {cfg.sample_steps} must be a comma list of numbers of steps")
     if cfg.init and (cfg.pretrain or cfg.after):
         raise ValueError("--init replaces phase 1; add --pretrain 0, without --after")
+    if cfg.after and not (cfg.pretrain and Path(cfg.after, "pretrain", "last.pt").exists()):
+        raise ValueError(f"--after {cfg.after} holds no phase 1 of --pretrain {cfg.pretrain} updates")
 
 
 def run(cfg: Config) -> dict:

@@ -953,7 +953,7 @@ PRESETS = {
                   top_m="1", sampler_steps="", neighbours="2,8", bank=64, steps=2, halves=4, out_dir="runs/pareto_eval_smoke"),
     "laptop": {},
     "gpu": dict(prompts="2000", regions=500, per_prompt=10, real_per_prompt=10, guidance="1,1.5,2,3,5,7.5,10", top_m="5,3,1",
-                sampler_steps="2,4,8,32", neighbours="10,40,160", bank=40_000, steps=32, batch_size=2048, halves=200,
+                sampler_steps="2,4,8,32", neighbours="10,40,160", bank=50_000, steps=32, batch_size=2048, halves=200,
                 out_dir="runs/pareto_eval_gpu"),
     # MSCOCO val 2014 as EvalGIM has it: 40,504 first captions; the pictures come by --points, from generators of your
     # own, two at least and better ten of each prompt, or diversity is not defined

@@ -447,7 +447,7 @@ def embed(net, pictures, cfg, env):
 
 
 @torch.no_grad()
-def evaluate(net, world, cfg, env) -> dict[str, float]:
+def evaluate(net, world, cfg, env) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
     """Top-1 of every head on the test set, prototypes and the online probes on backbone, hidden layer and output (phase A has
     neither labels nor probes) -> (flat dict, scores of the prototypes, labels)."""
     net.eval()
@@ -568,7 +568,7 @@ def train(cfg: Config) -> dict:
     world = open_world(cfg, env)
     C, ssl = len(world.classes), cfg.stage == "ssl"
     B_u, B_l = batch_sizes(cfg)
-    env.share(B_u), env.share(B_l, "the labelled part, batch_size / ratio,")
+    env.share(B_u, "the unlabelled rows of an update,"), env.share(B_l, f"the labelled rows of an update of {cfg.method},")
     K = (cfg.ssl_prototypes or 4 * C) if ssl else C
     ddp.reseed(cfg.seed, 0, 0)  # the same initial weights on every process
     net = Net(cfg, K, 0 if ssl else C)
@@ -736,8 +736,10 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--ratio {cfg.ratio} leaves a batch of {cfg.batch_size} no labelled picture")
     if not cfg.init and (cfg.stage == "finetune" or (cfg.stage == "semi" and "ssl+ft" in cfg.method.split(","))):
         raise ValueError(f"--stage {cfg.stage} starts from an earlier phase: give its weights by --init")
+    if cfg.pretrain + cfg.finetune > 1:
+        raise ValueError("--pretrain and --finetune are shares of the updates: together 1 at most")
     for arm in cfg.method.split(","):
-        plan = [p.stage for p in phases(arm, cfg.labels.split(",")[0], cfg)] if cfg.pretrain + cfg.finetune <= 1 else []
+        plan = [p.stage for p in phases(arm, cfg.labels.split(",")[0], cfg)]
         if cfg.stage == "all" and arm != "ssl" and "semi" not in plan:
             raise ValueError(f"--pretrain {cfg.pretrain} and --finetune {cfg.finetune} of --steps {cfg.steps} leave no phase B "
                              f"to --method {arm}")  # fmt: skip

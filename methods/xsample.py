@@ -699,7 +699,9 @@ def check(cfg: Config) -> None:
         raise ValueError("--graph text on --data needs --embeddings, of a text encoder (data_prep/cache_text.py)")
 
     if (cfg.real or cfg.in9 or cfg.objectnet) and not cfg.data:
-        raise ValueError("--real, --in9 and --objectnet judge models of ImageNet's 1,000 classes; give --data or --probe_data")
+        raise ValueError(
+            "--real, --in9 and --objectnet judge models of ImageNet's 1,000 classes: give --data"
+        )
 
 
 def arm_of(cfg, method, count) -> Config:
@@ -715,10 +717,10 @@ def arm_of(cfg, method, count) -> Config:
 
 def check_arms(arms, env) -> None:
     """What an arm lacks is said before the first one trains."""
-    worlds = {count: open_world(next(a for a in arms if a.images_per_class == count), env)
-              for count in dict.fromkeys(a.images_per_class for a in arms)}  # fmt: skip
-    for arm in arms:
-        world = worlds[arm.images_per_class]
+    world = None
+    for arm, before in zip(arms, [None, *arms]):
+        if not before or before.images_per_class != arm.images_per_class:
+            world = open_world(arm, env)  # one number of pictures at a time
         if arm.method == "clip" and not all(world.texts):
             raise ValueError("--method clip needs captions, and some samples have none; leave it out of the list")
         make_graph(arm, world, env.device)

@@ -350,7 +350,7 @@ def test_real_data_with_precomputed_captions_in_memory_and_from_the_loader(prepa
     args = [*SMALL, "--data", out / "s", "--images_per_class", "0", "--embeddings", tmp_path / "e.npy", "--canvas", 24]
     one = inside(M, *args, "--method", "simclr,clip,xclr", "--out_dir", tmp_path / "a")
     assert one.returncode == 0, one.stderr
-    # above --memory_gb the pictures come from the loader: the same pictures, another order
+    # above --memory_gb the pictures come from the loader
     two = inside(M, *args, "--method", "xclr", "--memory_gb", "0", "--probe", "sgd", "--probe_steps", 20, "--workers", 1,
               "--out_dir", tmp_path / "b")  # fmt: skip
     assert two.returncode == 0, two.stderr
