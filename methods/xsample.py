@@ -699,9 +699,7 @@ def check(cfg: Config) -> None:
         raise ValueError("--graph text on --data needs --embeddings, of a text encoder (data_prep/cache_text.py)")
 
     if (cfg.real or cfg.in9 or cfg.objectnet) and not cfg.data:
-        raise ValueError(
-            "--real, --in9 and --objectnet judge models of ImageNet's 1,000 classes: give --data"
-        )
+        raise ValueError("--real, --in9 and --objectnet judge models of ImageNet's 1,000 classes: give --data")
 
 
 def arm_of(cfg, method, count) -> Config:
