@@ -15,8 +15,7 @@ Run        python methods/dp_rdm.py [--preset smoke]                      (CPU, 
            python methods/dp_rdm.py --plan --records 82800                (epsilon, queries, neighbours as tables)
            python methods/dp_rdm.py --attack                              (a planted record, and whether the bound holds)
 Data       generated: all private things are spotted; or shards (--public, --private) with --vae and --clip
-Expect     laptop: Frechet distance 57 public only, 52 not private (k 4), 46 at epsilon 10, T = 10,000 (k 24); colour of the
-           prompt right in 74, 75, 65 %; 3 seeds
+Expect     laptop: distance 57 public only, 52 not private, 46 at epsilon 10, T = 10,000; colour right 74, 75, 65 %; 3 seeds
 Differs    from the paper: a small DiT, flow and Euler steps for a UNet, eps and DDIM; a learned null token, a KL autoencoder;
            squeezed pictures, raw references; "public only" is the same model, told the noiseless mean of public neighbours
            (the paper's was trained with separate ones); T sets the noise, 256 prompts are drawn. From released code: too few
@@ -986,16 +985,20 @@ def report(cfg, world, scores, pictures, out) -> None:
              f"{s['fd'] - first['fd']:+.2f}", "-3.5 FID (COCO)" if a.eps == 10 and a.queries <= 10_000 else ""]
             for a, s in scores.items() if 0 < a.eps < math.inf]  # fmt: skip
     print("\n" + table(rows, ["claim (Frechet distance)", "public only", "private", "difference", "paper"]))
-    curves = {}
-    for a, s in scores.items():
-        if 0 < a.eps < math.inf:
-            xs, ys = curves.setdefault(f"{a.queries:,} queries", ([], []))
-            xs.append(a.eps)
-            ys.append(s["fd"])
-    span = [min(numbers(cfg.budgets, float)), max(numbers(cfg.budgets, float))]
-    for a, s in list(scores.items())[:2]:
-        curves[a.name] = (span, [s["fd"]] * 2)
-    plot.save(plot.lines(curves, "distance to the private domain", x="epsilon", y="Frechet distance"), out / "budget.png")
+    budgets, charts = numbers(cfg.budgets, float), []
+    for key, title, y in (
+        ("fd", "distance to the private domain", "Frechet distance"),
+        ("colour", "prompt's colour right", "%"),
+    ):
+        curves = {}
+        for a, s in scores.items():
+            flat = not 0 < a.eps < math.inf  # the arms without a budget
+            xs, ys = curves.setdefault(a.name if flat else f"{a.queries:,} queries", ([], []))
+            xs += [min(budgets), max(budgets)] if flat else [a.eps]
+            ys += [s.get(key, math.nan)] * (2 if flat else 1)
+        if key in first:
+            charts.append(plot.lines(curves, title, x="epsilon", y=y, size=(620, 420)))
+    plot.save(plot.row(charts), out / "budget.png")
     cells, texts = list(world.test[:8].permute(0, 2, 3, 1).numpy()), ["private domain", *[""] * 7]
     for a, x in pictures.items():
         cells += list(x[:8].permute(0, 2, 3, 1).numpy())
