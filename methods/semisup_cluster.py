@@ -80,7 +80,7 @@ class Config:
     method: str = "sup,ssl+ft,suave"  # comma list of ARMS (also ssl, fixmatch, daino), each with every number of labels
     labels: str = "2"  # comma list: labelled pictures of each class
     pretrain: float = 0.7  # share of the updates in phase A, self-supervised; 0 with --init of a whole pre-training
-    finetune: float = 0.0  # share of the updates in phase C: the same loss, weak augmentation, a tenth of the rate (ImageNet: 0.03)
+    finetune: float = 0.0  # share of the updates in phase C: the same loss, weak augmentation, a tenth of the rate
     stage: str = "all"  # all phases of an arm, or one of them: ssl, semi, finetune
     init: str = ""  # backbone to start from: model.safetensors, or SwAV's, DINO's or torchvision's file
     ratio: int = 2  # B_u : B_l
