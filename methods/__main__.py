@@ -77,7 +77,8 @@ TEN = {
         "semantics by attention, control by scheduled adaLN", "ldm_conditioning_size.png",
         (Claim("attn+schedule against adaln-sum: change of the content when only a size is asked for (RMS)",
                "attn+schedule_swap", "adaln-sum_swap", "less", 4),
-         Claim("... Frechet distance, lower is better", "attn+schedule_fd", "adaln-sum_fd", "7 to 23 % lower (FID)"))),
+         Claim("... Frechet distance, lower is better", "attn+schedule_fd", "adaln-sum_fd", "7 to 23 % lower (FID)"),
+         Claim("... class right, points", "attn+schedule_right", "adaln-sum_right"))),
     "xsample": Paper(
         "X-Sample Contrastive", "2407.18134",
         "the contrastive target is a soft similarity graph", "xsample_xclr.png",
