@@ -235,7 +235,7 @@ def _exact(a, b):
     return (a.double() - b.double()).square().sum(-1)
 
 
-def knn_radius(x: torch.Tensor, k: int, block: int = 512, near: torch.Tensor | None = None) -> torch.Tensor:
+def knn_radius(x: torch.Tensor, k: int, block: int = 256, near: torch.Tensor | None = None) -> torch.Tensor:
     """(N, D) -> (N,) squared distance to the k-th neighbour in the own set, without the point itself, in float64. Candidates
     are found in float32 (near: the rows to find them with, shifted to their mean), a few more than k, and measured in float64;
     all points are, where float32 cannot tell the others from the k-th. A pair is looked at once, for both of its points."""
@@ -263,7 +263,7 @@ def knn_radius(x: torch.Tensor, k: int, block: int = 512, near: torch.Tensor | N
     return radius
 
 
-def prdc(real: torch.Tensor, fake: torch.Tensor, k: int = 5, closed: bool = False, block: int = 512) -> dict[str, float]:
+def prdc(real: torch.Tensor, fake: torch.Tensor, k: int = 5, closed: bool = False, block: int = 256) -> dict[str, float]:
     """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) of features (N, D), (M, D).
 
     A point belongs to a set if it lies in the ball of one of its points, whose radius reaches the k-th neighbour. closed:
