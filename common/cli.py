@@ -23,6 +23,14 @@ RANGES = {  # of the fields that all methods share: smallest and largest value
 }  # fmt: skip
 
 
+def within(cfg, names: str, low, high=math.inf) -> None:
+    """ValueError unless low <= value <= high for each of the fields, "steps accum"; NaN and infinity are outside."""
+    for name in names.split():
+        value = getattr(cfg, name)
+        if not low <= value <= high or value == math.inf:
+            raise ValueError(f"--{name} {value} must be " + (f"at least {low}" if high == math.inf else f"{low} to {high}"))
+
+
 def comments(Config) -> dict[str, str]:
     """field -> the comment behind it in the source: written once, read by --help."""
     found = re.findall(r"^    (\w+): [^\n]*?  # (.+)$", inspect.getsource(Config), re.MULTILINE)
@@ -35,8 +43,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(Config, presets: dict[str, dict] | None = None, argv=None):
-    """Command line -> Config. Exits with status 2 and one sentence on an unknown field, preset or bad value. A field without
-    a default must be given."""
+    """Command line -> Config. Exits with status 2 and one sentence on an unknown field or preset; ValueError for a value out of
+    its range. A field without a default must be given."""
     doc = inspect.getdoc(inspect.getmodule(Config)) or ""
     parser = _Parser(description=doc.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
     if presets:
@@ -56,10 +64,7 @@ def parse(Config, presets: dict[str, dict] | None = None, argv=None):
     preset = presets[given.pop("preset", "laptop")] if presets else {}
     cfg = Config(**{**preset, **given})
     for name, (low, high) in RANGES.items():
-        if not low <= getattr(cfg, name, low) <= high:  # NaN is outside, too
-            parser.error(
-                f"--{name} {getattr(cfg, name)} must be " + (f"at least {low}" if high == math.inf else f"{low} to {high}")
-            )
+        within(cfg, name if hasattr(cfg, name) else "", low, high)
     return cfg
 
 

@@ -646,20 +646,16 @@ def draw_retrieval(model, test, tok, cfg, device, path):
     model.train()
 
 
-ZERO_IS_FINE = ("seed", "warmup", "workers", "eval_every", "strong_size", "extra_hidden", "extra_dim")
+ZERO_IS_FINE = "seed warmup workers eval_every strong_size extra_hidden extra_dim"
 
 
 def run(cfg: Config) -> dict:
     """All arms of --recipe x --extra side by side, each in its own folder; finished arms are kept. Prints the claim."""
     recipes = list(RECIPES) if cfg.recipe == "ladder" else cfg.recipe.split(",")
     extras = list(EXTRAS) if cfg.extra == "all" else cfg.extra.split(",")
-    least = {f: int(f not in ZERO_IS_FINE) for f in Config.__dataclass_fields__ if type(getattr(cfg, f)) is int}
-    for field, low in least.items():
-        if getattr(cfg, field) < low:
-            raise ValueError(f"--{field} {getattr(cfg, field)} must be at least {low}")
-    for field in ("smoothing", "ensemble", "p_stop", "text_drop", "strong_scale"):
-        if not 0 <= getattr(cfg, field) <= 1:
-            raise ValueError(f"--{field} {getattr(cfg, field)} must lie between 0 and 1")
+    cli.within(cfg, " ".join(f for f, v in vars(cfg).items() if type(v) is int and f not in ZERO_IS_FINE.split()), 1)
+    cli.within(cfg, ZERO_IS_FINE, 0)
+    cli.within(cfg, "smoothing ensemble p_stop text_drop strong_scale", 0, 1)
     if cfg.batch_size // cfg.accum < 2 or cfg.context < 3:
         raise ValueError("--batch_size must leave two pairs a micro-batch, --context three tokens")
     choices = {"gather": ("grad", "no_grad"), "dtype": ("float32", "bfloat16"), "captions": ("single", "multi"),

@@ -974,9 +974,7 @@ def check(cfg: Config) -> None:
     for name, known in choices.items():
         if getattr(cfg, name) not in known:
             raise ValueError(f"--{name} {getattr(cfg, name)} is unknown; choose from {', '.join(map(str, known))}")
-    for name in ("steps", "accum", "log_every", "save_every", "batch_size", "images", "test_images"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} {getattr(cfg, name)} must be at least 1")
+    cli.within(cfg, "steps images test_images", 1)
     if cfg.rank < 0 or cfg.batch_size % cfg.accum or cfg.batch_size < 2 * cfg.accum:
         raise ValueError(f"--rank {cfg.rank} must not be negative, --batch_size {cfg.batch_size} a multiple of --accum "
                          f"{cfg.accum}, two crops a micro-batch at least")  # fmt: skip

@@ -906,10 +906,7 @@ def check(cfg: Config) -> None:
     if not 0 < cfg.q <= 1 or not cfg.sigma > 0 or not 0 <= cfg.delta < 1 or not 0 <= cfg.lam <= 1:
         raise ValueError(f"--q {cfg.q} must be in (0, 1], --sigma {cfg.sigma} above 0, --delta {cfg.delta} in [0, 1), "
                          f"--lam {cfg.lam} in [0, 1]")  # fmt: skip
-    for name in ("steps", "accum", "batch_size", "k", "records", "images", "prompts", "log_every", "save_every", "trials",
-                 "sample_steps", "dim", "depth", "heads"):  # fmt: skip
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} {getattr(cfg, name)} must be at least 1")
+    cli.within(cfg, "steps k records images prompts trials sample_steps dim depth heads", 1)
     for name, known in {"other": ("public", "text"), "dtype": ("float32", "bfloat16")}.items():
         if getattr(cfg, name) not in known:
             raise ValueError(f"--{name} {getattr(cfg, name)} is unknown; choose from {', '.join(known)}")

@@ -811,16 +811,9 @@ def check(cfg: Config) -> None:
     for field, value, known in asked:
         if value not in known:
             raise ValueError(f"--{field} {value} is unknown; choose from {', '.join(known)}")
-    for field in ("steps", "batch_size", "accum", "sample_steps", "class_tokens", "slots", "images", "views", "samples", "dim",
-                  "depth", "heads", "patch", "image_size", "log_every", "save_every"):  # fmt: skip
-        if getattr(cfg, field) < 1:
-            raise ValueError(f"--{field} {getattr(cfg, field)} must be at least 1")
-    for field in ("guidance", "control_guidance", "beta_txt", "control_power", "base_size"):
-        if not 0 <= getattr(cfg, field) < math.inf:
-            raise ValueError(f"--{field} {getattr(cfg, field)} must not be negative")
-    for field in ("drop_semantic", "drop_control", "flip", "decay"):
-        if not 0 <= getattr(cfg, field) <= 1:
-            raise ValueError(f"--{field} {getattr(cfg, field)} must lie between 0 and 1")
+    cli.within(cfg, "steps sample_steps class_tokens slots images views samples dim depth heads patch image_size", 1)
+    cli.within(cfg, "guidance control_guidance beta_txt control_power base_size", 0)
+    cli.within(cfg, "drop_semantic drop_control flip decay", 0, 1)
     if not (1 <= cfg.grid <= 3 and 1 <= cfg.objects <= 3 and 0 < cfg.min_crop <= 1 and cfg.samples >= 16):
         raise ValueError("--grid and --objects must be 1 to 3, --min_crop in (0, 1], --samples at least 16")
     if cfg.data and cfg.crop == "direct":

@@ -560,15 +560,11 @@ def check(cfg: Config) -> None:
     for field, known in choices.items():
         if getattr(cfg, field) not in known:
             raise ValueError(f"--{field} {getattr(cfg, field)} is unknown; choose from {', '.join(known)}")
-    for field in ("steps", "batch_size", "accum", "images", "samples", "dim", "depth", "heads", "patch", "image_size",
-                  "log_every", "save_every"):  # fmt: skip
-        if getattr(cfg, field) < 1:
-            raise ValueError(f"--{field} {getattr(cfg, field)} must be at least 1")
-    for field in ("guidance", "weight", "tau", "pretrain", "lpl_start", "eval_every"):
-        if not getattr(cfg, field) >= 0:
-            raise ValueError(f"--{field} {getattr(cfg, field)} must not be negative")
-    if not 0 <= cfg.drop <= 1 or cfg.lpl_start >= cfg.steps:
-        raise ValueError("--drop must lie between 0 and 1, --lpl_start below --steps")
+    cli.within(cfg, "steps images samples dim depth heads patch image_size", 1)
+    cli.within(cfg, "guidance weight pretrain lpl_start", 0)
+    cli.within(cfg, "drop", 0, 1)
+    if not cfg.tau >= 0 or cfg.lpl_start >= cfg.steps:  # tau may be infinite: no gate
+        raise ValueError(f"--tau {cfg.tau} must not be negative, --lpl_start {cfg.lpl_start} below --steps {cfg.steps}")
     if not all(s.isdecimal() and int(s) for s in cfg.sample_steps.split(",")):
         raise ValueError(f"--sample_steps {cfg.sample_steps} must be a comma list of numbers of steps")
     if cfg.init and (cfg.pretrain or cfg.after):

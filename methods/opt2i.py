@@ -1013,11 +1013,8 @@ def check(cfg: Config) -> None:
         if math.prod(iterations_of(method, cfg)) != cfg.steps * cfg.candidates:
             raise ValueError(f"--methods {method}: its prompts must be as many as --steps x --candidates, "
                              f"{cfg.steps * cfg.candidates}, or methods could not be compared")  # fmt: skip
-    if cfg.steps < 0:
-        raise ValueError(f"--steps {cfg.steps} must not be negative")
-    for name in ("candidates", "images", "history", "fresh", "batch_size", "limit", "log_every", "save_every"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} {getattr(cfg, name)} must be at least 1")
+    cli.within(cfg, "steps", 0)
+    cli.within(cfg, "candidates images history fresh limit", 1)
     if cfg.prompts.isdigit() and int(cfg.prompts) < 1:
         raise ValueError(f"--prompts {cfg.prompts} must be at least 1, or a file")
     if not cfg.temperature > 0 and not (cfg.llm_url or cfg.replay):

@@ -664,9 +664,7 @@ def check(cfg: Config) -> None:
     for model in cfg.models.split(","):
         if model not in ("early", "middle", "late", "search", "codec"):
             raise ValueError(f"--models {cfg.models}: {model!r} is unknown; choose from early, middle, late, search, codec")
-    for field in ("per_prompt", "real_per_prompt", "k", "steps", "batch_size"):
-        if getattr(cfg, field) < 1:
-            raise ValueError(f"--{field} {getattr(cfg, field)} must be at least 1")
+    cli.within(cfg, "per_prompt real_per_prompt k steps", 1)
     for field, low in (("guidance", 0), ("sampler_steps", 1), ("levels", 2), ("top_m", 1), ("neighbours", 1)):
         if any(v < low or v != int(v) and field != "guidance" for v in numbers(cfg, field)):
             whole = "" if field == "guidance" else "a whole number, "

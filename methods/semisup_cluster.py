@@ -711,14 +711,9 @@ def check(cfg: Config) -> None:
         for value in getattr(cfg, field).split(","):
             if value not in known or (field != "method" and value != getattr(cfg, field)):
                 raise ValueError(f"--{field} {getattr(cfg, field)} is unknown; choose from {', '.join(known)}")
-    sizes = ("steps", "ratio", "images", "image_size", "local_size", "width", "hidden", "embed_dim")
-    ranges = dict.fromkeys(sizes, (1, math.inf))
-    ranges |= dict.fromkeys(("freeze", "queue", "local_crops", "ssl_prototypes", "canvas"), (0, math.inf))
-    ranges |= {"pretrain": (0, 1), "finetune": (0, 1), "smoothing": (0, 1), "ema_ssl": (0, 1)}
-    for field, (low, high) in ranges.items():
-        if not low <= getattr(cfg, field) <= high:
-            limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            raise ValueError(f"--{field} {getattr(cfg, field)} must be {limit}")
+    cli.within(cfg, "steps ratio images image_size local_size width hidden embed_dim", 1)
+    cli.within(cfg, "freeze queue local_crops ssl_prototypes canvas", 0)
+    cli.within(cfg, "pretrain finetune smoothing ema_ssl", 0, 1)
     if cfg.accum != 1:
         raise ValueError("--accum must be 1: micro-batches would shrink the batch that Sinkhorn balances")
     if not all(v.isdigit() and int(v) for v in cfg.labels.split(",")):

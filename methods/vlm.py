@@ -1346,11 +1346,8 @@ def check(cfg: Config) -> None:
                 raise ValueError(f"--{name} {given}: {value!r} is unknown; choose from {', '.join(map(repr, known))}")
     if set(cfg.kinds.split(",")) == {"relation"}:
         raise ValueError("--kinds relation needs another kind beside it, for pictures with one object")
-    for name in ("steps", "batch_size", "accum", "log_every", "save_every", "pairs", "eval_images", "patch", "width", "depth",
-                 "heads", "text_depth", "lm_depth", "embed_dim", "codes", "mixtures", "lora", "asked", "objects",
-                 "image_size"):  # fmt: skip
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} {getattr(cfg, name)} must be at least 1")
+    cli.within(cfg, "steps pairs eval_images patch width depth heads text_depth "
+               "lm_depth embed_dim codes mixtures lora asked objects image_size", 1)  # fmt: skip
     if cfg.patch < 2 or cfg.patch & (cfg.patch - 1):
         raise ValueError(f"--patch {cfg.patch} must be a power of two, 2 at least")
     stem = [max(16, cfg.width >> i) for i in range(cfg.patch.bit_length() - 1)]

@@ -678,14 +678,10 @@ def check(cfg: Config) -> None:
         for value in getattr(cfg, field).split(","):
             if value not in known or (field != "method" and value != getattr(cfg, field)):
                 raise ValueError(f"--{field} {getattr(cfg, field)} is unknown; choose from {', '.join(known)}")
-    for field in ("steps", "accum", "image_size", "width", "hidden", "embed_dim", "log_every", "save_every", "probe_steps",
-                  "text_width", "text_depth", "text_heads"):  # fmt: skip
-        if getattr(cfg, field) < 1:
-            raise ValueError(f"--{field} {getattr(cfg, field)} must be at least 1")
+    cli.within(cfg, "steps image_size width hidden embed_dim probe_steps text_width text_depth text_heads", 1)
     if cfg.batch_size < 2 or not cfg.tau > 0 or not 0 < cfg.crop_scale <= 1 or cfg.canvas < 0:
         raise ValueError("--batch_size must be at least 2, --tau above 0, --crop_scale in (0, 1], --canvas not negative")
-    if not cfg.tau_s >= 0 or not cfg.probe_l2 >= 0:
-        raise ValueError("--tau_s and --probe_l2 must not be negative")
+    cli.within(cfg, "tau_s probe_l2", 0)
     if not all(v.isdigit() for v in cfg.images_per_class.split(",")):
         raise ValueError(f"--images_per_class {cfg.images_per_class} must be a comma list of numbers, 0 for all")
     if cfg.template.count("{}") != 1 or cfg.template.count("{") != 1 or cfg.template.count("}") != 1:

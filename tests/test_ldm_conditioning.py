@@ -458,7 +458,7 @@ def test_command_line_in_one_and_two_processes(tmp_path):
     "flags, words",
     [
         (["--conditioning", "sum"], ["--conditioning sum", "adaln-sum, attn, attn+schedule"]),
-        (["--guidance", "-1"], ["--guidance -1.0", "negative"]),
+        (["--guidance", "-1"], ["--guidance -1.0", "at least 0"]),
         (["--image_size", "30"], ["--image_size 30", "multiple of 8"]),
         (["--init", "none.safetensors"], ["none.safetensors", "does not exist"]),
         (["--data", "nowhere"], ["nowhere", "cache_latents.py"]),

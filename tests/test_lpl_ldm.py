@@ -410,7 +410,7 @@ def test_command_line_in_one_and_two_processes(tmp_path):
     "flags, words",
     [
         (["--objective", "score"], ["--objective score", "flow, eps, v, x0"]),
-        (["--guidance", "-1"], ["--guidance -1.0", "negative"]),
+        (["--guidance", "-1"], ["--guidance -1.0", "at least 0"]),
         (["--image_size", "30"], ["--image_size 30", "multiple of 8"]),
         (["--vae", "none.safetensors"], ["none.safetensors", "does not exist"]),
         (["--init", "none.pt"], ["--init", "--pretrain 0"]),
