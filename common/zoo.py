@@ -7,6 +7,7 @@
     painter = load_painter()                text -> 32 px scenes on a grid of 2 x 2 cells
     images = painter.draw(["a large striped red star on a dark background"], seed=1)
     load_vqa().answer(images, [["Is there a star?", "Is the star red?"]])    -> [[True, True]]
+    load_rewriter()                         language model that paraphrases captions
 
 They let every method start without a download. common/weights/README.md says how each was made and how good it is.
 """
@@ -250,15 +251,140 @@ def replicate_padding(tokens, lengths, slots, beta, noise=None):  # twin: replic
     return out + beta * std * copy_number.sqrt() * (torch.randn_like(out) if noise is None else noise)
 
 
+# The rewriter: paraphrases of captions, by rules and by a small language model ------------------------------------------------
+
+
+WORDS = {w: k for k, options in scenes.SYNONYMS.items() for w in (k, *options)}  # any word -> its plain form
+OPPOSITE = {"to the left of": "to the right of", "to the right of": "to the left of", "above": "below", "below": "above"}
+ADJECTIVES = frozenset([*scenes.COLOURS, *scenes.SIZES, *scenes.TEXTURES])
+GROUNDS = frozenset([*scenes.TONES, *scenes.PATTERNS])
+
+
+def same_meaning(a, b) -> bool:
+    """Whether two captions of the generated world say the same in whatever words and order."""
+    return meaning(a) == meaning(b)
+
+
+def meaning(text):
+    """-> objects (shape, adjectives, place), relations (a, "left" or "above", b), words of the ground, words not understood."""
+    text = " ".join(WORDS.get(w, w) for w in re.findall(r"[a-z]+", text.lower()))
+    text = re.sub(r"^(?:an? picture of|there is|we see) ", "", text)
+    text = re.sub(r"\b(?:an?|the) ", "", text)
+    ground = re.search(r"\bon ((?:\w+ ){1,2})background\b", text)
+    tones = frozenset(ground[1].split() if ground else ())
+    text = text.replace(ground[0], " ") if ground else text
+    things, relations, strange, adjectives, link = [], set(), list(tones - GROUNDS), set(), None
+    words = text.replace("to left of", "to-left").replace("to right of", "to-right").split()
+    for w in words:
+        if w in ADJECTIVES:
+            adjectives.add(w)
+        elif w in scenes.SHAPES:
+            things.append([w, frozenset(adjectives), ""])
+            if link and len(things) > 1:
+                pair = (things[-2][0], w) if link in ("to-left", "above") else (w, things[-2][0])
+                relations.add((pair[0], "left" if "to-" in link else "above", pair[1]))
+            adjectives, link = set(), None
+        elif w in ("to-left", "to-right", "above", "below"):
+            link = w
+        elif w in ("top", "bottom", "left", "right", "centre") and things:
+            things[-1][2] += w
+        elif w not in ("at", "in", "and", "with"):
+            strange.append(w)
+    return frozenset(map(tuple, things)), frozenset(relations), tones, tuple(strange)
+
+
+def ground_first(text: str) -> str:
+    """A red star on a dark background -> on a dark background, a red star: a user's order, which no caption has."""
+    things, _, ground = text.partition(" on ")
+    return f"on {ground}, {things}"
+
+
+def reworded(text: str, weak: str, rng) -> str:
+    """A paraphrase by rules: other words, another order; what the question `weak` asks for tends to the front."""
+    shapes = lambda t: {WORDS.get(w, w) for w in re.findall(r"[a-z]+", t.lower())} & set(scenes.SHAPES)  # noqa: E731
+
+    def word(w):
+        options = scenes.SYNONYMS.get(w, ())
+        return str(rng.choice(options)) if options and rng.random() < 0.3 else w
+
+    m = re.match(r"(on an? .*?), (.*)$", text)  # a ground in front goes back, so that the rules apply again
+    text = re.sub(r"^(a picture of|there is|we see)\s+", "", f"{m[2]} {m[1]}" if m else text)
+    text, _, ground = text.partition(" on a ")
+    pieces = re.split(rf" ({'|'.join(OPPOSITE)}) ", text, maxsplit=1)
+    about = shapes(weak) & shapes(pieces[-1])  # the weak question asks for the second object
+    if len(pieces) == 3 and " and " not in pieces[2] and rng.random() < (0.8 if about else 0.4):
+        pieces = [pieces[2], OPPOSITE[pieces[1]], pieces[0]]
+    text = " ".join(pieces)
+    front = ground and rng.random() < (0.8 if "background" in weak else 0.25)
+    text = " ".join(word(w) for w in text.split())
+    backdrop = "on a " + " ".join(word(w) for w in ground.split()) if ground else ""
+    text = f"{backdrop}, {text}" if front else f"{text} {backdrop}".strip()
+    lead = ("", "a picture of ", "there is ")[rng.choice(3, p=(0.6, 0.2, 0.2))] if not front else ""
+    return scenes.articles(lead + text)
+
+
+class Rewriter(nn.Module):
+    """A small language model, trained on paraphrases (data_prep/train_rewriter.py). It reads "prompt ; best one so far ;
+    weakest element :" and writes a paraphrase of the prompt."""
+
+    def __init__(self, vocab, width=80, depth=3, heads=4, context=120):
+        super().__init__()
+        self.config = dict(vocab=vocab, width=width, depth=depth, heads=heads, context=context)
+        self.body = TextTransformer(vocab, context, width, depth, heads, act="gelu")
+
+    def forward(self, ids):
+        return self.body.hidden(ids) @ self.body.token_embed.weight.T  # (B, L, vocab)
+
+    def after(self, ids, first, cache):
+        """Logits (B, vocab) after ids (B, L), which follow `first` others: none, or L is 1. cache: keys and values of each
+        layer, of one row or B, added to. The rest is common/vit.py's Block."""
+        x = self.body.token_embed(ids) + self.body.pos_embed[first : first + ids.shape[1]]
+        for i, block in enumerate(self.body.blocks):
+            q, *new = block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)
+            if i in cache:
+                new = [torch.cat([old.expand(len(ids), -1, -1, -1), t], 2) for old, t in zip(cache[i], new)]
+            cache[i] = new
+            a = F.scaled_dot_product_attention(q, *cache[i], is_causal=first == 0)
+            x = x + block.attn.proj(a.transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.norm2(x))
+        return self.body.norm(x[:, -1]) @ self.body.token_embed.weight.T
+
+    @torch.no_grad()
+    def write(self, context, count, stop, generator, temperature=1.0, top_p=0.95, longest=48):
+        """context: list of ids, read once for all -> (count, at most longest) continuations, drawn by nucleus sampling. They
+        may run on behind `stop`, where decode() ends."""
+        cache, ids = {}, torch.zeros(count, 0, dtype=torch.long)
+        logits = self.after(torch.tensor([context]), 0, cache).expand(count, -1)
+        for place in range(len(context), min(len(context) + longest, self.config["context"])):
+            p = (logits / temperature).softmax(1)
+            values, order = p.sort(1, descending=True)
+            values[values.cumsum(1) - values > top_p] = 0
+            pick = torch.multinomial(values, 1, generator=generator)
+            ids = torch.cat([ids, order.gather(1, pick)], 1)
+            if (ids == stop).any(1).all():
+                break
+            logits = self.after(ids[:, -1:], place, cache)
+        return ids
+
+
+def rewriter_ids(tok: Tokenizer, prompt: str, best: str, weak: str) -> list[int]:
+    return [tok.start, *tok.encode(f"{prompt} ; {best} ; {weak} :")]
+
+
+# Loading --------------------------------------------------------------------------------------------------------------------
+
+
+def _stored(path, make, elsewhere: tuple = ()) -> nn.Module:
+    """make(settings of the file) with its weights in float32, frozen. Prefixes `elsewhere`: parts that are not in the file."""
+    state, meta = vae.read_tensors(path)
+    model = make(meta)
+    state = {k.removeprefix("semantic."): v.float() if v.is_floating_point() else v for k, v in state.items()}
+    model.load_state_dict({k: v for k, v in model.state_dict().items() if k.startswith(elsewhere)} | state)
+    return model.eval().requires_grad_(False)
+
+
 def load_tokenizer() -> Tokenizer:
     return Tokenizer.load(WEIGHTS / "merges.txt")
-
-
-def load_reader() -> Reader:
-    state, meta = vae.read_tensors(WEIGHTS / "reader.safetensors")
-    reader = Reader(**meta["reader"])
-    reader.load_state_dict({k: v.float() for k, v in state.items()})
-    return reader.eval().requires_grad_(False)
 
 
 def load_vae() -> vae.VAE:
@@ -266,36 +392,36 @@ def load_vae() -> vae.VAE:
 
 
 def load_judge() -> Judge:
-    judge = Judge()
-    judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in _read("judge").items()})
-    return judge.eval().requires_grad_(False)
+    return _stored(WEIGHTS / "judge.safetensors", lambda _: Judge())
+
+
+def load_reader() -> Reader:
+    return _stored(WEIGHTS / "reader.safetensors", lambda meta: Reader(**meta["reader"]))
+
+
+def load_rewriter() -> Rewriter:
+    return _stored(WEIGHTS / "rewriter.safetensors", lambda meta: Rewriter(**meta["lm"]))
 
 
 def load_clip(path="") -> CLIP:
     """Pictures (B, 3, 32, 32) normalised as CLIP's; texts by load_tokenizer(), at most 77 tokens. path: a model.safetensors of
-    methods/dci.py, which trains it, in place of the stored one."""
-    state, meta = vae.read_tensors(path or WEIGHTS / "clip.safetensors")
-    clip = CLIP(ViT(**meta["visual"]), TextTransformer(**meta["text"]))
-    clip.load_state_dict({k: v.float() for k, v in state.items()})
-    return clip.eval().requires_grad_(False)
+    methods/dci.py, which fine-tunes it, in place of the stored one."""
+    path = path or WEIGHTS / "clip.safetensors"
+    return _stored(path, lambda meta: CLIP(ViT(**meta["visual"]), TextTransformer(**meta["text"])))
 
 
 def load_vqa() -> Vqa:
-    state, meta = vae.read_tensors(WEIGHTS / "vqa.safetensors")
-    vqa = Vqa(**meta["vqa"])
-    vqa.load_state_dict({k: v.float() for k, v in state.items()} | {f"judge.{k}": v for k, v in vqa.judge.state_dict().items()})
-    return vqa.eval().requires_grad_(False)
+    return _stored(WEIGHTS / "vqa.safetensors", lambda meta: Vqa(**meta["vqa"]), ("judge.",))
 
 
 def load_painter(name: str = "painter") -> Painter:
-    state, meta = vae.read_tensors(WEIGHTS / f"{name}.safetensors")
-    reader, autoencoder = load_reader(), load_vae()
-    if meta["vae"] != autoencoder.fingerprint():
-        raise ValueError(f"common/weights/{name}.safetensors was trained with another autoencoder than the one beside it")
-    painter = Painter(load_tokenizer(), reader, autoencoder, meta["config"], meta["dit"])
-    others = {k: v for k, v in painter.state_dict().items() if k.startswith(("reader.", "vae."))}  # from their own files
-    painter.load_state_dict({**others, **{k.removeprefix("semantic."): v.float() for k, v in state.items()}})
-    return painter.eval().requires_grad_(False)
+    def make(meta):
+        autoencoder = load_vae()
+        if meta["vae"] != autoencoder.fingerprint():
+            raise ValueError(f"common/weights/{name}.safetensors was trained with another autoencoder than the one beside it")
+        return Painter(load_tokenizer(), load_reader(), autoencoder, meta["config"], meta["dit"])
+
+    return _stored(WEIGHTS / f"{name}.safetensors", make, ("reader.", "vae."))
 
 
 def adopt(path, name: str, without: tuple = ()) -> None:
@@ -305,7 +431,3 @@ def adopt(path, name: str, without: tuple = ()) -> None:
     ckpt.export(
         WEIGHTS / f"{name}.safetensors", {k: v.half() if v.is_floating_point() else v for k, v in state.items()}, **meta
     )
-
-
-def _read(name: str) -> dict[str, torch.Tensor]:
-    return vae.read_tensors(WEIGHTS / f"{name}.safetensors")[0]

@@ -55,9 +55,10 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, torchrun and python -m all find common/
 
 from common import ckpt, cli, data, ddp, metrics, optim, plot, scenes, zoo
+from common.dit import read_tensors
 from common.log import RunLog, table, write_json
 from common.tokenizer import Tokenizer
-from common.vit import ACTS, CLIP, TextTransformer, ViT, load_clip, trim
+from common.vit import ACTS, CLIP, load_clip, trim
 
 
 # 1. CONFIG (presets stand in section 7) ------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ class Config:
     resume: bool = True  # continue from last.pt, exactly; --no-resume starts again
     max_bad: float = 0.01  # share of damaged photos at which the run stops
     # the method
-    arms: str = "clip,short,dense,dense+neg"  # comma list; also negclip, dense+long and base, see ARMS
+    arms: str = "clip,short,dense,dense+neg"  # comma list; also negclip and dense+long, see ARMS
     alpha: float = 1.0  # weight of L_clip
     beta: float = 1.0  # weight of L_neg; released: 9, 1, 0
     pool: str = "avg"  # of the M captions in L_clip: avg, max, min, hardest; without effect unless --captions pick5
@@ -597,16 +598,6 @@ def short_items(items) -> list[Item]:
     return [replace(i, captions=[i.long.split("\n")[0]], negatives={}) for i in items if i.key == "base"]
 
 
-def base_items(cfg):
-    """What the stand-in CLIP is trained on: scenes of 4 and 9 cells with captions that name neither sizes nor the ground."""
-    images, texts = [], []
-    for part, grid in enumerate((2, 3)):
-        world = scenes.Source(cfg.images // 2, cfg.seed * 10 + part, 32, brief=True, grid=grid)
-        images.append(torch.from_numpy(world.images).permute(0, 3, 1, 2))
-        texts += world.texts
-    return torch.cat(images), [Item("", None, t) for t in texts]
-
-
 # 5. EVALUATE ---------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def text_features(model, tok, texts, device, part=256):
@@ -764,7 +755,6 @@ ARMS = {  # what is trained on, and with which loss
     "negclip": "crops, dense captions, negatives as further columns",
     "dense+long": "... L_clip of crops with the whole description, and of their principal part with the summary: Long-CLIP "
     "without its label smoothing; --context 248 stretches the positions of a CLIP with 77",
-    "base": "generated scenes, short captions, all weights from scratch: makes the stand-in CLIP",
 }
 
 
@@ -808,25 +798,17 @@ def method_loss(model, images, ids, ids_neg, ids_long, cfg):
     return cfg.alpha * l_clip + cfg.beta * l_neg, {"clip": l_clip, "neg": l_neg, "scale": scale}
 
 
-STAND_IN = {
-    "visual": dict(image_size=32, patch=4, width=96, depth=4, heads=4, norm_pre=True, out_dim=96, patch_bias=False, eps=1e-5),
-    "text": dict(context=77, width=96, depth=2, heads=4, out_dim=96, act="gelu"),
-}
-
-
 def build(cfg, env):
-    """-> model (towers know their picture size), tokenizer."""
-    if cfg.arms == "base":
-        tok = zoo.load_tokenizer()
-        model = CLIP(ViT(**STAND_IN["visual"]), TextTransformer(vocab=len(tok), **STAND_IN["text"]))
-    else:
-        tok = Tokenizer.from_clip(cfg.tokenizer) if cfg.tokenizer else zoo.load_tokenizer()
-        # our own exports hold their sizes
-        own = not cfg.init or (cfg.init.endswith(".safetensors") and "visual" in zoo.vae.read_tensors(cfg.init)[1])
-        model = zoo.load_clip(cfg.init) if own else load_clip(cfg.init, act=cfg.act)
-        if model.text.token_embed.num_embeddings != len(tok):
-            known = model.text.token_embed.num_embeddings
-            raise ValueError(f"--init knows {known} tokens and the tokenizer {len(tok)}; pass the --tokenizer of that model")
+    """-> model, tokenizer. model.visual.image_size: of its pictures; model.sizes: of a stand-in's towers, else {}."""
+    tok = Tokenizer.from_clip(cfg.tokenizer) if cfg.tokenizer else zoo.load_tokenizer()
+    path = cfg.init or zoo.WEIGHTS / "clip.safetensors"
+    sizes = read_tensors(path)[1] if str(path).endswith(".safetensors") else {}
+    sizes = {k: sizes[k] for k in ("visual", "text") if k in sizes}  # our own files hold them
+    model = zoo.load_clip(path) if sizes else load_clip(path, act=cfg.act)
+    model.sizes = sizes
+    if model.text.token_embed.num_embeddings != len(tok):
+        known = model.text.token_embed.num_embeddings
+        raise ValueError(f"--init knows {known} tokens and the tokenizer {len(tok)}; pass the --tokenizer of that model")
     model.visual.image_size = math.isqrt(model.visual.pos_embed.shape[1] - 1) * model.visual.patch
     return model.to(env.device).requires_grad_(True), tok
 
@@ -836,35 +818,30 @@ def train(cfg: Config) -> dict:
     env, out = ddp.start(cfg.seed), Path(cfg.out_dir)
     ddp.reseed(cfg.seed, 0, 0)
     model, tok = build(cfg, env)
-    test = open_items(cfg, "test") if cfg.arms != "base" else []
+    test = open_items(cfg, "test")
     if cfg.arms == "clip":
         log = RunLog(cfg, env, "clip", cfg.steps)  # a run of no updates
         result = evaluate(model, tok, test, cfg, env)
         log.finish(result)
         return result
-    size, many = model.visual.image_size, int(cfg.captions[4:] or 1) if cfg.captions.startswith("pick") else 1
-    if cfg.arms == "base":
-        images, items = base_items(cfg)
-        pictures = {"image": images, "row": torch.arange(len(items))}
-    else:
-        items = open_items(cfg, "train")
-        if cfg.negatives == "rule" and not any("rule" in i.negatives for i in items):
-            items = with_rules(items, cfg.seed)
-        many = 1 if cfg.arms in ("short", "negclip", "dense+long") else many
-        items = short_items(items) if cfg.arms == "short" else [i for i in items if len(i.captions) >= many]
-        if cfg.arms in ("dense+neg", "negclip"):
-            items = [i for i in items if i.negatives.get(cfg.negatives)]
-        if len(items) < cfg.batch_size:
-            raise ValueError(f"arm {cfg.arms}: {len(items)} crops have {many} captions and what the arm needs, fewer than "
-                             f"--batch_size {cfg.batch_size}; without negatives of the kind {cfg.negatives}, --negatives rule "
-                             "makes some")  # fmt: skip
-        pictures = hold(items, size, cfg)
-        if cfg.context != model.text.context:
-            lengthen(model, cfg.context)
-        if cfg.rank:
-            add_lora(model, cfg.rank, cfg.lora_alpha, cfg.lora_dropout).to(env.device)
-            if cfg.context != 77:
-                model.text.pos_embed.requires_grad_(True)
+    items, many = open_items(cfg, "train"), 5 if cfg.captions == "pick5" else 1
+    if cfg.negatives == "rule" and not any("rule" in i.negatives for i in items):
+        items = with_rules(items, cfg.seed)
+    many = 1 if cfg.arms in ("short", "negclip", "dense+long") else many
+    items = short_items(items) if cfg.arms == "short" else [i for i in items if len(i.captions) >= many]
+    if cfg.arms in ("dense+neg", "negclip"):
+        items = [i for i in items if i.negatives.get(cfg.negatives)]
+    if len(items) < cfg.batch_size:
+        raise ValueError(f"arm {cfg.arms}: {len(items)} crops have {many} captions and what the arm needs, fewer than "
+                         f"--batch_size {cfg.batch_size}; without negatives of the kind {cfg.negatives}, --negatives rule "
+                         "makes some")  # fmt: skip
+    pictures = hold(items, model.visual.image_size, cfg)
+    if cfg.context != model.text.context:
+        lengthen(model, cfg.context)
+    if cfg.rank:
+        add_lora(model, cfg.rank, cfg.lora_alpha, cfg.lora_dropout).to(env.device)
+        if cfg.context != 77:
+            model.text.pos_embed.requires_grad_(True)
     fixed = model.text.pos_embed[:20].detach().clone()
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, fused=True)
@@ -909,7 +886,7 @@ def train(cfg: Config) -> dict:
             ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
         if due:
             log.write(step, **ddp.mean({"loss": mean_loss, **parts}), lr=opt.param_groups[0]["lr"])
-        if cfg.eval_every and done % cfg.eval_every == 0 and not last and test:
+        if cfg.eval_every and done % cfg.eval_every == 0 and not last:
             log.write(step, **evaluate(model, tok, test, cfg, env))
         log.tick(step)
         if env.is_main and (done % cfg.save_every == 0 or last or leave):
@@ -917,15 +894,15 @@ def train(cfg: Config) -> dict:
         if leave:
             log.close()
             raise KeyboardInterrupt
-    if cfg.rank and cfg.arms != "base":
+    if cfg.rank:
         merge_lora(model)
-    result = evaluate(model, tok, test, cfg, env) if test else base_score(model, tok, cfg, env)
+    result = evaluate(model, tok, test, cfg, env)
     log.write(cfg.steps - 1, **result)
     if env.is_main:
-        sizes = {"visual": STAND_IN["visual"], "text": {**STAND_IN["text"], "vocab": len(tok), "context": model.text.context}}
-        sizes = sizes if len(tok) == len(zoo.load_tokenizer()) else {}  # of a stand-in: it can be an --init again
+        if model.sizes:
+            model.sizes["text"]["context"] = model.text.context
         act = next(name for name, f in ACTS.items() if f is model.visual.blocks[0].mlp.act)
-        ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms, act=act, **sizes)
+        ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms, act=act, **model.sizes)
         plot.save(plot.lines(log.history("loss"), cfg.arms, y="loss"), out / "curves.png")
     log.finish(result)
     return result
@@ -943,24 +920,6 @@ def hold(items, size, cfg):
     if lost and ddp.rank() == 0:
         print(f"{lost} of {len(items)} crops cannot be read and were left out", file=sys.stderr)
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-
-
-def base_score(model, tok, cfg, env) -> dict[str, float]:
-    """Of the stand-in: retrieval of new scenes by their captions, and the right one among eight."""
-    out = {}
-    model.eval()
-    for grid in (2, 3):
-        world = scenes.Source(500, 90 + grid, 32, brief=True, grid=grid)
-        with torch.no_grad():
-            x = normalised(torch.from_numpy(world.images).permute(0, 3, 1, 2).to(env.device))
-            f = F.normalize(model.encode_image(x), dim=1)
-            t = text_features(model, tok, [texts[0] for texts in world.texts], env.device)
-        match = torch.tensor([[a[0] == b[0] for b in world.texts] for a in world.texts], device=f.device)
-        out[f"R@1, grid {grid}"] = metrics.retrieval_recall(t, f, match, (1,))[1]
-        out[f"of 8, grid {grid}"] = 100 * float(
-            np.mean([subcrop_matching(f[i : i + 8] @ t[i : i + 8].T) for i in range(0, 496, 8)])
-        )
-    return out
 
 
 def check(cfg: Config) -> None:
@@ -991,15 +950,14 @@ def run(cfg: Config) -> dict:
     out, scores = Path(cfg.out_dir), {}
     env = ddp.start(cfg.seed)
     env.share(cfg.batch_size // cfg.accum, "batch_size / accum")
-    if cfg.arms != "base":
-        if not cfg.data:  # smaller pictures, smaller masks
-            cfg = replace(cfg, data=str(out / f"generated_{cfg.seed}"), min_side=16)
-            if env.is_main:
-                write_toy(Path(cfg.data), cfg.images, cfg.test_images, cfg.seed)
-            if env.world > 1:
-                torch.distributed.barrier()
-        for split in ("train", "test"):
-            items = open_items(cfg, split, say=env.is_main)  # in the end those of the test, which are drawn below
+    if not cfg.data:  # smaller pictures, smaller masks
+        cfg = replace(cfg, data=str(out / f"generated_{cfg.seed}"), min_side=16)
+        if env.is_main:
+            write_toy(Path(cfg.data), cfg.images, cfg.test_images, cfg.seed)
+        if env.world > 1:
+            torch.distributed.barrier()
+    for split in ("train", "test"):
+        items = open_items(cfg, split, say=env.is_main)  # in the end those of the test, which are drawn below
     for arm in cfg.arms.split(","):
         one = replace(cfg, arms=arm, out_dir=str(out / arm))
         done = Path(one.out_dir, "metrics.json")
@@ -1012,8 +970,7 @@ def run(cfg: Config) -> dict:
     if env.is_main:
         report(cfg, scores)
         write_json(out / "metrics.json", result)
-        if "base" not in scores:
-            draw_items(items, out / "samples.png")
+        draw_items(items, out / "samples.png")
     return result
 
 
@@ -1059,9 +1016,6 @@ PRESETS = {
     "smoke": dict(steps=4, batch_size=8, images=12, test_images=6, log_every=2, save_every=2, arms="clip,dense,dense+neg",
                   out_dir="runs/dci_smoke"),
     "laptop": {},
-    # the CLIP of common/weights
-    "standin": dict(arms="base", steps=2_500, batch_size=128, images=30_000, lr=2e-3, wd=0.05, warmup=150, rank=0,
-                    out_dir="runs/standin_clip"),
     "gpu": dict(steps=3_000, batch_size=512, images=8_000, test_images=1_000, out_dir="runs/dci_gpu",
                 arms="clip,short,dense,dense+neg,negclip,dense+long"),
     # released settings: LoRA on ViT-B/32, 32 crops on each of two GPUs; about 6 of their 10 epochs; which rank was published is

@@ -17,8 +17,8 @@ Differs    from the paper: offline, language model, picture model and VQA are sm
            first sees the best prompt and its weakest element only, no message: nothing reproduces the table. Gains on fresh
            seeds too: the best of many on m seeds flatters itself. Own messages; a server that sends too few prompts is asked
            again; noun phrases by rule. From the DSG code: parents count transitively; malformed cells and cycles do no harm.
-Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
-           vae.py vit.py zoo.py and weights/   (copy these with this file)
+Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py plot.py resnet.py scenes.py tokenizer.py vae.py
+           vit.py zoo.py and weights/   (copy these with this file)
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, torchrun and python -m all find common/
 
-from common import ckpt, cli, data, ddp, metrics, optim, plot, scenes, zoo
-from common.log import RunLog, table, versions, write_json
+from common import ckpt, cli, data, ddp, metrics, plot, scenes, zoo
+from common.log import table, versions, write_json
 from common.tokenizer import Tokenizer
-from common.vit import TextTransformer, load_clip, trim
+from common.vit import load_clip, trim
 
 
 # 1. CONFIG (presets stand in section 7) ------------------------------------------------------------------------------
@@ -64,21 +64,21 @@ class Config:
     # run: the same names in all ten files
     out_dir: str = "runs/opt2i"  # one folder a run; one sub-folder a prompt
     seed: int = 0  # of prompts, proposals and pictures
-    steps: int = 8  # T, iterations; the paper: 30; of --train_lm: updates
-    batch_size: int = 64  # pictures at once; of --train_lm: pairs, GLOBAL
-    accum: int = 1  # of --train_lm: not used
-    lr: float = 3e-3  # of --train_lm: AdamW, warm-up, then cosine
-    wd: float = 0.01  # of --train_lm
-    warmup: int = 100  # of --train_lm
-    grad_clip: float = 1.0  # of --train_lm
+    steps: int = 8  # T, iterations; the paper: 30
+    batch_size: int = 64  # pictures at once
+    accum: int = 1  # not used: nothing is trained
+    lr: float = 0.0  # not used
+    wd: float = 0.0  # not used
+    warmup: int = 0  # not used
+    grad_clip: float = 0.0  # not used
     ema_decay: float = 0.0  # not used
     dtype: str = "float32"  # not used
     compile: bool = False  # not used
     data: str = ""  # not used: see --prompts
     workers: int = 0  # not used
-    log_every: int = 50  # of --train_lm
+    log_every: int = 1  # not used
     eval_every: int = 0  # not used
-    save_every: int = 500  # of --train_lm; prompts are saved as they finish
+    save_every: int = 1  # not used: prompts are saved as they finish
     resume: bool = True  # keep finished prompts
     # the method
     candidates: int = 5  # n, new prompts an iteration
@@ -114,7 +114,6 @@ class Config:
     limit: int = 50  # prompts of a file, from its start, or of each of --challenges
     challenges: str = ""  # comma list of PartiPrompts' challenges; "" = the file as it is
     dry_run: bool = False  # print what would be spent, and end
-    train_lm: bool = False  # train the stand-in language model, and end
 
 
 # 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
@@ -419,75 +418,11 @@ class HttpProposer:
         return self._ask(paraphrase_prompt(prompt, n), n)
 
 
-WORDS = {w: k for k, options in scenes.SYNONYMS.items() for w in (k, *options)}  # any word -> its plain form
-OPPOSITE = {"to the left of": "to the right of", "to the right of": "to the left of", "above": "below", "below": "above"}
-ADJECTIVES = frozenset([*scenes.COLOURS, *scenes.SIZES, *scenes.TEXTURES])
-GROUNDS = frozenset([*scenes.TONES, *scenes.PATTERNS])
-
-
-def same_meaning(a, b) -> bool:
-    """Whether two captions of the generated world say the same in whatever words and order: the offline proposers' guard."""
-    return meaning(a) == meaning(b)
-
-
-def meaning(text):
-    """-> objects (shape, adjectives, place), relations (a, "left" or "above", b), words of the ground, words not understood."""
-    text = " ".join(WORDS.get(w, w) for w in re.findall(r"[a-z]+", text.lower()))
-    text = re.sub(r"^(?:an? picture of|there is|we see) ", "", text)
-    text = re.sub(r"\b(?:an?|the) ", "", text)
-    ground = re.search(r"\bon ((?:\w+ ){1,2})background\b", text)
-    tones = frozenset(ground[1].split() if ground else ())
-    text = text.replace(ground[0], " ") if ground else text
-    things, relations, strange, adjectives, link = [], set(), list(tones - GROUNDS), set(), None
-    words = text.replace("to left of", "to-left").replace("to right of", "to-right").split()
-    for w in words:
-        if w in ADJECTIVES:
-            adjectives.add(w)
-        elif w in scenes.SHAPES:
-            things.append([w, frozenset(adjectives), ""])
-            if link and len(things) > 1:
-                pair = (things[-2][0], w) if link in ("to-left", "above") else (w, things[-2][0])
-                relations.add((pair[0], "left" if "to-" in link else "above", pair[1]))
-            adjectives, link = set(), None
-        elif w in ("to-left", "to-right", "above", "below"):
-            link = w
-        elif w in ("top", "bottom", "left", "right", "centre") and things:
-            things[-1][2] += w
-        elif w not in ("at", "in", "and", "with"):
-            strange.append(w)
-    return frozenset(map(tuple, things)), frozenset(relations), tones, tuple(strange)
-
-
 class Grammar:
-    """f by rules, for captions of the generated world: other words, another order, weak elements to the front."""
+    """f by rules, for captions of the generated world: weak elements to the front, other words, another order."""
 
     def __init__(self, seed=0):
         self.rng = np.random.default_rng(seed)
-
-    def one(self, prompt, weak=""):
-        rng, text = self.rng, prompt
-        text = re.sub(r"^(a picture of|there is|we see)\s+", "", self._back(text))
-        text, _, ground = text.partition(" on a ")
-        pieces = re.split(rf" ({'|'.join(OPPOSITE)}) ", text, maxsplit=1)
-        about = self._shapes(weak) & self._shapes(pieces[-1])  # the weak question asks for the second object
-        if len(pieces) == 3 and " and " not in pieces[2] and rng.random() < (0.8 if about else 0.4):
-            pieces = [pieces[2], OPPOSITE[pieces[1]], pieces[0]]
-        text = " ".join(pieces)
-        front = ground and rng.random() < (0.8 if "background" in weak else 0.25)
-        words = [self._word(w) for w in text.split()]
-        text = " ".join(words)
-        backdrop = "on a " + " ".join(self._word(w) for w in ground.split()) if ground else ""
-        text = f"{backdrop}, {text}" if front else f"{text} {backdrop}".strip()
-        lead = ("", "a picture of ", "there is ")[rng.choice(3, p=(0.6, 0.2, 0.2))] if not front else ""
-        return scenes.articles(lead + text)
-
-    @staticmethod
-    def _shapes(text):
-        return {WORDS.get(w, w) for w in re.findall(r"[a-z]+", text.lower())} & set(scenes.SHAPES)
-
-    def _word(self, w):
-        options = scenes.SYNONYMS.get(w, ())
-        return str(self.rng.choice(options)) if options and self.rng.random() < 0.3 else w
 
     def propose(self, prompt, history, n):
         out = []
@@ -495,98 +430,36 @@ class Grammar:
             base = history[-1] if history and self.rng.random() < 0.7 else Scored(prompt, 0.0)
             weights = np.array([1.0001 - v for _, v in base.elements])
             weak = str(self.rng.choice([e for e, _ in base.elements], p=weights / weights.sum())) if len(weights) else ""
-            p = self.one(base.prompt, weak)
-            if p != prompt and p not in out and same_meaning(p, prompt):
+            p = zoo.reworded(base.prompt, weak, self.rng)
+            if p != prompt and p not in out and zoo.same_meaning(p, prompt):
                 out.append(p)
             if len(out) == n:
                 break
         return out
 
-    @staticmethod
-    def _back(text):
-        """A paraphrase with its ground in front -> ground at the end, so that rules apply again."""
-        m = re.match(r"(on an? .*?), (.*)$", text)
-        return f"{m[2]} {m[1]}" if m else text
-
     def paraphrase(self, prompt, n):
         return self.propose(prompt, [], n)
-
-
-class SmallLM(torch.nn.Module):
-    """The stand-in for a language model: our causal transformer, trained on paraphrases of generated captions (--train_lm).
-
-    It reads "p0 ; best prompt so far ; weakest element :" and writes a paraphrase of p0."""
-
-    def __init__(self, vocab, width=80, depth=3, heads=4, context=120):
-        super().__init__()
-        self.config = dict(vocab=vocab, width=width, depth=depth, heads=heads, context=context)
-        self.body = TextTransformer(vocab, context, width, depth, heads, act="gelu")
-
-    def forward(self, ids):
-        return self.body.hidden(ids) @ self.body.token_embed.weight.T  # (B, L, vocab)
-
-    def after(self, ids, first, cache):
-        """Logits (B, vocab) after ids (B, L), which follow `first` others: none, or L is 1. cache: keys and values of each
-        layer, of one row or B, added to. The rest is common/vit.py's Block."""
-        x = self.body.token_embed(ids) + self.body.pos_embed[first : first + ids.shape[1]]
-        for i, block in enumerate(self.body.blocks):
-            q, *new = block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)
-            if i in cache:
-                new = [torch.cat([old.expand(len(ids), -1, -1, -1), t], 2) for old, t in zip(cache[i], new)]
-            cache[i] = new
-            a = F.scaled_dot_product_attention(q, *cache[i], is_causal=first == 0)
-            x = x + block.attn.proj(a.transpose(1, 2).flatten(2))
-            x = x + block.mlp(block.norm2(x))
-        return self.body.norm(x[:, -1]) @ self.body.token_embed.weight.T
-
-    @torch.no_grad()
-    def write(self, context, count, stop, generator, temperature=1.0, top_p=0.95, longest=48):
-        """context: list of ids, read once for all -> (count, at most longest) continuations, drawn by nucleus sampling. They
-        may run on behind `stop`, where decode() ends."""
-        cache, ids = {}, torch.zeros(count, 0, dtype=torch.long)
-        logits = self.after(torch.tensor([context]), 0, cache).expand(count, -1)
-        for place in range(len(context), min(len(context) + longest, self.config["context"])):
-            p = (logits / temperature).softmax(1)
-            values, order = p.sort(1, descending=True)
-            values[values.cumsum(1) - values > top_p] = 0
-            pick = torch.multinomial(values, 1, generator=generator)
-            ids = torch.cat([ids, order.gather(1, pick)], 1)
-            if (ids == stop).any(1).all():
-                break
-            logits = self.after(ids[:, -1:], place, cache)
-        return ids
 
 
 class LmProposer:
     """f by the small stand-in. What does not keep p0's meaning is thrown away; rules fill up."""
 
     def __init__(self, seed, temperature=1.0):
-        self.net, self.tok, self.temperature = load_lm(), zoo.load_tokenizer(), temperature
+        self.net, self.tok, self.temperature = zoo.load_rewriter(), zoo.load_tokenizer(), temperature
         self.generator, self.rules = torch.Generator().manual_seed(seed), Grammar(seed)
 
     def propose(self, prompt, history, n):
         best = history[-1] if history else Scored(prompt, 0.0)
         weak = min(best.elements, key=lambda e: e[1])[0] if best.elements else ""
-        ids, out = lm_context(self.tok, prompt, best.prompt, weak), []
+        ids, out = zoo.rewriter_ids(self.tok, prompt, best.prompt, weak), []
         for row in self.net.write(ids, 4 * n, self.tok.end, self.generator, self.temperature).tolist():
             p = self.tok.decode(row)
-            if p != prompt and p not in out and same_meaning(p, prompt):
+            if p != prompt and p not in out and zoo.same_meaning(p, prompt):
                 out.append(p)
         return (out + [p for p in self.rules.propose(prompt, history, n) if p not in out])[:n]
 
     def paraphrase(self, prompt, n):
         return self.propose(prompt, [], n)
-
-
-def lm_context(tok, prompt, best, weak) -> list[int]:
-    return [tok.start, *tok.encode(f"{prompt} ; {best} ; {weak} :")]
-
-
-def load_lm() -> SmallLM:
-    state, meta = zoo.vae.read_tensors(zoo.WEIGHTS / "rewriter.safetensors")
-    net = SmallLM(**meta["lm"])
-    net.load_state_dict({k: v.float() for k, v in state.items()})
-    return net.eval().requires_grad_(False)
 
 
 # 4. DATA: prompts with questions, generators, scorers ------------------------------------------------------------------------
@@ -601,21 +474,15 @@ class Task:
     asked: list = field(default_factory=list)
 
 
-def user_style(s) -> str:
-    """How a user might say it: the ground first. The picture models were trained on captions that end with it, and agree less
-    with this order: there is something to find."""
-    things, _, ground = scenes.caption(s).partition(" on ")
-    return f"on {ground}, {things}"
-
-
 def make_tasks(cfg) -> list[Task]:
-    """Two related objects in a user's order, and what is named as questions; "solid" and the objects' places are not."""
+    """Two related objects with the ground first: the picture models were trained on captions that end with it, and agree less
+    with this order: there is something to find. What is named, as questions; "solid" and the objects' places are not named."""
     out = []
     for i in range(int(cfg.prompts)):
         s = scenes.scene(i, cfg.seed * 1000 + 800, (2, 2), grid=2)
         asked = [q for q in scenes.questions(s) if q["kind"] != "place" and "solid" not in q["about"]]
         texts, parents = ({q["id"]: q[k] for q in asked} for k in ("text", "parents"))
-        out.append(Task(user_style(s), texts, parents, s, asked))
+        out.append(Task(zoo.ground_first(scenes.caption(s)), texts, parents, s, asked))
     return out
 
 
@@ -918,86 +785,7 @@ def set_metrics(tasks, results, draw, judge, cfg) -> dict:
     return out
 
 
-# 6. TRAIN: the stand-in language model; run() is the loop over prompts ------------------------------------------------------
-def lm_pair(index, seed, tok):
-    """One training text: context and target ids. The history is drawn: a best prompt, and a weak element that the target puts
-    first or says in other words."""
-    rng = np.random.default_rng((seed, index))
-    s = scenes.scene(index, seed * 7 + 31, (1, 3), grid=2)
-    source, rules = (scenes.caption, user_style)[rng.integers(2)](s), Grammar(int(rng.integers(1 << 31)))
-    asked = [q["text"] for q in scenes.questions(s)]
-    weak = str(rng.choice(asked)) if rng.random() < 0.8 else ""
-    best = rules.one(source) if rng.random() < 0.7 else source
-    for _ in range(20):
-        target = rules.one(source, weak)
-        if target != best and same_meaning(target, source):
-            break
-    return lm_context(tok, source, best, weak), [*tok.encode(target), tok.end]
-
-
-def train_lm(cfg: Config) -> dict:
-    """Next-token prediction on targets alone. -> validation loss, share of proposals that keep the meaning."""
-    env, tok, out = ddp.start(cfg.seed), zoo.load_tokenizer(), Path(cfg.out_dir)
-    ddp.reseed(cfg.seed, 0, 0)
-    model = SmallLM(len(tok)).to(env.device)
-    wrapped = ddp.wrap(model, env)
-    opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, (0.9, 0.98), fused=True)
-    start, _ = ckpt.resume(out / "last.pt", cfg, model=model, opt=opt) if cfg.resume else (0, {})
-    log, share = RunLog(cfg, env, "stand-in language model", start), env.share(cfg.batch_size)
-
-    def loss_of(first, seed):
-        ids, mask = lm_batch([lm_pair(i, seed, tok) for i in range(first, first + share)], model.config["context"])
-        logits = wrapped(ids[:, :-1].to(env.device))
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(env.device), reduction="none")
-        weight = mask[:, 1:].flatten().to(env.device)
-        return (losses * weight).sum() / weight.sum()
-
-    for step in range(start, cfg.steps):
-        optim.set_lr(opt, optim.warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr))
-        loss = loss_of(step * cfg.batch_size + env.rank * share, cfg.seed)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        done, last = step + 1, step + 1 == cfg.steps
-        due = done % cfg.log_every == 0 or last
-        leave = (due or env.world == 1) and ddp.interrupted()
-        if due or leave or done % cfg.save_every == 0:
-            ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
-        if due:
-            log.write(step, **ddp.mean({"loss": loss}))
-        log.tick(step)
-        if env.is_main and (done % cfg.save_every == 0 or last or leave):
-            ckpt.save(out / "last.pt", done, cfg, model=model, opt=opt)
-        if leave:
-            log.close()
-            raise KeyboardInterrupt
-    with torch.no_grad():
-        result = {"val_loss": loss_of(0, cfg.seed + 1).item()}
-    if env.is_main:
-        ckpt.export(out / "model.safetensors", model.state_dict(), lm=model.config)
-        kept, total, model = 0, 0, model.cpu()
-        g = torch.Generator().manual_seed(0)
-        for i in range(40):
-            source = (scenes.caption, user_style)[i % 2](scenes.scene(i, 12345, (1, 3), grid=2))
-            texts = [tok.decode(r) for r in model.write(lm_context(tok, source, source, ""), 5, tok.end, g).tolist()]
-            kept, total = kept + sum(same_meaning(t, source) for t in texts), total + 5
-        result["kept"] = 100 * kept / total
-        print(table(list(map(list, result.items())), ["stand-in language model", ""]))
-    log.finish(result)
-    return result
-
-
-def lm_batch(pairs, context):
-    """-> ids (B, L), mask (B, L): 1 on the target's tokens only."""
-    rows = [(c + t)[:context] for c, t in pairs]
-    width = max(map(len, rows))
-    ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])
-    place = torch.arange(width)[None]
-    begin, end = torch.tensor([[len(c)] for c, _ in pairs]), torch.tensor([[len(r)] for r in rows])
-    return ids, ((place >= begin) & (place < end)).float()
-
-
+# 6. TRAIN: nothing is; the loop over prompts -----------------------------------------------------------------------------
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
     if cfg.data:
@@ -1037,8 +825,6 @@ def check(cfg: Config) -> None:
 def run(cfg: Config) -> dict:
     """Every prompt by every method. Prints gains on searched and on fresh seeds, set metrics before and after."""
     check(cfg)
-    if cfg.train_lm:
-        return train_lm(cfg)
     tasks = make_tasks(cfg) if cfg.prompts.isdigit() else read_tasks(cfg.prompts, cfg.limit, cfg.challenges)
     budget = 1 + cfg.steps * cfg.candidates
     methods = cfg.methods.split(",")
@@ -1181,7 +967,6 @@ PRESETS = {
                   image_url="http://localhost:9000/v1", score="dcs", clip="data/clip-vit-large-patch14",
                   tokenizer="data/bpe_simple_vocab_16e6.txt.gz", out_dir="runs/opt2i_p2",
                   challenges="Properties & Positioning,Quantity,Fine-grained Detail,Complex"),
-    "standin": dict(train_lm=True, steps=1_500, batch_size=64, out_dir="runs/standin_lm"),
 }  # fmt: skip
 
 if __name__ == "__main__":

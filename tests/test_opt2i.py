@@ -436,26 +436,10 @@ def captions(count, seed=5):
     return [M.scenes.caption(M.scenes.scene(i, seed, (1, 3), grid=2)) for i in range(count)]
 
 
-def test_the_guard():
-    for i in range(60):
-        s = M.scenes.scene(i, 9, (1, 3), grid=2)
-        text = M.scenes.caption(s)
-        assert M.meaning(text)[3] == () and M.same_meaning(text, text)
-        for n in M.scenes.negatives(s, i):
-            assert not M.same_meaning(text, n["caption"]), (text, n["caption"])
-    a = "a small red star to the left of a large blue ring on a dark background"
-    for same in ("on a dim backdrop, a huge blue hoop to the right of a tiny scarlet star",
-                 "there is a little red star to the left of a big blue ring on a dark background"):  # fmt: skip
-        assert M.same_meaning(a, same)
-    for other in (a.replace("left", "right"), a.replace("red", "green"), a + " with a cat", a.replace("small ", ""),
-                  "a small blue star to the left of a large red ring on a dark background"):  # fmt: skip
-        assert not M.same_meaning(a, other)
-
-
 def test_grammar_keeps_the_meaning_and_leads_with_the_weak():
-    rules = M.Grammar(0)
+    rules, rng = M.Grammar(0), np.random.default_rng(0)
     for text in captions(40):
-        assert all(M.same_meaning(text, rules.one(text)) for _ in range(5))
+        assert all(M.zoo.same_meaning(text, M.zoo.reworded(text, "", rng)) for _ in range(5))
     text = "a small red star to the left of a large blue ring on a dark background"
     weak = [M.Scored(text, 0.5, [("Is there a star?", 1.0), ("Is the background dark?", 0.0)])]
     share = np.mean([p.startswith("on a") for p in rules.propose(text, weak, 20)])
@@ -463,46 +447,15 @@ def test_grammar_keeps_the_meaning_and_leads_with_the_weak():
     assert share > free and len(set(rules.propose(text, weak, 8))) == 8
     for weak, often in (("Is the ring blue?", 0.8), ("Is the star red?", 0.4), ("", 0.4)):  # a weak second object comes first
         first = np.mean([min(p.find("ring") % 99, p.find("hoop") % 99) < p.find("star") for p in
-                         (rules.one(text, weak) for _ in range(400))])  # fmt: skip
+                         (M.zoo.reworded(text, weak, rng) for _ in range(400))])  # fmt: skip
         assert abs(first - often) < 0.08
-
-
-def test_language_model_masks_the_source_and_learns():
-    tok = M.zoo.load_tokenizer()
-    pairs = [M.lm_pair(i, 0, tok) for i in range(8)]
-    assert pairs == [M.lm_pair(i, 0, tok) for i in range(8)]
-    ids, mask = M.lm_batch(pairs, 120)
-    for row, weight, (c, t) in zip(ids.tolist(), mask.tolist(), pairs):
-        assert row[: len(c)] == c and sum(weight) == len(t) and weight.index(1.0) == len(c)
-        assert M.same_meaning(tok.decode(t), tok.decode(c).split(" ; ")[0])
-    torch.manual_seed(0)
-    net = M.SmallLM(len(tok), 32, 1, 2)
-    opt = torch.optim.Adam(net.parameters(), 1e-2)
-    losses = []
-    for _ in range(60):
-        logits = net(ids[:, :-1]).flatten(0, 1)
-        loss = (M.F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none") * mask[:, 1:].flatten()).sum() / mask.sum()
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-    draw = [net.write(ids[0, :5].tolist(), 2, tok.end, torch.Generator().manual_seed(3)) for _ in range(2)]
-    assert torch.equal(*draw) and len(draw[0]) == 2
-
-
-def test_kept_keys_and_values_change_nothing():
-    net, cache, ids = M.load_lm(), {}, torch.randint(0, 300, (3, 12), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(net.after(ids[:, :5], 0, cache), net(ids[:, :5])[:, -1])
-    for n in range(5, 12):  # one at a time, as they are written
-        torch.testing.assert_close(net.after(ids[:, n : n + 1], n, cache), net(ids[:, : n + 1])[:, -1])
 
 
 def test_the_stand_in_writes_what_was_meant():
     lm = M.LmProposer(0)
     for text in captions(3, 77):
         got = lm.propose(text, [M.Scored(text, 0.4, [("Is the background dark?", 0.0)])], 5)
-        assert len(got) == 5 and all(M.same_meaning(p, text) and p != text for p in got)
+        assert len(got) == 5 and all(M.zoo.same_meaning(p, text) and p != text for p in got)
     again = M.LmProposer(0)
     text = captions(1, 78)[0]
     assert M.LmProposer(0).propose(text, [], 4) == again.propose(text, [], 4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common import scenes, zoo
-from data_prep import cache_latents, train_judge, train_reader, train_vae, train_vqa
+from data_prep import cache_latents, train_clip, train_judge, train_reader, train_rewriter, train_vae, train_vqa
 from tests.helpers import inside, user_error
 
 
@@ -117,10 +117,56 @@ def test_painter_draws_what_is_asked_for(judge):
         painter.draw(prompts[:1], guidance=-1)
 
 
-@pytest.mark.parametrize("script", ["train_judge", "train_reader", "train_vqa"])
+def test_same_meaning():
+    for i in range(60):
+        s = scenes.scene(i, 9, (1, 3), grid=2)
+        text = scenes.caption(s)
+        assert zoo.meaning(text)[3] == () and zoo.same_meaning(text, text)
+        for n in scenes.negatives(s, i):
+            assert not zoo.same_meaning(text, n["caption"]), (text, n["caption"])
+    a = "a small red star to the left of a large blue ring on a dark background"
+    for same in ("on a dim backdrop, a huge blue hoop to the right of a tiny scarlet star",
+                 "there is a little red star to the left of a big blue ring on a dark background"):  # fmt: skip
+        assert zoo.same_meaning(a, same)
+    for other in (a.replace("left", "right"), a.replace("red", "green"), a + " with a cat", a.replace("small ", ""),
+                  "a small blue star to the left of a large red ring on a dark background"):  # fmt: skip
+        assert not zoo.same_meaning(a, other)
+
+
+def test_rewriter_masks_the_source_and_learns():
+    tok = zoo.load_tokenizer()
+    pairs = [train_rewriter.pair(i, 0, tok) for i in range(8)]
+    assert pairs == [train_rewriter.pair(i, 0, tok) for i in range(8)]
+    ids, mask = train_rewriter.batch(pairs, 120)
+    for row, weight, (c, t) in zip(ids.tolist(), mask.tolist(), pairs):
+        assert row[: len(c)] == c and sum(weight) == len(t) and weight.index(1.0) == len(c)
+        assert zoo.same_meaning(tok.decode(t), tok.decode(c).split(" ; ")[0])
+    torch.manual_seed(0)
+    net = zoo.Rewriter(len(tok), 32, 1, 2)
+    opt = torch.optim.Adam(net.parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        loss = train_rewriter.loss_of(net, ids, mask)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    draw = [net.write(ids[0, :5].tolist(), 2, tok.end, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*draw) and len(draw[0]) == 2
+
+
+def test_rewriters_kept_keys_and_values_change_nothing():
+    net, cache, ids = zoo.load_rewriter(), {}, torch.randint(0, 300, (3, 12), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(net.after(ids[:, :5], 0, cache), net(ids[:, :5])[:, -1])
+    for n in range(5, 12):  # one at a time, as they are written
+        torch.testing.assert_close(net.after(ids[:, n : n + 1], n, cache), net(ids[:, : n + 1])[:, -1])
+
+
+@pytest.mark.parametrize("script", ["train_clip", "train_judge", "train_reader", "train_rewriter", "train_vqa"])
 def test_trainers_run_and_write_weights(script, tmp_path, monkeypatch):
-    for module in (train_judge, train_vqa):
-        monkeypatch.setattr(module, "evaluate", partial(module.evaluate, count=64))
+    for module, count in ((train_clip, 64), (train_judge, 64), (train_rewriter, 2), (train_vqa, 64)):
+        monkeypatch.setattr(module, "evaluate", partial(module.evaluate, count=count))
     done = inside(importlib.import_module(f"data_prep.{script}"), "--preset", "smoke", "--out_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model.safetensors").exists() and json.loads((tmp_path / "metrics.json").read_text())
