@@ -1,16 +1,15 @@
 """Vision-language models: four ways to tie pictures to words, trained on the same pairs and measured by the same tests.
 
 Paper      Bordes, Pang, Ajay, Li, Bardes et al.: An Introduction to Vision-Language Modeling. 2024, arXiv 2405.17247
-Idea       A tutorial without experiments; this is the experiment. CONTRASTIVE models score a picture against a caption and
-           nothing more. MASKING hides words and patches and asks for them back, from the other side too. GENERATIVE models
-           write the caption, word after word. PRETRAINED BACKBONES keep a language model frozen and learn only how to show
-           it a picture. One data set, one tokenizer, one ViT, as many pictures seen; then one table, family by metric, with
-           chance and a blind reader (a grey picture) in it, since much of what looks like seeing is guessing from words.
+Idea       A tutorial without experiments; this is the experiment. CONTRASTIVE models score a picture against a caption. MASKING
+           hides words and patches and asks for them back, from the other side too. GENERATIVE models write. PRETRAINED
+           BACKBONES keep a language model frozen and learn only how to show it a picture. One data set, tokenizer and ViT, as
+           many updates; then family by metric, beside chance and a blind reader: much that looks like seeing is guessing.
 Equations  2.2 InfoNCE -> infonce()     SigLIP -> siglip_loss()     Llip -> llip_scores()     2.3 FLAVA -> masked_ce(), Masked
            2.4 CoCa -> caption_loss(), CoCa     2.5 frozen language model -> Frozen     low-rank updates -> LoRA
 Read first section 2, the classes of section 3 from forward() on, then evaluate() in section 5
-Symbols    f_img, f_txt unit embeddings (B, D); ids (B, L); counted (B, L): tokens in the loss; seen (B, N, W): encoded
-           pictures, class token first; in CoCa pooled queries, in the frozen family patches alone
+Symbols    f_img, f_txt unit embeddings (B, D); ids (B, L); counted (B, L): tokens in the loss; seen (B, N, W): encoded pictures
+           of width W, class token first; in CoCa pooled queries, in the frozen family patches alone
 Run        python methods/vlm.py [--preset smoke]                               (CPU, no data; 5.5 min on two quiet cores)
            python methods/vlm.py --arms infonce,siglip,llip,flip,mask+boxes,frozen+lora
            python methods/vlm.py --ask picture.png --question "Is there a star?"
@@ -18,10 +17,10 @@ Run        python methods/vlm.py [--preset smoke]                               
 Data       generated (common/scenes.py), or shards with captions by data_prep/captions.py, cc12m.py or coco.py (with boxes)
 Expect     laptop: InfoNCE's zero-shot 92.2, swap 51.4 (50.3 negclip); CoCa's open answers 80.4, blind 22.8; 3 seeds, cae5f87
 Differs    the tutorial has no numbers of its own; everything here is tiny. FLAVA: unimodal losses share the paired batch, codes
-           of patches are k-means centres, half of the matching captions are wrong. The frozen encoder is the InfoNCE model's,
-           the language model ours, trained on text alone. One generator of negatives teaches negclip and makes the tests.
-           mask, coca and frozen are taught answers too. In benchmarks ties never count as right; yes and no are compared by
-           their probabilities: garbage is no yes (POPE). Left out: MaskVLM, Chameleon, classifiers by Bayes, Q-Former, video.
+           of patches are k-means centres, half of the matching captions are wrong. Frozen are the InfoNCE model's encoder and a
+           language model of ours, of text alone. One generator of negatives teaches negclip and makes the tests; mask, coca and
+           frozen are taught answers, too (--asked 0: not). Ties never count as right; yes and no are compared by probabilities.
+           Left out: MaskVLM, Chameleon, Bayes, Q-Former, video; POPE's files; BLEU, ROUGE and CLIPScore of captions.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py scenes.py tokenizer.py vae.py
            vision.py vit.py   (copy these with this file)
 """
@@ -38,6 +37,7 @@ import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +62,10 @@ class Config:
     # run: the same names in all ten files
     out_dir: str = "runs/vlm"  # one folder a run; each arm gets a sub-folder
     seed: int = 0  # of weights, scenes, data order, questions and masks
-    steps: int = 400  # optimiser updates of each arm
+    steps: int = 400  # optimiser updates of each arm; of lm at most 1,000
     batch_size: int = 64  # GLOBAL number of pictures, divided by the number of processes
     accum: int = 1  # micro-batches an update; no negatives of each other, words are averaged in each
-    lr: float = 1.5e-3  # peak, AdamW
+    lr: float = 1.5e-3  # peak, AdamW; of frozen and frozen+lora, with few new weights, three times as much
     wd: float = 0.05  # weight decay
     warmup: int = 30  # updates of linear warm-up, then half a cosine
     grad_clip: float = 1.0  # largest gradient norm, 0 = off
@@ -92,11 +92,11 @@ class Config:
     noise: float = 0.0  # share of training pictures that get the caption of another one; arm filtered throws pairs away
     keep: float = 0.5  # arm filtered: share of pairs with the highest CLIPScore that stay, one batch at least
     lora: int = 8  # arm frozen+lora: rank of the language model's updates
-    shots: int = 2  # solved examples before a question, for the frozen family
+    shots: int = 2  # solved examples before a question, for the frozen family, as far as they fit
     # data and model
     pairs: int = 6_000  # generated training pictures; a folder gives all it has
-    eval_images: int = 96  # pictures of the tests
-    asked: int = 1  # questions about a picture at each visit
+    eval_images: int = 96  # pictures of each test; zero-shot: at most 64
+    asked: int = 1  # questions about a picture at each visit, of mask, coca and frozen; 0 = captions alone
     kinds: str = "object,colour,place,relation,what colour,what shape,count"  # of questions; also texture, size, background
     objects: int = 2  # most objects in a generated picture
     region: str = "any"  # light and favourite shapes of the generated pictures, see common/scenes.py; "" = none
@@ -119,9 +119,9 @@ class Config:
 
 # 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
 def infonce(f_img, f_txt, scale, f_neg=None):
-    """InfoNCE, CLIP's loss: the Boltzmann distribution of the energy E = -scale u.v over the batch. f_img, f_txt (b, D) unit
-    rows of this process; f_neg: hard negative captions, further columns for pictures only (NegCLIP). Chance: ln B, without
-    negatives."""
+    """InfoNCE, CLIP's loss: - log of the pair's share in the batch's Boltzmann distribution exp(-E), E = -scale f_img.f_txt.
+    Its gradient pushes the pair's energy down and that of the others up. f_img, f_txt (b, D) unit rows of this process; f_neg:
+    hard negative captions, further columns for pictures only (NegCLIP). Chance: ln B, without negatives."""
     label = torch.arange(len(f_img), device=f_img.device) + ddp.rank() * len(f_img)
     texts = ddp.gather_rows(f_txt) if f_neg is None else torch.cat([ddp.gather_rows(f_txt), ddp.gather_rows(f_neg)])
     to_txt, to_img = scale * dots(f_img, texts), scale * dots(f_txt, ddp.gather_rows(f_img))
@@ -137,7 +137,7 @@ def dots(u, v):
 def siglip_loss(logits, first=0):
     """SigLIP: noise-contrastive estimation, a yes or no for every pair. logits (b, B) = scale u.v + bias of own pictures with
     all captions, the first own caption in column `first`. Sum over captions, mean over pictures. The bias begins at -10,
-    or B^2 - B negatives would drive the first steps."""
+    or B^2 - B negatives would drive the first steps. (It usually wants another learning rate; here all arms have one.)"""
     own = torch.eye(*logits.shape, device=logits.device).roll(first, 1)  # no softmax, so a pair needs no other one
     return -F.logsigmoid((2 * own - 1) * logits).sum(1).mean()
 
@@ -152,7 +152,8 @@ def llip_scores(tokens, keys, f_txt, queries):
 
 def masked_ce(logits, target):
     """Cross-entropy at the hidden places, target (B, L) with -100 elsewhere; 0, not NaN, if nothing is hidden. The mean is over
-    the hidden places of all processes. Over ln 2 it is an upper bound, in bits, of the distortion H(X|Z) of 2.3.3."""
+    the hidden places of all processes. In 2.3.3 an encoder keeps Z of X; over ln 2 this is an upper bound, in bits, of the
+    distortion H(X|Z), paid for a rate I(X;Z) that the masks leave."""
     loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=-100, reduction="sum")
     count = ddp.all_sum((target != -100).sum().float().detach())
     return loss * ddp.world_size() / count.clamp(min=1)
@@ -340,14 +341,14 @@ class Contrastive(nn.Module):
 
 
 class Masked(nn.Module):
-    """2.3, FLAVA-like: picture encoder, text encoder and a fusion of both. All six losses have weight 1: MIM + MLM (one side
-    alone), MMM of patches and of words (both sides masked), ITM (matching), GC (InfoNCE, nothing masked); and the answers of
-    questions as hidden words, where there are questions."""
+    """2.3, FLAVA-like: picture encoder, text encoder, fusion of both. Six losses, all with weight 1: MIM and MLM, masked image
+    and language modelling (one side alone), MMM, masked multimodal modelling of patches and of words (both sides masked), ITM,
+    image-text matching, GC, global contrastive (InfoNCE, nothing masked); and answers as hidden words."""
 
     def __init__(self, cfg, tok, boxes: bool = False):
         super().__init__()
         W, vocab = cfg.width, len(tok) + 1
-        self.mask_id, self.heads = len(tok), ("contrastive", "matching")
+        self.mask_id, self.share, self.heads = len(tok), cfg.mask_words, ("contrastive", "matching")
         self.vision, self.words = Vision(cfg, masks=True), Stack(cfg, cfg.text_depth, vocab)
         self.img_in, self.txt_in, self.cls = nn.Linear(W, W), nn.Linear(W, W), nn.Parameter(torch.zeros(1, 1, W))
         self.fusion = Stack(cfg, cfg.text_depth)
@@ -397,7 +398,7 @@ class Masked(nn.Module):
         valid = lengths(ids)
         codes = self.targets(images, hidden)
         special = ~valid | (ids >= self.mask_id - 2)  # padding, start and end are never hidden
-        masked, target = hide_words(ids, batch["u"][:, : ids.shape[1]], self.mask_id, special, batch["share"])
+        masked, target = hide_words(ids, batch["u"][:, : ids.shape[1]], self.mask_id, special, self.share)
         seen_m, words_m = self.see(images, hidden=hidden), self.read(masked, valid)
         fused = self.fuse(seen_m, words_m, valid)  # MMM: what is hidden on one side may be seen on the other
         N = seen_m.shape[1] - 1
@@ -609,11 +610,9 @@ class Pairs:
 
     def negative(self, row, caption, rng):
         """A caption that is wrong for the picture: exact for generated scenes, two words exchanged in others. It is worded as
-        true ones are, plain once in five times, or its style alone would give it away; and without the pairs of colour and
-        shape that training pictures never show, which would be learned as wrong."""
+        true ones are, plain once in five times, or its style alone would give it away."""
         if self.scenes:
             wrong = [n["scene"] for n in counterparts(self.scenes[row], int(rng.integers(1 << 30)))]
-            wrong = [s for s in wrong if not any(scenes.held_out(t.shape, t.colour) for t in s.things)] or wrong
             other, variant = wrong[rng.integers(len(wrong))], int(rng.integers(1, 1 << 20)) if rng.integers(5) else 0
             text = scenes.caption(other, variant, brief=True)
             named = text != scenes.caption(self.scenes[row], variant, brief=True)  # some wordings leave the difference out
@@ -641,13 +640,16 @@ def existence(name):
 
 
 def counterparts(s, seed):
-    """scenes.negatives without changes of size, which the captions here do not name: {kind, caption, scene}."""
+    """scenes.negatives without changes of size, which captions here do not name, and, while others are left, without pairs of
+    colour and shape that training never shows, which would give them away: {kind, caption, scene}."""
     made = [{**n, "caption": scenes.caption(n["scene"], brief=True)} for n in scenes.negatives(s, seed)]
-    return [n for n in made if n["caption"] != scenes.caption(s, brief=True)]
+    made = [n for n in made if n["caption"] != scenes.caption(s, brief=True)]
+    return [n for n in made if not any(scenes.held_out(t.shape, t.colour) for t in n["scene"].things)] or made
 
 
-def generated(count, seed, cfg, **options) -> Pairs:
-    options = {"objects": (1, cfg.objects), "pairs": "seen", "grid": 2, "region": cfg.region, **options}
+def generated(count, seed, cfg, part="test", **options) -> Pairs:
+    """part: train or test, whose pictures have no object (shape, colour and size) in common; captions do not name the size."""
+    options = {"objects": (1, cfg.objects), "pairs": "seen", "grid": 2, "region": cfg.region, "part": part, **options}
     world = scenes.Source(count, seed, cfg.image_size, brief=True, **options)
     pictures = {"image": torch.from_numpy(world.images).permute(0, 3, 1, 2), "row": torch.arange(count)}
     names = [[t.shape for t in s.things] for s in world.scenes]
@@ -673,10 +675,16 @@ def prepared(split, cfg, env) -> Pairs:
     return Pairs(pictures, captions, objects, [], classes, names, np.zeros(len(found), bool))
 
 
+@lru_cache(maxsize=1)  # the arms of a run share it
+def open_world(cfg, env) -> tuple[Pairs, Pairs, Tokenizer]:
+    train, test = open_pairs("train", cfg, env), open_pairs("test", cfg, env)
+    return train, test, make_tokenizer(train, cfg)
+
+
 def open_pairs(split, cfg, env) -> Pairs:
     if split == "test":
         return prepared("test", cfg, env) if cfg.data else generated(cfg.eval_images, 1_000_003, cfg)
-    pairs = prepared("train", cfg, env) if cfg.data else generated(cfg.pairs, cfg.seed, cfg)
+    pairs = prepared("train", cfg, env) if cfg.data else generated(cfg.pairs, cfg.seed, cfg, "train")
     rng = np.random.default_rng((cfg.seed, 31))
     pairs.noisy = (rng.random(len(pairs.captions)) < cfg.noise) & [len(c) > 0 for c in pairs.captions]
     rows = np.flatnonzero(pairs.noisy)
@@ -686,9 +694,10 @@ def open_pairs(split, cfg, env) -> Pairs:
 
 
 def rows_of(tok, prompts, answers, context):
-    """Start, prompt, answer, end -> ids (B, L) and counted (B, L): True for the answer and the end. Long answers are cut."""
+    """Start, prompt (prompts may be None), answer, end -> ids (B, L) and counted (B, L): True for the answer and the end. Long
+    answers are cut."""
     rows, flags = [], []
-    for prompt, answer in zip(prompts, answers):
+    for prompt, answer in zip(prompts or [""] * len(answers), answers):
         p = tok.encode(prompt)[: context - 3]
         a = tok.encode(answer)[: context - 2 - len(p)]
         if not a:
@@ -715,12 +724,13 @@ def make_batch(pairs: Pairs, part, arm, tok, cfg, micro, first, device):
     # one generator a picture of the global batch; each arm draws what it needs, in this order
     rngs = [np.random.default_rng((cfg.seed, 21, micro, first + i)) for i in range(len(rows))]
     if family == "lm":  # words are quickly learned: few texts do
-        some = [g for i, g in enumerate(rngs, first) if i % 4 == 0] or rngs[:1]
+        some = [g for i, g in enumerate(rngs, first) if i % 4 == 0] or rngs[:1]  # a process with fewer than four has one
         return {"packed": torch.tensor([packed(pairs, tok, g, 2 * cfg.context) for g in some], device=device)}
     captions = [pairs.captions[r][g.integers(len(pairs.captions[r]))] for r, g in zip(rows, rngs)]
     out = {"image": normalised(part["image"].to(device))} if "image" in part else {"features": part["features"]}
-    out["ids"] = rows_of(tok, [""] * len(rows), captions, cfg.context)[0]
-    if family in ("mask", "coca", "frozen") and pairs.classes:
+    if family != "frozen":
+        out["ids"] = rows_of(tok, None, captions, cfg.context)[0]
+    if family in ("mask", "coca", "frozen") and pairs.classes and cfg.asked:
         asked = [pairs.question(r, g) or ("", "no", "") for r, g in zip(rows, rngs) for _ in range(cfg.asked)]
         out["qa"], out["qa_counted"] = rows_of(tok, [q for q, _, _ in asked], [a for _, a, _ in asked], cfg.context)
         out["qa_counted"] &= torch.tensor([[bool(q)] for q, _, _ in asked])  # a picture of which nothing is known
@@ -729,24 +739,23 @@ def make_batch(pairs: Pairs, part, arm, tok, cfg, micro, first, device):
         out["told"], out["told_counted"] = rows_of(tok, tell, captions, cfg.context)
     if arm == "negclip":
         wrong = [pairs.negative(r, c, g) for r, c, g in zip(rows, captions, rngs)]
-        out["negative"] = rows_of(tok, [""] * len(rows), wrong, cfg.context)[0]
+        out["negative"] = rows_of(tok, None, wrong, cfg.context)[0]
     patches = (cfg.image_size // cfg.patch) ** 2
     if arm == "flip":
         keep = max(1, round(patches * (1 - cfg.drop_tokens)))
         out["keep"] = torch.from_numpy(np.stack([np.sort(g.permutation(patches)[:keep]) for g in rngs]))
     if family == "mask":
-        count = max(1, round(cfg.mask_patches * patches))
+        count = round(cfg.mask_patches * patches)
         out["hidden"] = torch.from_numpy(np.stack([hide_patches(cfg.image_size // cfg.patch, count, g) for g in rngs]))
         out["u"] = torch.from_numpy(np.stack([g.random((cfg.context, 2)) for g in rngs]))
         out["right"] = torch.tensor([g.random() >= cfg.wrong for g in rngs])
         maybe = [c if ok else pairs.wrong(r, g) for c, ok, r, g in zip(captions, out["right"], rows, rngs)]
-        out["maybe"] = rows_of(tok, [""] * len(rows), maybe, cfg.context)[0]
-        out["share"] = torch.tensor(cfg.mask_words)
+        out["maybe"] = rows_of(tok, None, maybe, cfg.context)[0]
     if arm == "mask+boxes":
         chosen = [int(g.integers(len(pairs.scenes[r].things))) for r, g in zip(rows, rngs)]
         out["box"] = torch.stack([box_of(pairs.scenes[r], i, cfg.image_size) for r, i in zip(rows, chosen)])
         names = [scenes.name(pairs.scenes[r].things[i], False, False) for r, i in zip(rows, chosen)]
-        out["phrase"] = rows_of(tok, [""] * len(rows), names, cfg.context)[0]
+        out["phrase"] = rows_of(tok, None, names, cfg.context)[0]
     return {k: v.to(device) for k, v in out.items()}
 
 
@@ -1070,25 +1079,31 @@ def zero_shot(score, cfg) -> dict:
 
 
 def compositional(score, cfg) -> dict:
-    """ARO's and SugarCrepe's form by kind, Winoground's form from the same records: each wrong caption has its own picture."""
-    world = generated(cfg.eval_images, 3_000_017, cfg, objects=(2, 2))
-    # every wrong caption comes with the picture that it is true of, which is what Winoground needs
-    made = [(i, n) for i, s in enumerate(world.scenes) for n in counterparts(s, i)]
-    chosen = [m for g in ("replace", "swap", "add") for m in [m for m in made if m[1]["kind"].startswith(g)][: cfg.eval_images]]
-    own = {g: torch.tensor([n["kind"].startswith(g) for _, n in chosen]) for g in ("replace", "swap", "add")}
-    counter = torch.from_numpy(scenes.render([n["scene"] for _, n in chosen], cfg.image_size)).permute(0, 3, 1, 2)
-    texts = [[scenes.caption(world.scenes[i], brief=True) for i, _ in chosen], [n["caption"] for _, n in chosen]]
-    seen, out = [score.see(world.pictures["image"])[[i for i, _ in chosen]], score.see(counter)], {}
-    results = [[score.pairs(x, t) for x in seen] for t in texts]  # [caption][picture]
-    for head in score.model.heads:
-        s = torch.stack([torch.stack([r[head] for r in row], 1) for row in results], 1)  # (n, caption, picture)
-        out |= {f"{head}: {g}": 100 * prefers(s[mine, 0, 0], s[mine, 1, 0])[0] for g, mine in own.items()}
-        for name, value in zip(("text", "image", "group"), winoground(s[own["swap"]])):
-            out[f"{head}: pairs, {name}"] = 100 * value
-        out[f"{head}: ties"] = 100 * prefers(s[:, 0, 0], s[:, 1, 0])[1]
-        if head == "likelihood":  # what the words alone give away
-            a, b = (score.likelihood(score.blank, *score.ids(t)).cpu() for t in texts)
-            out |= {f"{head}: blind {g}": 100 * prefers(a[mine], b[mine])[0] for g, mine in own.items()}
+    """ARO's and SugarCrepe's form by kind, one wrong caption a picture, and the same before a grey picture; Winoground's form
+    from exchanged words, where the wrong caption has its own picture. Words are added to captions with room for one more
+    object, or their length would tell."""
+    out = {}
+    for kind, objects in (("replace", 2), ("swap", 2), ("add", max(1, cfg.objects - 1))):
+        world = generated(cfg.eval_images, 3_000_017, cfg, objects=(objects, objects))
+        made = [[n for n in counterparts(s, i) if n["kind"].startswith(kind)] for i, s in enumerate(world.scenes)]
+        rows = [i for i, some in enumerate(made) if some]
+        wrong = [made[i][i % len(made[i])] for i in rows]
+        texts = [scenes.caption(world.scenes[i], brief=True) for i in rows], [n["caption"] for n in wrong]
+        seen = score.see(world.pictures["image"])[rows]
+        true, false = (score.pairs(seen, t) for t in texts)
+        blind = [score.pairs(score.blank.expand(len(rows), -1, -1), t) for t in texts]
+        for head in score.model.heads:
+            right, ties = prefers(true[head], false[head])
+            out |= {f"{head}: {kind}": 100 * right, f"{head}: {kind}, ties": 100 * ties}
+            if head != "likelihood - blind":
+                out[f"{head}: blind {kind}"] = 100 * prefers(blind[0][head], blind[1][head])[0]
+        if kind == "swap":
+            counter = torch.from_numpy(scenes.render([n["scene"] for n in wrong], cfg.image_size)).permute(0, 3, 1, 2)
+            there = [score.pairs(score.see(counter), t) for t in texts]
+            for head in score.model.heads:
+                s = torch.stack([torch.stack([a[head], b[head]], 1) for a, b in zip((true, false), there)], 1)
+                for name, value in zip(("text", "image", "group"), winoground(s)):  # s (n, caption, picture)
+                    out[f"{head}: pairs, {name}"] = 100 * value
     return out
 
 
@@ -1109,7 +1124,8 @@ def sugarcrepe(score, seen, keys, cfg) -> dict:
     own = seen[[place[Path(r["file"]).stem] for r in rows]]
     a, b, out = score.pairs(own, true), score.pairs(own, wrong), {"SugarCrepe rows": float(len(rows))}
     for head in a:
-        out[f"{head}: SugarCrepe"] = 100 * prefers(a[head], b[head])[0]
+        right, ties = prefers(a[head], b[head])
+        out |= {f"{head}: SugarCrepe": 100 * right, f"{head}: SugarCrepe, ties": 100 * ties}
         for kind in sorted(set(kinds)):
             mine = torch.tensor([k == kind for k in kinds])
             out[f"{head}: SugarCrepe {kind}"] = 100 * prefers(a[head][mine], b[head][mine])[0]
@@ -1152,11 +1168,14 @@ def questions(score, test, rows, seen, cfg) -> dict:
         unclear = [not yes_or_no(f) for f, k in zip(free, kinds) if k not in scenes.OPEN]
         out |= {"VQA free, unclear": 100 * float(np.mean(unclear))} if unclear else {}
     if isinstance(score.model, Frozen) and cfg.shots and test.scenes:
-        solved = generated(cfg.shots, 4_000_037, cfg)  # the same examples before every question
+        solved = generated(cfg.shots, 4_000_037, cfg, "train")  # the same examples before every question
         done = [solved.question(i, np.random.default_rng((8, i))) for i in range(cfg.shots)]
         ids = [[score.tok.start, *score.tok.encode(q), *score.tok.encode(a), score.tok.end] for q, a, _ in done]
-        before = score.model.examples(score.see(solved.pictures["image"]), ids)
-        add("VQA few-shot", constrained(own, before=before)[0])
+        while sum(map(len, ids)) > cfg.context:  # the language model has twice as many positions; the question needs its own
+            ids.pop()
+        if ids:
+            before = score.model.examples(score.see(solved.pictures["image"]), ids)
+            add("VQA few-shot", constrained(own, before=before)[0])
     objects = [test.objects[r] for r in rows]
     for setting in ("random", "popular", "adversarial"):
         made = pope_questions(objects, test.classes, setting, np.random.default_rng(9))
@@ -1242,8 +1261,9 @@ def best_pairs(pairs, tok, cfg, env):
     """Rows with the highest CLIPScore under the arm infonce, share --keep of them -> rows, precision in percent (we know which
     captions are wrong), that of a random choice."""
     score = Scorer(build(replace(cfg, arms="infonce"), tok, env, True), tok, cfg, env.device)
-    rows = pairs.pictures["row"].tolist()
-    cos = score.pairs(score.see(pairs.pictures["image"]), [pairs.captions[r][0] for r in rows])["cosine"]
+    rows, images = pairs.pictures["row"].tolist(), pairs.pictures["image"]
+    parts = [(images[i : i + 256], [pairs.captions[r][0] for r in rows[i : i + 256]]) for i in range(0, len(rows), 256)]
+    cos = torch.cat([score.pairs(score.see(x), texts)["cosine"] for x, texts in parts])
     best = cos.argsort(descending=True, stable=True)[: max(cfg.batch_size, round(cfg.keep * len(rows)))].sort().values
     good = ~pairs.noisy[rows]
     return best, 100 * float(good[best].mean()), 100 * float(good.mean())
@@ -1251,9 +1271,8 @@ def best_pairs(pairs, tok, cfg, env):
 
 def train(cfg: Config) -> dict:
     """One arm (cfg.arms names it), in cfg.out_dir. Returns its metrics."""
-    env, out, family = ddp.start(cfg.seed), Path(cfg.out_dir), ARMS[cfg.arms][0]
-    pairs, test, extra = open_pairs("train", cfg, env), open_pairs("test", cfg, env), {}
-    tok = make_tokenizer(pairs, cfg)
+    env, out, family, extra = ddp.start(cfg.seed), Path(cfg.out_dir), ARMS[cfg.arms][0], {}
+    pairs, test, tok = open_world(replace(cfg, out_dir="", arms="", steps=0), env)
     if cfg.arms == "mask+boxes" and not pairs.scenes:
         raise ValueError("the arm mask+boxes needs generated scenes, whose objects have one name each; leave --data out")
     if cfg.arms == "filtered":
@@ -1265,10 +1284,12 @@ def train(cfg: Config) -> dict:
     model = build(cfg, tok, env)
     if family == "mask":
         model.codebook.copy_(codebook(pairs, cfg))
-    if family == "frozen" and isinstance(pairs.pictures, dict):  # nothing changes a picture: look at each once
+    floats = len(pairs.captions) * (cfg.image_size // cfg.patch) ** 2 * cfg.width
+    if family == "frozen" and isinstance(pairs.pictures, dict) and 4 * floats < cfg.memory_gb * 2**30:
+        # nothing changes a picture: look at each once
         blocks = tqdm(pairs.pictures["image"].split(256), "features", disable=not env.is_main, mininterval=5)
         parts = [model.features(normalised(x.to(env.device))) for x in blocks]
-        pairs.pictures = {"features": torch.cat(parts), "row": pairs.pictures["row"]}
+        pairs = replace(pairs, pictures={"features": torch.cat(parts), "row": pairs.pictures["row"]})
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
     rate = cfg.lr * (3 if cfg.arms in ("frozen", "frozen+lora") else 1)  # few new weights between frozen ones
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), rate, (0.9, 0.98), fused=True)
@@ -1277,7 +1298,6 @@ def train(cfg: Config) -> dict:
     stream = data.endless(pairs.pictures, cfg.image_size, size, env, cfg.seed, start * cfg.accum, cfg.workers, cfg.max_bad)
     log, first = RunLog(cfg, env, cfg.arms, start), env.rank * env.share(size)
     for step in range(start, cfg.steps):
-        ddp.reseed(cfg.seed, env.rank, step)
         optim.set_lr(opt, optim.warmup_cosine(step, cfg.steps, cfg.warmup, rate))
         mean_loss = 0.0
         for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
@@ -1346,25 +1366,22 @@ def check(cfg: Config) -> None:
                 raise ValueError(f"--{name} {given}: {value!r} is unknown; choose from {', '.join(map(repr, known))}")
     if set(cfg.kinds.split(",")) == {"relation"}:
         raise ValueError("--kinds relation needs another kind beside it, for pictures with one object")
-    cli.within(cfg, "steps pairs eval_images patch width depth heads text_depth "
-               "lm_depth embed_dim codes mixtures lora asked objects image_size", 1)  # fmt: skip
+    cli.within(cfg, "steps pairs eval_images image_size patch width depth heads text_depth lm_depth embed_dim codes", 1)
+    cli.within(cfg, "mixtures lora", 1)
+    cli.within(cfg, "noise keep mask_words mask_patches wrong drop_tokens", 0, 1)
+    cli.within(cfg, "objects", 1, 3)
+    cli.within(cfg, "asked shots", 0)
+    cli.within(cfg, "context", 8)
     if cfg.patch < 2 or cfg.patch & (cfg.patch - 1):
         raise ValueError(f"--patch {cfg.patch} must be a power of two, 2 at least")
     stem = [max(16, cfg.width >> i) for i in range(cfg.patch.bit_length() - 1)]
     if cfg.width < 16 or any(w % 8 for w in stem) or cfg.width % cfg.heads:
         raise ValueError(f"--width {cfg.width} must be 16 at least, a multiple of --heads {cfg.heads}, and the channels of the "
                          f"convolutions before it ({', '.join(map(str, stem))}) multiples of 8")  # fmt: skip
-    if not 0 <= cfg.shots <= 3:
-        raise ValueError(f"--shots {cfg.shots} must be 0 to 3: more do not fit in front of a question")
-    if cfg.objects > 3:
-        raise ValueError(f"--objects {cfg.objects} is more than the three that a generated picture may hold")
-    for name in ("noise", "keep", "mask_words", "mask_patches", "wrong", "drop_tokens"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise ValueError(f"--{name} {getattr(cfg, name)} must be a share from 0 to 1")
     if cfg.batch_size % cfg.accum:
         raise ValueError(f"--batch_size {cfg.batch_size} is no multiple of --accum {cfg.accum}")
-    if cfg.image_size % cfg.patch or cfg.context < 8:
-        raise ValueError(f"--image_size {cfg.image_size} must be a multiple of --patch {cfg.patch}, --context at least 8")
+    if cfg.image_size % cfg.patch:
+        raise ValueError(f"--image_size {cfg.image_size} must be a multiple of --patch {cfg.patch}")
     if cfg.eval_data and not cfg.data:
         raise ValueError(f"--eval_data {cfg.eval_data} needs --data: a model of generated scenes knows no photographs")
     if cfg.sugarcrepe and not (cfg.data and Path(cfg.sugarcrepe).is_file()):
@@ -1381,7 +1398,7 @@ def run(cfg: Config) -> dict:
     for arm in cfg.arms.split(","):
         wanted += [a for a in (*ARMS[arm][1], arm) if a not in wanted]
     for arm in wanted:
-        steps = min(cfg.steps, 1_000) if arm == "lm" else cfg.steps  # the grammar of captions is soon learned
+        steps = min(cfg.steps, 1_000) if arm == "lm" else cfg.steps
         one = replace(cfg, arms=arm, out_dir=str(out / arm), steps=steps)
         done = Path(one.out_dir, "metrics.json")
         old = json.loads(Path(one.out_dir, "config.json").read_text()) if done.exists() else {}
@@ -1399,7 +1416,8 @@ def run(cfg: Config) -> dict:
 def report(cfg, scores) -> None:
     heads = {f"{arm}, {h}" if h != "cosine" else arm: {k.split(": ", 1)[1]: v for k, v in s.items() if k.startswith(f"{h}: ")}
              for arm, s in scores.items() for h in dict.fromkeys(k.split(": ")[0] for k in s if ": " in k)}  # fmt: skip
-    chance = {"zero-shot": 100 / 72, "zero-shot, unseen pairs": 100 / 72, "text to image R@1": None, "image to text R@1": None,
+    one = None if cfg.data else 100 / cfg.eval_images
+    chance = {"zero-shot": 100 / 72, "zero-shot, unseen pairs": 100 / 72, "text to image R@1": one, "image to text R@1": one,
               "replace": 50.0, "swap": 50.0, "add": 50.0, "pairs, text": 25.0, "pairs, image": 25.0, "pairs, group": 100 / 6,
               "SugarCrepe": 50.0}  # fmt: skip
     columns = [c for c in chance if any(c in h for h in heads.values())]
