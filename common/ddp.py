@@ -217,6 +217,11 @@ def _on_any_rank(said: bool) -> bool:
     return bool(flag.item())
 
 
+def asked_to_stop() -> bool:
+    """Whether this process was, for loops in which processes do not wait for each other."""
+    return _asked > 0
+
+
 def interrupted() -> bool:
     """True on every rank as soon as one rank was asked to stop. Several processes: a tiny message, call it on logging steps."""
     global _asked

@@ -5,7 +5,8 @@ Paper      Manas, Astolfi, Hall, Ross, Urbanek, Williams, Agrawal, Romero-Sorian
 Idea       A text-to-image model ignores parts of a prompt; the same content in other words comes out better. So draw pictures
            for a prompt, score how well they agree with the USER'S prompt, show a language model the best prompts so far with
            their scores, element by element, and ask for better ones. Repeat. Nothing is trained.
-Equations  Sec. 3, loop -> optimise()     its message -> meta_prompt()     decomposed CLIPScore -> dcs()     DSG -> dsg_score()
+Equations  Sec. 3, loop -> optimise()     its message -> meta_prompt()     decomposed CLIPScore -> dcs()     Davidsonian scene
+           graph, DSG: yes-or-no questions about a prompt's parts, some of which depend on others -> dsg_score()
 Read first section 2, meta_prompt() and ChatClient in section 3, then run(); generators and scorers can be replaced
 Symbols    p0 user prompt; f language model, g generator, S score; T iterations, n prompts each, m pictures each, k in history
 Run        python methods/opt2i.py [--preset smoke]                         (CPU, no files; 3.2 min on two quiet cores)
@@ -94,8 +95,8 @@ class Config:
     structure: bool = False  # meta-prompt: simple words, foreground and background apart
     methods: str = "opt2i,paraphrase,oneshot,seeds"  # comma list, all of equal budget; 20x2: iterations x prompts
     fresh: int = 16  # pictures of new seeds on which first and best prompt are compared
-    proposer: str = "lm"  # lm (the stand-in), grammar (rules), http
-    llm_url: str = ""  # base url of an OpenAI-compatible server; implies --proposer http
+    proposer: str = "lm"  # lm (the stand-in) or grammar (rules), without --llm_url
+    llm_url: str = ""  # base url of an OpenAI-compatible server
     llm_model: str = ""  # its name; "" = the server's first
     llm_key: str = "OPENAI_API_KEY"  # NAME of the environment variable with the key
     max_tokens: int = 1024  # of an answer
@@ -103,7 +104,7 @@ class Config:
     timeout: float = 120.0  # seconds a request
     replay: str = ""  # exchanges.jsonl of an earlier run: its answers, no request
     painter: str = "painter_middle"  # stand-in text-to-image model: painter_early, painter_middle, painter
-    guidance: float = 3.0  # classifier-free guidance; the paper: 7.5
+    guidance: float = 3.0  # of the stand-in: classifier-free guidance; the paper: 7.5
     sampler_steps: int = 16  # of the stand-in
     image_command: str = ""  # command that writes a picture: {prompt}, {seed} and {out} are filled in, one call a picture
     image_url: str = ""  # base url of an OpenAI-style server with /images/generations; key: IMAGE_API_KEY
@@ -132,7 +133,8 @@ def optimise(prompt, generate, score, propose, iterations=30, candidates=5, hist
 
     generate(p) -> pictures, from the same seeds for every p; score(p0, pictures) -> (score, elements), ALWAYS against the
     user prompt; propose(p0, best k in increasing order, n) -> n new prompts at once. -> (best, trace): the Scored of every
-    iteration, the user prompt alone first. Stops at the target; there is no patience. The user prompt may leave the history."""
+    iteration, the user prompt alone first. Stops at the first prompt that reaches the target, also within an iteration;
+    there is no patience. The user prompt may leave the history."""
 
     def evaluate(p):
         return Scored(p, *score(prompt, generate(p)))
@@ -142,12 +144,13 @@ def optimise(prompt, generate, score, propose, iterations=30, candidates=5, hist
     for _ in range(iterations):
         if best.score >= target:
             break
-        fresh = []
+        trace.append([])
         for p in propose(prompt, sorted(top, key=lambda s: s.score), candidates):
-            if p.casefold() not in seen and len(fresh) < candidates:  # duplicates of anything in the run
+            if p.casefold() not in seen and len(trace[-1]) < candidates:  # no duplicates of anything in the run
                 seen.add(p.casefold())
-                fresh.append(p)
-        trace.append([evaluate(p) for p in fresh])
+                trace[-1].append(evaluate(p))
+                if trace[-1][-1].score >= target:
+                    break
         top = sorted(top + trace[-1], key=lambda s: -s.score)[:history]  # stable: ties keep the earlier one
         best = max([best, *trace[-1]], key=lambda s: s.score)
     return best, trace
@@ -239,7 +242,8 @@ def parse_candidates(text, limit=1000) -> list[str]:
     found = [f for f in found if f.strip()] or re.findall(r"^[ \t]{0,9}\d{1,4}[ \t]{0,3}[.):](.+)$", text, flags=re.M)
     out, seen = [], set()
     for raw in found[:limit]:
-        p = re.sub(r"^\d{1,4}[.)] ", "", " ".join(raw.split())).strip().strip("\"'“”‘’<>").strip()
+        p = re.sub(r"^\d{1,4}[.)] ", "", " ".join(raw.split())).strip(" <>")
+        p = p[1:-1].strip() if p[:1] + p[-1:] in ('""', "''", "“”", "‘’") and len(p) > 1 else p
         placeholder = re.fullmatch(r"paraphrase \d+|\.+", p, flags=re.I)
         if p and p.casefold() not in seen and len(p.split()) < 77 and len(p) < 1000 and not placeholder:
             seen.add(p.casefold())
@@ -248,11 +252,15 @@ def parse_candidates(text, limit=1000) -> list[str]:
 
 
 class ServerError(ValueError):
-    """A request that failed for good, with one sentence that says why."""
+    """A request that failed for good, with one sentence that says why. status: that of HTTP, or 0."""
+
+    def __init__(self, text, status=0):
+        super().__init__(text)
+        self.status = status
 
 
 class Refused(ServerError):
-    """This prompt will not be drawn; another may be."""
+    """This prompt will not be drawn; another may be. Generators raise it."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -298,8 +306,7 @@ class ChatClient:
             except urllib.request.HTTPError as error:
                 problem = f"status {error.code}: {_start(error)}"
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
-                    kind = Refused if error.code in (400, 413, 422) else ServerError
-                    raise kind(f"{self.base}{path} refused the request with {problem}") from error
+                    raise ServerError(f"{self.base}{path} refused the request with {problem}", error.code) from error
             except (OSError, ValueError, http.client.HTTPException, RecursionError) as error:  # down, slow, cut off, not JSON
                 problem = f"{type(error).__name__}: {error}"
             if attempt < self.retries:
@@ -332,15 +339,15 @@ class ChatClient:
         try:
             reply = self.request("/chat/completions", body)
         except ServerError as error:
-            if self.fold or not system or "status 400" not in str(error) or "system" not in str(error).lower():
+            if self.fold or not system or error.status != 400 or "system" not in str(error).lower():
                 raise
             self.fold = True
             body["messages"] = messages()
             reply = self.request("/chat/completions", body)
         text = _content(reply)
+        usage = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
         for name in ("prompt_tokens", "completion_tokens"):
-            count = (reply.get("usage") or {}).get(name) if isinstance(reply.get("usage"), dict) else None
-            self.usage[name] += count if isinstance(count, int) else 0
+            self.usage[name] += usage[name] if isinstance(usage.get(name), int) else 0
         if self.log:
             with open(self.log, "a", encoding="utf-8") as f:
                 sent = {"key": key, "model": self.model, "system": system, "user": user}
@@ -367,15 +374,15 @@ def _start(answer) -> str:
 
 def _content(reply) -> str:
     """choices[0].message.content of any answer, "" where it is missing or not a text. An answer that was cut off ends with its
-    last whole prompt."""
+    last whole prompt, or with its last whole line."""
     try:
         text, cut = reply["choices"][0]["message"]["content"], reply["choices"][0].get("finish_reason") == "length"
     except (KeyError, IndexError, TypeError, AttributeError):
         return ""
     if not isinstance(text, str):
         return ""
-    text, last = text.encode("utf-8", "replace").decode(), text.lower().rfind("</prompt>")
-    return text[: last + len("</prompt>")] if cut and last >= 0 else text
+    last = text.lower().rfind("</prompt>")
+    return text if not cut else text[: last + len("</prompt>")] if last >= 0 else text.rpartition("\n")[0]
 
 
 def _read_exchanges(path) -> dict[str, list[str]]:
@@ -392,30 +399,23 @@ def _read_exchanges(path) -> dict[str, list[str]]:
 
 
 class HttpProposer:
-    """f by a server. As long as an answer brings new prompts and some are missing, it is asked again; then what is there."""
+    """f by a server; without a history it paraphrases. As long as an answer brings new prompts and some are missing, it is
+    asked again, and told what it gave."""
 
     def __init__(self, client, cfg):
         self.client, self.cfg = client, cfg
 
-    def _ask(self, messages, n):
-        out = parse_candidates(self.client.chat(*messages))
-        for attempt in range(2 + n // 5):
-            if len(out) >= n:
-                break
-            again = f"{messages[1]}\nGive {n - len(out)} other prompts ({attempt + 1}), between <PROMPT> and </PROMPT>."
-            new = [p for p in parse_candidates(self.client.chat(messages[0], again)) if p not in out]
-            out += new
-            if not new:
-                break
-        return out[:n]
-
     def propose(self, prompt, history, n):
         c = self.cfg
-        message = meta_prompt(prompt, history, n, c.score, c.conciseness, c.prioritise, c.reasoning, c.structure)
-        return self._ask(message, n)
-
-    def paraphrase(self, prompt, n):
-        return self._ask(paraphrase_prompt(prompt, n), n)
+        system, user = (meta_prompt(prompt, history, n, c.score, c.conciseness, c.prioritise, c.reasoning, c.structure)
+                        if history else paraphrase_prompt(prompt, n))  # fmt: skip
+        out = new = parse_candidates(self.client.chat(system, user))
+        while new and len(out) < n:
+            given = "".join(f"<PROMPT>{p}</PROMPT>\n" for p in out)
+            again = f"{user}\n\nYou gave\n{given}Give {n - len(out)} others, between <PROMPT> and </PROMPT>."
+            new = [p for p in parse_candidates(self.client.chat(system, again)) if p not in out]
+            out = out + new
+        return out[:n]
 
 
 class Grammar:
@@ -437,9 +437,6 @@ class Grammar:
                 break
         return out
 
-    def paraphrase(self, prompt, n):
-        return self.propose(prompt, [], n)
-
 
 class LmProposer:
     """f by the small stand-in. What does not keep p0's meaning is thrown away; rules fill up."""
@@ -456,10 +453,9 @@ class LmProposer:
             p = self.tok.decode(row)
             if p != prompt and p not in out and zoo.same_meaning(p, prompt):
                 out.append(p)
-        return (out + [p for p in self.rules.propose(prompt, history, n) if p not in out])[:n]
-
-    def paraphrase(self, prompt, n):
-        return self.propose(prompt, [], n)
+        if len(out) < n:
+            out += [p for p in self.rules.propose(prompt, history, n) if p not in out]
+        return out[:n]
 
 
 # 4. DATA: prompts with questions, generators, scorers ------------------------------------------------------------------------
@@ -471,7 +467,6 @@ class Task:
     questions: dict = field(default_factory=dict)
     parents: dict = field(default_factory=dict)
     scene: scenes.Scene | None = None
-    asked: list = field(default_factory=list)
 
 
 def make_tasks(cfg) -> list[Task]:
@@ -482,7 +477,7 @@ def make_tasks(cfg) -> list[Task]:
         s = scenes.scene(i, cfg.seed * 1000 + 800, (2, 2), grid=2)
         asked = [q for q in scenes.questions(s) if q["kind"] != "place" and "solid" not in q["about"]]
         texts, parents = ({q["id"]: q[k] for q in asked} for k in ("text", "parents"))
-        out.append(Task(zoo.ground_first(scenes.caption(s)), texts, parents, s, asked))
+        out.append(Task(zoo.ground_first(scenes.caption(s)), texts, parents, s))
     return out
 
 
@@ -551,7 +546,12 @@ def by_command(cfg, prompt, seed):
 def by_endpoint(client, prompt, seed):
     """OpenAI-style image endpoint, one picture a request, since not every server knows n; some know a seed."""
     body = {"prompt": prompt, "n": 1, "response_format": "b64_json", "seed": seed}
-    reply = client.request("/images/generations", body)
+    try:
+        reply = client.request("/images/generations", body)
+    except ServerError as error:
+        if error.status in (400, 413, 422):
+            raise Refused(str(error)) from error
+        raise
     try:
         blob = base64.b64decode(reply["data"][0]["b64_json"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -564,9 +564,9 @@ class Scorer:
 
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, device
-        if cfg.score == "dsg":
+        if cfg.score == "dsg" and not cfg.vqa_url:
             self.reader = zoo.load_vqa().to(device)
-        else:
+        elif cfg.score == "dcs":
             self.clip = (load_clip(cfg.clip) if cfg.clip else zoo.load_clip()).to(device).eval()
             self.tok = Tokenizer.from_clip(cfg.tokenizer) if cfg.clip else zoo.load_tokenizer()
         self.server = ChatClient(cfg.vqa_url, "", os.environ.get("VQA_API_KEY", ""), cfg.timeout, temperature=0.0,
@@ -576,21 +576,19 @@ class Scorer:
         return self.dsg(task, images) if self.cfg.score == "dsg" else self.dcs(task, images)
 
     def answers(self, task, images) -> list[dict]:
-        """For each picture {question id: bool}: by the stand-in for generated prompts, else by the server."""
-        if task.scene is not None:
+        """For each picture {question id: bool}: by the server, or by the stand-in for generated prompts."""
+        if not self.server:
             said = self.reader.answer(images.to(self.device), [list(task.questions.values())] * len(images))
             return [dict(zip(task.questions, row)) for row in said]
         out = []
         for img in images:
             png = io.BytesIO()
             img.save(png, format="PNG")
-            ask = {i: f"{text} Answer yes or no." for i, text in task.questions.items()}
-            out.append({i: is_yes(self.server.chat("", text, [png.getvalue()])) for i, text in ask.items()})
+            out.append({i: is_yes(self.server.chat("", f"{text} Answer yes or no.", [png.getvalue()]))
+                        for i, text in task.questions.items()})  # fmt: skip
         return out
 
     def dsg(self, task, images):
-        if not task.questions:
-            raise ValueError(f"the prompt {task.prompt!r} has no questions; take prompts from DSG-1k, or --score dcs")
         answers = self.answers(task, images)
         scores = [dsg_score(a, task.parents, not self.cfg.official_dsg) for a in answers]
         elements = [(t, float(np.mean([a[i] for a in answers]))) for i, t in task.questions.items()]
@@ -650,7 +648,7 @@ def search(method, task, draw, scorer, proposer, cfg) -> Found:
         try:
             return draw(p, cfg.images, seed)
         except (Refused, data.BadSample) as error:  # a bad prompt, not the end of the run
-            if p == task.prompt:
+            if p == task.prompt and seed == cfg.seed:
                 raise
             print(f"no picture for {p[:60]!r}: {error}", file=sys.stderr)
             return None
@@ -660,7 +658,7 @@ def search(method, task, draw, scorer, proposer, cfg) -> Found:
     def score(_, images):  # scorers know the user prompt by the task
         nonlocal drawing, shown, top
         t = time.perf_counter()
-        mean, elements, each = (worst, [], [worst] * cfg.images) if images is None else scorer(task, images)
+        mean, elements, each = (worst, [], []) if images is None else scorer(task, images)
         pictures.extend(each)
         if mean > top:
             shown, top = [*shown[:1], images], mean
@@ -675,7 +673,7 @@ def search(method, task, draw, scorer, proposer, cfg) -> Found:
         best = Scored(task.prompt, top_k_mean(pictures, cfg.images))
         trace = [[first], [best]]
     else:  # oneshot is one iteration, whose history holds the user prompt alone
-        propose = proposer.propose if method != "paraphrase" else lambda p, history, n: proposer.paraphrase(p, n)
+        propose = proposer.propose if method != "paraphrase" else lambda p, history, n: proposer.propose(p, [], n)
         best, trace = optimise(task.prompt, generate, score, propose, iterations, n, cfg.history, cfg.target)
     return Found(best, trace, pictures, [shown[0], shown[-1]], time.perf_counter() - began, drawing)
 
@@ -713,7 +711,7 @@ def solve_task(i, task, draw, scorer, cfg, out, client) -> dict:
         best, trace, clock[method] = found.best, found.trace, (found.drawing, found.seconds)
         result["methods"][method] = {
             "first": trace[0][0].score, "best": best.score, "prompt": best.prompt, "fresh_first": base,
-            "fresh_best": with_fresh_seeds(best.prompt),
+            "fresh_best": math.nan if method == "seeds" else with_fresh_seeds(best.prompt),
             "iterations": len(trace) - 1, "prompts": sum(map(len, trace)), "pictures": len(found.pictures),
             "picture_scores": found.pictures, "curve": [[s.score for s in part] for part in trace],
             "words": len(best.prompt.split()), "elements": best.elements}  # fmt: skip
@@ -730,33 +728,47 @@ def searched(cfg) -> list[str]:
 
 def selections(results, cfg) -> tuple[list[int], dict[str, list[float]]]:
     """Post-hoc selection (paper, Sec. 3.5): -> numbers k, method -> mean score of its k best pictures, DSG in percent, cosines
-    times 100; over prompts that were not right at once; k up to what every search drew (all draw alike with --target 2)."""
-    some = [r["methods"] for r in results if all(m["first"] < cfg.target for m in r["methods"].values())]
+    times 100; over prompts that were not right at once. Of every search the pictures up to the number that the shortest one
+    drew: the best of many are better than the best of few. Searches of full length: --target 2."""
+    some = [r["methods"] for r in results if all(not right_at_once(m, cfg) for m in r["methods"].values())]
     most = min((len(m["picture_scores"]) for s in some for m in s.values()), default=0)
     ks = [k for k in (1, 4, 10, 25, 50, 100, 200, 400, 600) if k < most]
     if most:
         ks.append(most)
-    return ks, {name: [100 * float(np.mean([top_k_mean(s[name]["picture_scores"], k) for s in some])) for k in ks]
+    return ks, {name: [100 * float(np.mean([top_k_mean(s[name]["picture_scores"][:most], k) for s in some])) for k in ks]
                 for name in cfg.methods.split(",")}  # fmt: skip
 
 
+def right_at_once(found, cfg) -> bool:
+    """The user's prompt has nothing to gain; a cosine always has."""
+    return cfg.score == "dsg" and found["first"] >= 1
+
+
+def mean_error(values) -> tuple[float, float]:
+    """Mean and its standard error over prompts, without NaN."""
+    v = np.array([x for x in values if not math.isnan(x)])
+    return (v.mean() if len(v) else math.nan), (v.std(ddof=1) / math.sqrt(len(v)) if len(v) > 1 else math.nan)
+
+
 def summary(results, cfg) -> tuple[list[list], dict]:
-    """Rows: gain on the searched seeds, on fresh ones, without prompts that were right at once, iterations, pictures."""
-    rows, out = [], {}
+    """Rows: gain on the searched seeds, on fresh ones with its standard error over prompts, without prompts that were right at
+    once, iterations, pictures up to the stop. "seeds" selects pictures, so that fresh ones say nothing."""
+    rows, out, fresh = [], {}, {}
     for method in cfg.methods.split(","):
         some = [r["methods"][method] for r in results]
-        on_searched = [gain(s["first"], s["best"], cfg.score) for s in some]
-        fresh = [gain(s["fresh_first"], s["fresh_best"], cfg.score) for s in some]
-        hard = [g for g, s in zip(fresh, some) if s["first"] < cfg.target]
-        half = 1.96 * np.nanstd(fresh, ddof=1) / math.sqrt(len(fresh)) if len(fresh) > 1 else math.nan
-        values = {"gain": np.nanmean(on_searched), "fresh_gain": np.nanmean(fresh), "fresh_half": half,
-                  "fresh_gain_hard": np.nanmean(hard) if hard else math.nan,
+        fresh[method] = [gain(s["fresh_first"], s["fresh_best"], cfg.score) for s in some]
+        hard = [g for g, s in zip(fresh[method], some) if not right_at_once(s, cfg)]
+        mean, error = mean_error(fresh[method])
+        values = {"gain": mean_error([gain(s["first"], s["best"], cfg.score) for s in some])[0], "fresh_gain": mean,
+                  "fresh_error": error, "fresh_gain_hard": mean_error(hard)[0],
                   **{k: np.mean([s[k] for s in some]) for k in ("iterations", "pictures", "words")}}  # fmt: skip
         out |= {f"{method}_{k}": float(v) for k, v in values.items()}
-        fresh_text = "pictures are selected" if method == "seeds" else f"{values['fresh_gain']:+.1f} +- {half:.1f}"
-        hard_text = "" if method == "seeds" else f"{values['fresh_gain_hard']:+.1f}"
-        rows.append([method, f"{values['gain']:+.1f}", fresh_text, hard_text, f"{values['iterations']:.1f}",
+        rows.append([method, f"{values['gain']:+.1f}", *(["", ""] if method == "seeds" else
+                     [f"{mean:+.1f} +- {error:.1f}", f"{values['fresh_gain_hard']:+.1f}"]), f"{values['iterations']:.1f}",
                      f"{values['pictures']:.0f}", f"{values['words']:.0f}"])  # fmt: skip
+    if {"opt2i", "paraphrase"} <= fresh.keys():
+        mean, error = mean_error([a - b for a, b in zip(fresh["opt2i"], fresh["paraphrase"])])
+        rows.append(["opt2i - paraphrase", "", f"{mean:+.1f} +- {error:.1f}", "", "", "", ""])
     return rows, out
 
 
@@ -790,7 +802,7 @@ def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
     if cfg.data:
         raise ValueError("--data is not used here: prompts come by --prompts")
-    for name, known in {"score": ("dsg", "dcs"), "proposer": ("lm", "grammar", "http"),
+    for name, known in {"score": ("dsg", "dcs"), "proposer": ("lm", "grammar"),
                         "painter": ("painter_early", "painter_middle", "painter")}.items():  # fmt: skip
         if getattr(cfg, name) not in known:
             raise ValueError(f"--{name} {getattr(cfg, name)} is unknown; choose from {', '.join(known)}")
@@ -807,8 +819,6 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--prompts {cfg.prompts} must be at least 1, or a file")
     if not cfg.temperature > 0 and not (cfg.llm_url or cfg.replay):
         raise ValueError(f"--temperature {cfg.temperature} must be above 0 for the stand-in language model")
-    if cfg.proposer == "http" and not (cfg.llm_url or cfg.replay):
-        raise ValueError("--proposer http needs --llm_url, like http://localhost:8000/v1")
     if cfg.clip and not cfg.tokenizer:
         raise ValueError("--clip needs --tokenizer, CLIP's merges file")
     if not cfg.prompts.isdigit() and searched(cfg) and not (cfg.llm_url or cfg.replay):
@@ -816,8 +826,9 @@ def check(cfg: Config) -> None:
     if cfg.prompts.isdigit() == bool(cfg.image_command or cfg.image_url):
         raise ValueError("--prompts from a file need a generator of your own, --image_command or --image_url, and generated "
                          "prompts the stand-in")  # fmt: skip
-    if not cfg.prompts.isdigit() and cfg.score == "dsg" and not cfg.vqa_url:
-        raise ValueError("--score dsg on prompts from a file needs --vqa_url, a server that sees pictures; or use --score dcs")
+    if (cfg.score == "dsg" and not cfg.prompts.isdigit()) != bool(cfg.vqa_url):
+        raise ValueError("--score dsg on prompts from a file needs --vqa_url, a server that sees pictures, or use --score dcs; "
+                         "nothing else uses --vqa_url")  # fmt: skip
     if cfg.replay and Path(cfg.replay).resolve().parent == Path(cfg.out_dir).resolve():
         raise ValueError(f"--replay {cfg.replay} lies in --out_dir, whose results it would replace; choose another --out_dir")
 
@@ -826,24 +837,27 @@ def run(cfg: Config) -> dict:
     """Every prompt by every method. Prints gains on searched and on fresh seeds, set metrics before and after."""
     check(cfg)
     tasks = make_tasks(cfg) if cfg.prompts.isdigit() else read_tasks(cfg.prompts, cfg.limit, cfg.challenges)
+    if cfg.score == "dsg" and (bare := [t.prompt for t in tasks if not t.questions]):
+        raise ValueError(f"the prompt {bare[0]!r} has no questions; take prompts from DSG-1k, or --score dcs")
     budget = 1 + cfg.steps * cfg.candidates
     methods = cfg.methods.split(",")
     if cfg.dry_run:
         scored = len(methods) * budget * cfg.images + cfg.fresh * (1 + len(methods))  # search, fresh seeds; of one prompt
         shown = 2 * cfg.fresh if cfg.prompts.isdigit() else 0  # set metrics
         asked = max(len(t.questions) for t in tasks) if cfg.vqa_url else 0
-        messages = sum(iterations_of(m, cfg)[0] for m in searched(cfg))
+        messages = sum(iterations_of(m, cfg)[0] for m in searched(cfg)) if cfg.llm_url else 0
         print(f"{len(tasks)} prompts x {len(methods)} methods: at most {len(tasks) * len(methods) * budget:,} prompts, "
               f"{len(tasks) * (scored + shown):,} pictures, {len(tasks) * scored * asked:,} calls of the VQA server, and "
               f"{len(tasks) * messages:,} calls of the language model, more where it sends too few; none was made")  # fmt: skip
         return {}
-    env, out = ddp.start(cfg.seed, timeout_s=7200), Path(cfg.out_dir)
+    env, out = ddp.start(cfg.seed, timeout_s=7 * 86_400), Path(cfg.out_dir)  # processes wait for the slowest at the end
     out.mkdir(parents=True, exist_ok=True)
     client = None
     if cfg.llm_url or cfg.replay:
         log = out / "exchanges.jsonl"  # of all processes
-        client = ChatClient(cfg.llm_url, cfg.llm_model, os.environ.get(cfg.llm_key, ""), cfg.timeout, 5, 1.0, cfg.temperature,
-                            cfg.max_tokens, cfg.token_field, log, cfg.replay or None)  # fmt: skip
+        client = ChatClient(cfg.llm_url, cfg.llm_model, os.environ.get(cfg.llm_key, ""), cfg.timeout, log=log,
+                            temperature=cfg.temperature, max_tokens=cfg.max_tokens, token_field=cfg.token_field,
+                            replay=cfg.replay or None)  # fmt: skip
     config = out / "config.json"
     if env.is_main and not (config.exists() and ckpt.same_config(json.loads(config.read_text()), cfg) and cfg.resume):
         for old in (*out.glob("[0-9]*.json"), *out.glob("exchanges.jsonl")):
@@ -861,8 +875,9 @@ def run(cfg: Config) -> dict:
                 clocks.append(solve_task(i, task, draw, scorer, cfg, out, client))
             except (Refused, data.BadSample) as error:  # the user prompt itself
                 write_json(out / f"{i:03d}.json", {"prompt": task.prompt, "refused": str(error)})
-        if env.world == 1 and ddp.interrupted():
+        if ddp.asked_to_stop():
             raise KeyboardInterrupt
+    usage = ddp.gather_lists([client.usage] if client else [])
     if env.world > 1:
         torch.distributed.barrier()
     if not env.is_main:
@@ -880,27 +895,28 @@ def run(cfg: Config) -> dict:
     proposer = "replay" if cfg.replay else "http" if cfg.llm_url else cfg.proposer
     print(f"\n{len(tasks)} prompts, {cfg.score}, proposer: {proposer}, {cfg.images} pictures a prompt, {cfg.fresh} fresh ones")
     unit = "points" if cfg.score == "dsg" else "%"
-    head = ["method", f"gain, {unit}", "gain on fresh seeds", "... if not perfect", "iterations", "pictures", "words"]
+    head = ["method", f"gain, {unit}", "gain on fresh seeds", "... if not right at once", "iterations", "pictures", "words"]
     print(table(rows, head))
     paper = {"dsg": "OPT2I +10.9 to +24.9, paraphrasing +10.5 to +22.2",
              "dcs": "OPT2I +9.3 to +12.2, paraphrasing +8.0 to +11.0"}  # fmt: skip
     print(f"the paper, on the searched seeds, {unit}: {paper[cfg.score]}")
     shown = searched(cfg)[:1]
-    if shown and all(t.scene is not None for t in tasks) and len(tasks) * cfg.fresh > 3:
+    if shown and cfg.prompts.isdigit() and len(tasks) * cfg.fresh > 3:
         sets = set_metrics(tasks, results, draw, zoo.load_judge().to(env.device), cfg)
         result |= sets
         keys = ("fd", "precision", "recall", "diversity")
         text = [[n, *(f"{sets[f'{n}_{k}']:.3f}" for k in keys)] for n in ("first", "best")]
         head = ["", "Frechet distance", "precision", "recall", "diversity"]
-        print("\npictures of all prompts, fresh seeds\n" + table(text, head))
+        print(f"\n{len(tasks) * cfg.fresh} pictures of fresh seeds, few for a distance: compare these two lines only\n"
+              + table(text, head))  # fmt: skip
     ks, chosen = selections(results, cfg)
     if ks:
-        print("\nthe k best pictures of each search, prompts that were not right at once\n"
+        print(f"\nthe k best of the first {ks[-1]} pictures of each search, prompts that were not right at once\n"
               + table([[m, *v] for m, v in chosen.items()], ["method", *(f"best {k}" for k in ks)]))  # fmt: skip
         result |= {f"{m}_best_{k}": x for m, v in chosen.items() for k, x in zip(ks, v)}
     draw_curves(results, ks, chosen, cfg, out)
     if client:
-        print(f"\nlanguage model: {client.usage}")
+        print(f"\nlanguage model: { {k: sum(u[k] for u in usage) for k in usage[0]} }")
     if clocks and shown:
         drawing, seconds = np.sum([c[shown[0]] for c in clocks], 0)
         print(f"\n{shown[0]}: {100 * drawing / seconds:.0f} % of {seconds:.0f} s in the generator and the scorer")
@@ -963,7 +979,7 @@ PRESETS = {
     # the paper's number of iterations, more prompts
     "gpu": dict(prompts="200", steps=30, images=4, fresh=64, batch_size=1024, out_dir="runs/opt2i_gpu"),
     # PartiPrompts, the first 50 of four challenges: 185 prompts; models come by url
-    "paper": dict(prompts="data/partiprompts.tsv", steps=30, proposer="http", llm_url="http://localhost:8000/v1",
+    "paper": dict(prompts="data/partiprompts.tsv", steps=30, llm_url="http://localhost:8000/v1",
                   image_url="http://localhost:9000/v1", score="dcs", clip="data/clip-vit-large-patch14",
                   tokenizer="data/bpe_simple_vocab_16e6.txt.gz", out_dir="runs/opt2i_p2",
                   challenges="Properties & Positioning,Quantity,Fine-grained Detail,Complex"),

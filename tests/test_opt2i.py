@@ -304,8 +304,12 @@ def test_what_status_refuses_a_prompt_and_what_ends_the_run():
     with Server() as server:
         for status, kind in ((400, True), (422, True), (401, False), (404, False), (503, False)):
             server.plan[:] = [(status, b"no")]
-            with pytest.raises(M.ServerError) as caught:
-                client(server, retries=0).request("/images/generations", {})
+            with pytest.raises(M.ServerError) as caught:  # a language model's: the user's prompt is not to blame
+                client(server, retries=0).chat("s", "u")
+            assert not isinstance(caught.value, M.Refused)
+            server.plan[:] = [(status, b"no")]
+            with pytest.raises(M.ServerError) as caught:  # of a generator
+                M.by_endpoint(client(server, retries=0), "a cat", 0)
             assert isinstance(caught.value, M.Refused) == kind
 
 
@@ -636,7 +640,8 @@ def test_a_run_with_a_server_and_its_replay(tmp_path):
         (["--methods", "opt2i,luck"], ["'luck'"]),
         (["--methods", "opt2i,3x7"], ["--methods 3x7", "as many"]),
         (["--candidates", "0"], ["--candidates 0"]),
-        (["--proposer", "http"], ["--llm_url"]),
+        (["--proposer", "http"], ["lm, grammar"]),
+        (["--vqa_url", "http://x"], ["--vqa_url"]),
         (["--prompts", "file.csv"], ["--llm_url"]),
         (["--prompts", "nowhere.csv", "--llm_url", "http://x", "--image_url", "http://y"], ["--vqa_url", "--score dcs"]),
         (["--prompts", "nowhere.csv", "--llm_url", "http://x", "--image_url", "http://y", "--score", "dcs"], ["nowhere.csv"]),
