@@ -9,24 +9,25 @@ Idea       A generator that is to stand in for the world must do what the prompt
            region of the world shows for whom a model works.
 Equations  front -> pareto_front()     volume under it -> hypervolume()     diversity, realism of a prompt -> diversity(),
            realism()     consistency -> dsg_score()     filtering -> top_m()
-Read first section 2, then measure() in section 5 and run(); the generators of section 4 can be replaced by folders
-Symbols    n pictures of a prompt, real ones of the same prompt, f feature; a point is (model, knob, value)
+Read first section 2, then axes() and marginal() in section 5 and run(); the generators of section 4 can be replaced by folders
+Symbols    n pictures of a prompt, real ones of the same prompt, f feature; a point is (model, knob, value). DSG: Davidsonian
+           scene graph, yes-or-no questions about a prompt's parts, answered by a VQA model; judge: a classifier of scenes
 Run        python methods/pareto_eval.py --preset smoke                      (CPU, no files, under 30 s)
            python methods/pareto_eval.py                                     (CPU, no files; 5.5 min on two quiet cores)
            python methods/pareto_eval.py --points points.csv --prompts prompts.csv --real real --answers answers.csv \
                                           --extractor inception --weights pt_inception-2015-12-05-6726825d.pth
            python methods/pareto_eval.py --people DIR                        (the DSG score against human ratings)
 Data       generated (common/scenes.py) with the stand-in text-to-image models of common/weights; or any generator's pictures:
-           points.csv (model, knob, value, folder[, given: text or picture]), prompts.csv (id, prompt[, group]), folders with
-           files named ID_anything.png, several of each prompt
+           points.csv (model, knob, value, folder beside it[, given: text or picture]), prompts.csv (id, prompt[, group]),
+           folders with files named ID_anything.png (the longest id that fits), several of each prompt
 Expect     laptop: guidance 1 to 8 lifts consistency by 0.02 to 0.12 and costs 0.07 to 0.16 of diversity; 3 seeds, 3abf676
 Differs    from the paper: no code was published and only its abstract is known to us. Grids, sample counts and the conditional
            realism are ours; its DreamSim and Inception features are here those of a classifier of scenes (or --extractor).
-           Retrieval-augmented models enter as folders, "search" is retrieval alone; fronts are taken within a task. Intervals:
-           spread over random halves of the prompts; of a mean over prompts that is the standard error of the whole, of a set
-           metric just the spread at half the size. Samples are never repeated: it would break nearest-neighbour metrics.
-           from EvalGIM: the front is taken after rows without a value are dropped, not before; conditional diversity is there;
-           features are not half-precision; filtered sets are compared at equal sizes; DSG also per group; equal points stay.
+           Retrieval-augmented models enter as folders, "search" is retrieval alone; fronts are taken within a task. "+-":
+           standard error, from random halves of the prompts, of means over prompts; metrics of whole sets have none: half a set
+           is another set, and repeated samples break nearest neighbours. From EvalGIM: the front is taken after rows without a
+           value are dropped, not before; conditional diversity is there; features are not half-precision; sets are compared at
+           equal sizes, also between groups, and filtered ones not at all; DSG also per group; equal points stay.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py plot.py resnet.py scenes.py tokenizer.py vae.py vit.py
            zoo.py and weights/   (copy these with this file)
 """
@@ -37,8 +38,11 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
+import os
+import re
 import sys
 import zlib
 from dataclasses import asdict, dataclass, replace
@@ -89,7 +93,7 @@ class Config:
     models: str = "early,middle,late,search,codec"  # three ages of a text-to-image model; search finds real pictures
     guidance: str = "1,1.5,2,3,5,8"  # knob: guidance scales
     sampler_steps: str = "2,4"  # knob: further numbers of sampling steps, at --at
-    top_m: str = "4,2"  # knob: the m best of a prompt by CLIPScore, at --at (stand-ins only); set metrics use the smallest m
+    top_m: str = "4,2"  # knob: the m best of a prompt by CLIPScore, at --at (stand-ins only); they have no set metrics
     neighbours: str = "6,24,96"  # knob of search: draws from so many real pictures that CLIP finds nearest to the prompt
     bank: int = 4_096  # pictures among which search looks
     levels: str = "2,3,5,9"  # knob of the codec, which compresses real pictures: values a latent number may take
@@ -99,9 +103,9 @@ class Config:
     per_prompt: int = 6  # pictures of each prompt
     real_per_prompt: int = 6  # real pictures of each generated prompt
     # pictures of another generator
-    points: str = ""  # csv: model, knob, value, folder
-    real: str = ""  # folder of real pictures; named like the others they also serve the conditional realism
-    answers: str = ""  # csv of a VQA model: file (FOLDER/NAME), question_id, answer[, dependency_id]: consistency by DSG
+    points: str = ""  # csv: model, knob, value, folder; quote cells with commas
+    real: str = ""  # folder of real pictures; only those that are named like the others serve the realism of a prompt
+    answers: str = ""  # csv of a VQA model: file (FOLDER/NAME, seen from --points), question_id, answer[, dependency_id]: DSG
     extractor: str = "judge"  # features: judge (of scenes), inception, dinov2, clip
     weights: str = ""  # file with the extractor's weights
     clip: str = ""  # CLIP weights for the CLIPScore of other generators' pictures
@@ -119,6 +123,8 @@ def pareto_front(points):
 
     a beats b if it is at least as good everywhere and better somewhere; so equal points do not beat each other and all stay.
     A point with a NaN is out and beats nobody. Any strictly increasing change of an axis leaves the front as it is."""
+    if not len(points):
+        return torch.zeros(0, dtype=torch.bool)
     P = torch.as_tensor(points, dtype=torch.float64)
     known = ~P.isnan().any(1)
     Q = P[known]
@@ -138,6 +144,8 @@ def hypervolume(points, ref):
     P = P[pareto_front(P)] - ref
 
     def volume(Q):
+        if not len(Q):
+            return 0.0
         if Q.shape[1] == 1:
             return Q.max().item()
         Q, total = Q[Q[:, -1].argsort(descending=True)], 0.0
@@ -362,7 +370,7 @@ class StandIns:
 
     @torch.no_grad()
     def measure(self, point: Point | None) -> dict[str, torch.Tensor]:
-        """Features, prompt index, consistency and CLIPScore of every picture; point None: the real ones."""
+        """Features, prompt index, consistency and CLIPScore of every picture; point None: the real ones, without scores."""
         cfg = self.cfg
         if point is None:
             n = cfg.real_per_prompt
@@ -370,13 +378,15 @@ class StandIns:
         else:
             n, images = cfg.per_prompt, self.draw(point)
         prompt = torch.arange(len(self.prompts)).repeat_interleave(n)
-        scores, clip, features = [], [], []
-        for rows in torch.arange(len(images)).split(cfg.batch_size):
-            scores += self.consistency(images[rows].to(self.env.device), [self.prompts[p] for p in prompt[rows]])
-            features.append(self.extract(images[rows]))
-            clip.append(self.clip(images[rows], [self.prompts[p].text for p in prompt[rows]]))
-        return {"feature": torch.cat(features), "prompt": prompt, "consistency": torch.tensor(scores, dtype=torch.float64),
-                "clip": torch.cat(clip).double(), "image": torch.from_numpy(to_uint8(images))}  # fmt: skip
+        parts = torch.arange(len(images)).split(cfg.batch_size)
+        out = {"feature": torch.cat([self.extract(images[rows]) for rows in parts]), "prompt": prompt,
+               "image": torch.from_numpy(to_uint8(images))}  # fmt: skip
+        if point is None:
+            return out
+        asked = [[self.prompts[p] for p in prompt[rows]] for rows in parts]
+        scores = [s for rows, some in zip(parts, asked) for s in self.consistency(images[rows].to(self.env.device), some)]
+        clip = [self.clip(images[rows], [p.text for p in some]) for rows, some in zip(parts, asked)]
+        return {**out, "consistency": torch.tensor(scores, dtype=torch.float64), "clip": torch.cat(clip).double()}
 
     def consistency(self, images, prompts) -> list[float]:
         """DSG score of each picture for its prompt."""
@@ -387,50 +397,49 @@ class StandIns:
 
 
 def quantise(z, levels):
-    """Latents to `levels` values a number, equally spaced over +- 2 standard deviations of their channel."""
-    std = z.std((0, 2, 3), keepdim=True)
-    u = ((z / std).clamp(-2, 2) + 2) / 4 * (levels - 1)
-    return (u.round() / (levels - 1) * 4 - 2) * std
+    """Latents to `levels` values a number, equally spaced over the mean of their channel +- 2 standard deviations."""
+    mean, std = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True)
+    u = (((z - mean) / std).clamp(-2, 2) + 2) / 4 * (levels - 1)
+    return (u.round() / (levels - 1) * 4 - 2) * std + mean
 
 
 class Folders:
     """Pictures of any generator: FOLDER/ID_anything.png, with ID from the prompts file. Marginal metrics use all of them."""
 
     def __init__(self, cfg, env, prompts):
-        self.cfg, self.prompts, self.extract, self.single = cfg, prompts, Extractor(cfg, env.device), len(plan(cfg)) == 1
+        self.cfg, self.prompts, self.extract = cfg, prompts, Extractor(cfg, env.device)
         self.clip = ClipScorer(cfg, env.device) if cfg.clip else None
         self.answers = read_answers(cfg.answers) if cfg.answers else {}
-        folders = [Path(p.folder).name for p in plan(cfg)]
-        if cfg.answers and len(set(folders)) < len(folders):
-            twice = next(f for f in folders if folders.count(f) > 1)
-            raise ValueError(f"--points names two folders {twice!r}, which --answers cannot tell apart; rename one")
+        self.single = len({p.folder for p in read_points(cfg.points)}) == 1
         self.index = {p.id: i for i, p in enumerate(prompts)}
 
     def dsg(self, path):
         """Score by the answers to FOLDER/NAME; to NAME alone only where there is one folder."""
-        found = self.answers.get(f"{path.parent.name}/{path.name}") or (self.single and self.answers.get(path.name))
-        return dsg_score(*(found or ({}, {})))
+        name = Path(os.path.relpath(path, Path(self.cfg.points).parent)).as_posix()
+        return dsg_score(*(self.answers.get(name) or (self.single and self.answers.get(path.name)) or ({}, {})))
 
-    def files(self, folder):
+    def files(self, point):
         """-> paths and prompt indices; -1 for a real picture that belongs to no prompt."""
-        source, real = data.Folder(folder), str(folder) == self.cfg.real
-        prompt = [next((self.index[name] for name in beginnings(p.stem) if name in self.index), -1) for p in source.files]
-        strays = [p.name for p, i in zip(source.files, prompt) if i < 0]
-        if strays and not real:
+        folder = point.folder if point else self.cfg.real
+        files = data.Folder(folder).files
+        prompt = [next((self.index[name] for name in beginnings(p.stem) if name in self.index), -1) for p in files]
+        strays = [p.name for p, i in zip(files, prompt) if i < 0]
+        if point and strays:
             raise ValueError(f"{folder}/{strays[0]} and {len(strays) - 1} more belong to no prompt of {self.cfg.prompts}; "
                              "expected names ID_anything.png with an id of that file")  # fmt: skip
         missing = set(range(len(self.prompts))) - set(prompt)
-        if missing and not real:
+        if point and missing:
             raise ValueError(
                 f"{folder} has no picture for prompt {self.prompts[min(missing)].id!r} and {len(missing) - 1} more"
             )
-        if len(source.files) < 2:
+        if len(files) < 2:
             raise ValueError(f"{folder} holds one picture only; a set needs two at least")
-        return source.files, torch.tensor(prompt)
+        return files, torch.tensor(prompt)
 
     def measure(self, point):
-        paths, prompt = self.files(self.cfg.real if point is None else point.folder)
-        out, bad, keep = {"feature": [], "clip": [], "consistency": []}, [], []
+        """Features and CLIPScore of every readable picture, and its place in files()."""
+        paths, prompt = self.files(point)
+        out, bad, keep = {"feature": [], "clip": []}, [], []
         for rows in torch.arange(len(paths)).split(self.cfg.batch_size):
             images, rows_ok = [], []
             for i in rows.tolist():
@@ -444,16 +453,19 @@ class Folders:
                     f"{bad[0]}, and {len(bad) - 1} more: above --max_bad {self.cfg.max_bad:g} of {len(paths)} pictures"
                 )
             keep += rows_ok
-            if not images:
-                continue
-            out["feature"].append(self.extract(images).float())
-            texts = [self.prompts[p].text if p >= 0 else "" for p in prompt[rows_ok].tolist()]
-            out["clip"].append(self.clip(images, texts) if self.clip else torch.full((len(images),), math.nan))
-            out["consistency"].append(torch.tensor([self.dsg(paths[i]) for i in rows_ok], dtype=torch.float64))
+            if images:
+                out["feature"].append(self.extract(images).float())
+                texts = [self.prompts[p].text for p in prompt[rows_ok].tolist()]
+                out["clip"].append(self.clip(images, texts) if self.clip and point else torch.full((len(images),), math.nan))
         for text in bad[:5]:
             print(f"left out: {text}", file=sys.stderr)
-        found = {k: torch.cat(v) for k, v in out.items()}
-        return {**found, "clip": found["clip"].double(), "prompt": prompt[keep]}
+        return {"feature": torch.cat(out["feature"]), "clip": torch.cat(out["clip"]).double(), "file": torch.tensor(keep)}
+
+    def scored(self, point, found):
+        """What needs no features and may change without them: prompts and answers."""
+        paths, prompt = self.files(point)
+        said = [self.dsg(paths[i]) for i in found["file"].tolist()] if point else []
+        return {**found, "prompt": prompt[found["file"]], "consistency": torch.tensor(said, dtype=torch.float64)}
 
 
 def beginnings(stem):
@@ -477,6 +489,8 @@ def read_rows(path, needed) -> list[dict]:
         rows = list(csv.DictReader(io.StringIO(text, newline=""), **form))
     except csv.Error as error:
         raise ValueError(f"{path} is not a table ({error})") from error
+    if any(None in r for r in rows):
+        raise ValueError(f"{path} has a row with more cells than columns; put cells with commas into quotes")
     missing = [c for c in needed if not rows or any(r.get(c) is None for r in rows)]
     if missing:
         raise ValueError(f"{path} needs the columns {', '.join(needed)}; {missing[0]} is missing, or there are no rows")
@@ -500,48 +514,70 @@ def read_points(path) -> list[Point]:
             raise ValueError(f"{path}: the value {r['value']!r} of {r['model']} is not a number") from None
         if given not in ("text", "picture"):
             raise ValueError(f"{path}: {r['model']} is given {given!r}; expected text or picture")
+        if (out[-1].model, out[-1].label) in [(p.model, p.label) for p in out[:-1]]:
+            raise ValueError(f"{path} has two folders for {r['model']}, {out[-1].label}; give the second another model's name")
     return out
 
 
-def read_answers(path) -> dict[str, tuple[dict, dict]]:
-    """file -> (answers, parents). A question's parents: comma-separated ids, 0 for none."""
-    out: dict[str, tuple[dict, dict]] = {}
-    for r in read_rows(path, ("file", "question_id", "answer")):
-        answers, parents = out.setdefault(r["file"], ({}, {}))
+def read_answers(path, key=("file",)) -> dict:
+    """file, or another key -> (answers, parents)."""
+    out: dict = {}
+    for r in read_rows(path, (*key, "question_id", "answer")):
+        answers, parents = out.setdefault(r[key[0]] if len(key) == 1 else tuple(r[k] for k in key), ({}, {}))
         answers[r["question_id"]] = r["answer"].strip().lower() == "yes"
         parents[r["question_id"]] = parse_parents(r.get("dependency_id"))
+    lost = sum(p not in answers for answers, parents in out.values() for some in parents.values() for p in some)
+    if lost:
+        print(f"{path}: {lost:,} dependencies name no question of their picture and have no effect", file=sys.stderr)
     return out
 
 
 def parse_parents(cell) -> list[str]:
-    """'1,2' -> ['1', '2']: ids are numbers; '0', blanks and malformed parts name no question."""
-    return [p.strip() for p in (cell or "").split(",") if p.strip().isdigit() and p.strip() != "0"]
+    """'1, 2' -> ['1', '2'], '1.0' -> ['1'], '0' -> []: ids of questions."""
+    parts = [re.sub(r"^(\d+)\.0$", r"\1", p) for p in re.split(r"[,;\s]+", cell or "")]
+    return [p for p in parts if p not in ("", "0")]
 
 
 # 5. EVALUATE ---------------------------------------------------------------------------------------------------------------
-AXES = ("consistency", "diversity", "realism")  # conditional: per prompt, then averaged
-SETS = ("precision", "recall", "density", "coverage", "fd", "vendi")  # marginal: of the whole set
+AXES = ("consistency", "diversity", "realism")  # conditional: of each prompt, then averaged
+# marginal, of whole sets: realism as precision and density, diversity as recall, coverage and Vendi score; Frechet and kernel
+# distance hold both
+SETS = ("precision", "recall", "density", "coverage", "fd", "kd", "vendi")
 
 
-def measure(fake, real, prompts, count, cfg) -> dict[str, float]:
-    """All metrics of one point on these prompts (index list). count: pictures of each prompt in the marginal ones, so that
-    all points compare sets of one size: Frechet distance and recall depend on it."""
-    per = {k: [] for k in (*AXES, "clip")}
-    rows, real_rows = [], []
-    for p in prompts:
-        mine, its = torch.nonzero(fake["prompt"] == p)[:, 0], torch.nonzero(real["prompt"] == p)[:, 0]
-        f = fake["feature"][mine]
-        per["diversity"].append(diversity(f))
-        per["realism"].append(realism(f, real["feature"][its]))
-        for k in ("consistency", "clip"):
-            per[k].append(fake[k][mine].mean().item())
-        rows.append(mine[:count])
-        real_rows.append(its)
-    out = {k: float(np.nanmean(v)) if not np.isnan(v).all() else math.nan for k, v in per.items()}
+def rows_of(prompt, many):
+    """Rows of each of the prompts 0 to many - 1, in their order: prompt (N,), -1 for none."""
+    order = torch.argsort(prompt, stable=True)
+    return [order[a:b] for a, b in itertools.pairwise(torch.searchsorted(prompt[order], torch.arange(many + 1)).tolist())]
+
+
+def axes(fake, real, many) -> np.ndarray:
+    """(prompts, 4): consistency, diversity, realism and CLIPScore of each of the prompts, the first three for the fronts."""
+    rows, real_rows = rows_of(fake["prompt"], many), rows_of(real["prompt"], many)
+    return np.array([[fake["consistency"][i].mean().item(), diversity(fake["feature"][i]),
+                      realism(fake["feature"][i], real["feature"][j]), fake["clip"][i].mean().item()]
+                     for i, j in zip(rows, real_rows)])  # fmt: skip
+
+
+def mean(table) -> dict[str, float]:
+    """Means over the prompts, rows, that have a value."""
+    known = ~np.isnan(table)
+    return dict(zip((*AXES, "clip"), np.where(known, table, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)))
+
+
+def marginal(fake, real, prompts, count, cfg) -> dict[str, float]:
+    """Metrics of the whole set of these prompts. count: pictures of each, so that all points compare sets of one size, on which
+    they depend; a point with fewer, and too few pictures for --k neighbours, give NaN."""
+    many = max(prompts) + 1
+    rows, real_rows = rows_of(fake["prompt"], many), rows_of(real["prompt"], many)
     every = (real["prompt"] < 0).nonzero()[:, 0]  # those that belong to no prompt serve all
-    x, y = real["feature"][torch.cat([*real_rows, every])], fake["feature"][torch.cat(rows)]
-    sets = metrics.prdc(x, y, cfg.k) | {"fd": metrics.frechet_distance(x, y), "vendi": metrics.vendi(y)}
-    return out | sets | {"n_real": len(x), "n_gen": len(y)}
+    x = real["feature"][torch.cat([*(real_rows[p] for p in prompts), every])]
+    y = fake["feature"][torch.cat([rows[p][:count] for p in prompts])]
+    out = dict.fromkeys(SETS, math.nan)
+    if len(y) == count * len(prompts) and min(len(x), len(y)) > cfg.k:
+        out = metrics.prdc(x, y, cfg.k) | {"fd": metrics.frechet_distance(x, y), "kd": metrics.kernel_distance(x, y, 10),
+                                           "vendi": metrics.vendi(y)}  # fmt: skip
+    return out | {"n_real": len(x), "n_gen": len(y)}
 
 
 def halves(prompts, cfg):
@@ -586,11 +622,7 @@ def against_people(folder, transitive=True) -> dict[str, float]:
         ratings.setdefault((r["t2i_model"], r["item_id"]), []).append(float(r["answer"]))
     out = {}
     for vqa in ("mplug", "instructblip", "pali17b"):
-        pictures: dict[tuple, tuple] = {}
-        for r in read_rows(Path(folder, f"vqa_{vqa}_dsg.csv.gz"), ("t2i_model", "item_id", "question_id", "answer")):
-            answers, parents = pictures.setdefault((r["t2i_model"], r["item_id"]), ({}, {}))
-            answers[r["question_id"]] = r["answer"].strip().lower() == "yes"
-            parents[r["question_id"]] = parse_parents(r["dependency_id"])
+        pictures = read_answers(Path(folder, f"vqa_{vqa}_dsg.csv.gz"), ("t2i_model", "item_id"))
         both = sorted(ratings.keys() & pictures.keys())
         x, y = [dsg_score(*pictures[k], transitive) for k in both], [np.mean(ratings[k]) for k in both]
         out |= {f"{vqa}_spearman": spearman(x, y), f"{vqa}_kendall": kendall(x, y), "pictures": len(both)}
@@ -604,48 +636,47 @@ def plan(cfg) -> list[Point]:
         return read_points(cfg.points)
     out = []
     for model in cfg.models.split(","):
-        if model == "codec":
-            out += [Point(model, "levels", v, given="picture") for v in numbers(cfg, "levels")]
-            continue
-        if model == "search":
-            out += [Point(model, "neighbours", v) for v in numbers(cfg, "neighbours")]
-            continue
-        out += [Point(model, "guidance", v) for v in numbers(cfg, "guidance")]
-        out += [Point(model, "steps", v) for v in numbers(cfg, "sampler_steps")]
+        knobs = {"codec": {"levels": "levels"}, "search": {"neighbours": "neighbours"}}  # of others:
+        for knob, field in knobs.get(model, {"guidance": "guidance", "steps": "sampler_steps"}).items():
+            out += [Point(model, knob, v, given="picture" if model == "codec" else "text") for v in numbers(cfg, field)]
     return out
 
 
 def numbers(cfg, field) -> list[float]:
     try:
-        return [float(v) for v in getattr(cfg, field).split(",") if v]
+        values = [float(v) for v in getattr(cfg, field).split(",") if v]
+        if all(map(math.isfinite, values)):
+            return values
     except ValueError:
-        raise ValueError(f"--{field} {getattr(cfg, field)} must be a comma list of numbers") from None
+        pass
+    raise ValueError(f"--{field} {getattr(cfg, field)} must be a comma list of numbers")
 
 
 def cached(source, point, cfg, prompts, folder) -> dict[str, torch.Tensor]:
     """measure() of the point, or what an earlier run kept of it."""
-    said = [asdict(point) if point else "real", cfg.extractor, cfg.weights, cfg.resize, cfg.clip, cfg.answers, cfg.seed,
-            [(p.id, p.text, p.group) for p in prompts]]  # fmt: skip
     where = point.folder if point else cfg.real
-    given = [Path(f) for f in (cfg.weights, cfg.clip, cfg.tokenizer, cfg.answers) if f]
+    said = [asdict(point) if point and not where else where or "real", cfg.extractor, cfg.resize, cfg.clip, zoo_fingerprint()]
+    given = [Path(f) for f in (cfg.weights, cfg.clip, cfg.tokenizer) if f]
     files = [f for g in given for f in (sorted(g.iterdir()) if g.is_dir() else [g]) if f.is_file()]
+    files += data.Folder(where).files if where else []  # pictures that were changed are read again
     said.append([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
-    if where:  # pictures that were changed are read again
-        said.append([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in data.Folder(where).files])
-    else:
-        said.append([cfg.steps, cfg.at, cfg.per_prompt, cfg.real_per_prompt, zoo_fingerprint()])
-        said += [cfg.bank] if point and point.model == "search" else []
+    if cfg.clip or not where:
+        said.append([(p.id, p.text) for p in prompts])
+    if not where:
+        said.append([cfg.seed, cfg.steps, cfg.at, cfg.per_prompt, cfg.real_per_prompt, cfg.bank])
     path = folder / f"{hashlib.blake2b(json.dumps(said).encode(), digest_size=10).hexdigest()}.safetensors"
+    out = None
     if cfg.resume and path.exists():
         try:
-            return load_file(path)
+            out = load_file(path)
         except (SafetensorError, OSError):
             print(f"{path} is damaged and will be made again", file=sys.stderr)
-    out = source.measure(point)
-    if not torch.isfinite(out["feature"]).all():
-        raise ValueError(f"the features of {where or point or 'the real pictures'} hold NaN or infinity")
-    ckpt.export(path, out)
-    return out
+    if out is None:
+        out = source.measure(point)
+        if not torch.isfinite(out["feature"]).all():
+            raise ValueError(f"the features of {where or point or 'the real pictures'} hold NaN or infinity")
+        ckpt.export(path, out)
+    return source.scored(point, out) if where else out
 
 
 @lru_cache
@@ -687,7 +718,8 @@ def check(cfg: Config) -> None:
         )
     if cfg.points and not cfg.clip and not cfg.answers:
         raise ValueError("--points needs --answers (of a VQA model) or --clip (weights), or nothing measures the consistency")
-    if not cfg.points and cfg.top_m and cfg.at not in numbers(cfg, "guidance"):
+    painters = not cfg.points and {"early", "middle", "late"} & {*cfg.models.split(",")}
+    if painters and cfg.top_m and cfg.at not in numbers(cfg, "guidance"):
         raise ValueError(f"--at {cfg.at:g} must be one of --guidance {cfg.guidance}: --top_m is taken from those pictures")
     if cfg.clip and not cfg.tokenizer:
         raise ValueError("--clip needs --tokenizer, CLIP's merges file")
@@ -714,7 +746,7 @@ def run(cfg: Config) -> dict:
     mine = jobs[env.rank :: env.world]
     for job in tqdm(mine, desc="points", unit="point", disable=not env.is_main, dynamic_ncols=True):
         cached(source, job, cfg, prompts, cache)
-        if env.world == 1 and ddp.interrupted():
+        if ddp.asked_to_stop():
             raise KeyboardInterrupt
     if env.world > 1:
         dist.barrier()
@@ -737,8 +769,8 @@ def run(cfg: Config) -> dict:
 def report(cfg, prompts, real, sets, out) -> dict:
     """Tables, pictures and files from the measured sets {point: tensors}."""
     home = [i for i, p in enumerate(prompts) if cfg.points or not p.group]
-    count = max(1, min(int((s["prompt"] == p).sum()) for s in sets.values() for p in home))
-    points, samples = list(sets), halves(home, cfg)
+    points = list(sets)
+    count = min(len(rows) for p in points if p.knob != "top_m" for rows in rows_of(sets[p]["prompt"], len(prompts)))
     names = list(dict.fromkeys(p.model for p in points))
     missing = {p: int(s["consistency"].isnan().sum()) for p, s in sets.items()}
     if any(missing.values()):  # one score for all points
@@ -746,57 +778,63 @@ def report(cfg, prompts, real, sets, out) -> dict:
         if not cfg.clip:
             raise ValueError(f"--answers {cfg.answers} lacks {missing[worst]} pictures of {worst.model}, {worst.label}; "
                              "add them, or pass --clip for CLIPScore in place of DSG")  # fmt: skip
-        if cfg.answers:
-            print(f"consistency is CLIPScore / 100: --answers lacks {missing[worst]} pictures of {worst.model}, {worst.label}")
+        lack = f": --answers lacks {missing[worst]} pictures of {worst.model}, {worst.label}" if cfg.answers else ""
+        print("consistency is CLIPScore / 100" + lack)
         sets = {p: {**s, "consistency": s["clip"] / 100} for p, s in sets.items()}
-    rows = {p: measure(sets[p], real, home, count, cfg) for p in points}
-    spread = {p: [] for p in points}
-    stable = {p: 0.0 for p in points}
-    for half in tqdm(samples, desc="resampling", unit="half", dynamic_ncols=True):
-        again = {p: measure(sets[p], real, half, count, cfg) for p in points}
-        for p in points:
+    tables, rows = {p: axes(s, real, len(prompts)) for p, s in sets.items()}, {}
+    for p in tqdm(points, desc="set metrics", unit="point", dynamic_ncols=True):
+        rows[p] = mean(tables[p][home]) | marginal(sets[p], real, home, count, cfg)
+        if ddp.asked_to_stop():
+            raise KeyboardInterrupt
+    used = [a for a in AXES if not all(math.isnan(rows[p][a]) for p in points)]
+    needs = {"diversity": "two pictures of a prompt", "realism": "real pictures that are named like a prompt's"}
+    for a in [a for a in AXES if a not in used]:
+        print(f"the fronts are without {a}, which needs {needs.get(a, 'scores')}")
+    spread, stable = {p: [] for p in points}, dict.fromkeys(points, 0.0)
+    for half in halves(home, cfg):
+        again = {p: mean(tables[p][half]) for p in points}
+        for p, on in zip(points, fronts(points, [[again[p][a] for a in used] for p in points])):
             spread[p].append(again[p])
-        for p, on in zip(points, fronts(points, [[again[p][a] for a in AXES] for p in points])):
-            stable[p] += on / len(samples)
-    error = {p: {k: float(np.std([s[k] for s in spread[p]])) if spread[p] else math.nan for k in rows[p]} for p in points}
-    P = [[rows[p][a] for a in AXES] for p in points]
+            stable[p] += on / cfg.halves
+    error = {p: {k: float(np.std([s[k] for s in spread[p]])) for k in (*AXES, "clip")} for p in points}
+    P = [[rows[p][a] for a in used] for p in points]
     front = fronts(points, P)
     write_front(out / "front.csv", cfg, points, rows, error, front, stable)
-    pairs = (("diversity", "consistency"), ("diversity", "realism"), ("realism", "consistency"))
+    pairs = [q for q in (("diversity", "consistency"), ("diversity", "realism"), ("realism", "consistency")) if {*q} <= {*used}]
     draw_fronts(out / "fronts.png", points, rows, error, pairs, names)
-    draw_fronts(out / "fronts_sets.png", points, rows, error, (("recall", "precision"), ("precision", "consistency"),
-                                                               ("recall", "consistency")), names)  # fmt: skip
+    whole = [p for p in points if not math.isnan(rows[p]["recall"])]
+    draw_fronts(out / "fronts_sets.png", whole, rows, error, (("recall", "precision"), ("precision", "consistency"),
+                                                              ("recall", "consistency")), names)  # fmt: skip
     result = {f"{p.model}_{p.knob}_{p.value:g}_{k}": v for p in points for k, v in rows[p].items()}
 
-    ref = [0.0, 0.0, 0.0]
+    ref = [0.0] * len(used)
     summary = []
     for name in names:
-        kind = next(p.given for p in points if p.model == name)
-        own = [x for x, p in zip(P, points) if p.model == name]
+        own = [p for p in points if p.model == name]
+        kind = own[0].given
+        mine = [x for x, p in zip(P, points) if p.model == name]
         rest = [x for x, p in zip(P, points) if p.model != name and p.given == kind]
         share = sum(f for f, p in zip(front, points) if p.model == name)
         held = sum(f and stable[p] >= 0.9 for f, p in zip(front, points) if p.model == name)
-        best = {a: max(rows[p][a] for p in points if p.model == name) for a in AXES}
-        exclusive = hypervolume(own + rest, ref) - hypervolume(rest, ref)
-        volume = hypervolume(own, ref)
-        summary.append([name, kind, *(f"{best[a]:.3f}" for a in AXES), f"{share} of {len(own)}", held, f"{volume:.4f}",
+        best = [np.nanmax([rows[p][a] for p in own] + [-np.inf]) for a in used]
+        volume, exclusive = hypervolume(mine, ref), hypervolume(mine + rest, ref) - hypervolume(rest, ref)
+        summary.append([name, kind, *(f"{b:.3f}" for b in best), f"{share} of {len(own)}", held, f"{volume:.4f}",
                         f"{exclusive:.4f}"])  # fmt: skip
         result |= {f"{name}_volume": volume, f"{name}_on_front": float(share)}
-    own = real["prompt"] >= 0
-    spans = (
-        [diversity(real["feature"][real["prompt"] == p]) for p in home if (real["prompt"] == p).sum() > 1] if own.any() else []
-    )
+    of = rows_of(real["prompt"], len(prompts))
+    spans = [diversity(real["feature"][of[p]]) for p in home if len(of[p]) > 1]
     print(f"\n{len(home)} prompts, {count} pictures of each in set metrics, features: {cfg.extractor}, k = {cfg.k}")
-    head = ["model", "given a", *(f"best {a}" for a in AXES), "on the front", "in 90 % of halves", "volume", "exclusive"]
+    head = ["model", "given a", *(f"best {a}" for a in used), "on the front", "in 90 % of halves", "volume", "exclusive"]
     print(table(summary, head))
-    print(f"reference point of the volumes: 0, 0, 0; real pictures: diversity {np.mean(spans or [math.nan]):.3f}")
+    print("volume: of all that a model's settings beat, from 0 in each axis on; more settings, more volume. exclusive: what no "
+          f"other model of the task beats. Real pictures: diversity {np.mean(spans or [math.nan]):.3f}")  # fmt: skip
     given = [i for i, p in enumerate(points) if p.given == "text"]
     if given and (i := knee([P[j] for j in given])) is not None:
-        print(f"knee of the front: {points[given[i]].model}, {points[given[i]].label}")
-    print("\n" + table(claims(cfg, points, rows, spread, names), ["claim", "from", "to", "difference", "reported"]))
-    smallest = next(iter(rows.values()))["n_gen"]
-    if smallest <= (dims := real["feature"].shape[1]):
-        print(f"fd is dominated by its bias: {smallest} pictures, {dims} features; compare points of this table only")
+        print(f"knee of the front, nearest to the best of each axis: {points[given[i]].model}, {points[given[i]].label}")
+    print("\n" + table(claims(cfg, rows, spread, names), ["claim", "from", "to", "difference", "reported"]))
+    smallest = min(r["n_gen"] for p, r in rows.items() if p in whole) if whole else 0
+    if 0 < smallest <= (dims := real["feature"].shape[1]):
+        print(f"fd is dominated by its bias: {smallest} pictures, {dims} features; see kd, the kernel distance, which has none")
     result |= by_group(cfg, prompts, real, sets, count, out)
     if any("image" in s for s in sets.values()):
         draw_samples(out / "samples.png", prompts, real, sets)
@@ -804,31 +842,28 @@ def report(cfg, prompts, real, sets, out) -> dict:
     return result
 
 
-def claims(cfg, points, rows, spread, names) -> list[list]:
-    """What the paper, summaries of it and follow-ups report, beside what was measured; +-: spread of the difference over the
-    same halves of the prompts."""
+def claims(cfg, rows, spread, names) -> list[list]:
+    """What the paper, summaries of it and follow-ups report, beside what was measured at the two ends; +-: standard error of
+    the difference, over the same halves of the prompts."""
     out = []
 
     def add(text, a, b, key, paper):
-        d = rows[b][key] - rows[a][key]
-        e = float(np.std([y[key] - x[key] for x, y in zip(spread[a], spread[b])])) if spread[a] else math.nan
-        out.append([text, f"{rows[a][key]:.3f}", f"{rows[b][key]:.3f}", f"{d:+.3f} +- {e:.3f}", paper])
+        d = f"{rows[b][key] - rows[a][key]:+.3f}"
+        if key in AXES:
+            d += f" +- {np.std([y[key] - x[key] for x, y in zip(spread[a], spread[b])]):.3f}"
+        out.append([text, f"{rows[a][key]:.3f}", f"{rows[b][key]:.3f}", d, paper])
 
     for name in names:
-        swept = sorted((p for p in points if p.model == name and p.knob == "guidance"), key=lambda p: p.value)
+        swept = sorted((p for p in rows if p.model == name and p.knob == "guidance"), key=lambda p: p.value)
         if len(swept) > 1:
             for key, paper in (("consistency", "up"), ("realism", "up, then down"), ("diversity", "down"), ("recall", "down")):
                 add(f"{name}: {key}, guidance {swept[0].value:g} to {swept[-1].value:g}", swept[0], swept[-1], key, paper)
-    at = {p.model: p for p in points if p.knob == "guidance" and p.value == cfg.at}
+    ages = [m for m in ("early", "middle", "late") if m in names] if not cfg.points else names
+    at = [p for m in ages for p in rows if p.model == m and p.knob == "guidance" and p.value == cfg.at]
     if len(at) > 1:
-        first, last = list(at.values())[0], list(at.values())[-1]
-        for key, paper in (
-            ("consistency", "later models gain"),
-            ("realism", "later models gain"),
-            ("diversity", "later models lose"),
-        ):
-            paper = "" if cfg.points else paper
-            add(f"{first.model} to {last.model} model: {key}, guidance {cfg.at:g}", first, last, key, paper)
+        for key, verb in zip(AXES, ("gain", "lose", "gain")):
+            paper = "" if cfg.points else f"later models {verb}"
+            add(f"{at[0].model} to {at[-1].model} model: {key}, guidance {cfg.at:g}", at[0], at[-1], key, paper)
     return out
 
 
@@ -836,12 +871,12 @@ def write_front(path, cfg, points, rows, error, front, stable) -> None:
     name = cfg.extractor + (f", {cfg.resize} resizing" if cfg.extractor == "inception" else "")
     with open(f"{path}.tmp", "w", newline="") as f:
         w = csv.writer(f)
-        keys = list(next(iter(rows.values())))
-        w.writerow(["model", "knob", "value", "seed", *keys, *(f"{k}_se" for k in (*AXES, "clip", *SETS)), "on_front", "stable",
+        keys, seed = list(next(iter(rows.values()))), "" if cfg.points else cfg.seed
+        w.writerow(["model", "knob", "value", "seed", *keys, *(f"{k}_se" for k in error[points[0]]), "on_front", "stable",
                     "extractor", "k"])  # fmt: skip
         for p, on in zip(points, front):
-            w.writerow([p.model, p.knob, p.value, cfg.seed, *rows[p].values(), *(error[p][k] for k in (*AXES, "clip", *SETS)),
-                        int(on), round(stable[p], 3), name, cfg.k])  # fmt: skip
+            w.writerow([p.model, p.knob, p.value, seed, *rows[p].values(), *error[p].values(), int(on), round(stable[p], 3),
+                        name, cfg.k])  # fmt: skip
     Path(f"{path}.tmp").replace(path)
 
 
@@ -857,12 +892,12 @@ def fronts(points, values) -> list[bool]:
 
 def draw_fronts(path, points, rows, error, pairs, names) -> None:
     """One panel a pair of axes: points in their model's colour, full where no other of their task beats them in the two; thin
-    lines follow a model's first knob; steps: the front of those that are given a text."""
-    panels = []
-    for i, (x, y) in enumerate(pairs):
+    lines follow a model's first knob; steps: the front of those that are given a text; bars: two standard errors."""
+    panels, names = [], [n for n in names if any(p.model == n for p in points)]
+    for i, (x, y) in enumerate(pairs if names else ()):
         flat = [[rows[p][x], rows[p][y]] for p in points]
         on = fronts(points, flat)
-        series = {n: [(*flat[j], p.label, on[j], (2 * error[p][x], 2 * error[p][y]) if on[j] else (0, 0))
+        series = {n: [(*flat[j], p.label, on[j], (2 * error[p].get(x, 0), 2 * error[p].get(y, 0)) if on[j] else (0, 0))
                       for j, p in enumerate(points) if p.model == n] for n in names}  # fmt: skip
         knob = {n: [p.knob for p in points if p.model == n][0] for n in names}  # the first knob, in order of its values
         order = sorted(range(len(points)), key=lambda j: points[j].value)
@@ -870,29 +905,39 @@ def draw_fronts(path, points, rows, error, pairs, names) -> None:
         edge = sorted(q for q, o, p in zip(flat, on, points) if o and p.given == "text")
         last = i == len(pairs) - 1
         panels.append(plot.scatter(series, paths, edge, f"{y} against {x}", x, (620 if last else 520, 440), legend=last))
-    plot.save(plot.row(panels), path)
+    if panels:
+        plot.save(plot.row(panels), path)
 
 
 def by_group(cfg, prompts, real, sets, count, out) -> dict:
-    """The same for each group's prompts and real pictures alone, equally many prompts. Prints worst group and gap of each
-    model, at --at or its last knob. Real pictures of no prompt serve only if none has a prompt."""
+    """The same for each group's prompts and real pictures alone, equally many prompts, and real pictures of each. Prints worst
+    group and gap of each model, at --at or its last knob; a gap is never negative, so that chance alone makes one. Real
+    pictures of no prompt serve only if none has a prompt."""
     groups = sorted({p.group for p in prompts if p.group})
     if not groups:
         return {}
     ids = {g: [i for i, p in enumerate(prompts) if p.group == g] for g in groups}
     size = min(map(len, ids.values()))
     kept, own = [p for p in sets if p.knob != "top_m"], real["prompt"] >= 0
-    real = {k: v[own] for k, v in real.items()} if own.any() else real
-    reals = [sum((real["prompt"] == i).sum().item() for i in ids[g][:size]) if own.any() else len(own) for g in groups]
-    if min(size * count, *reals) <= cfg.k:
+    if own.any():
+        of = rows_of(real["prompt"], len(prompts))
+        least = min(len(of[i]) for g in groups for i in ids[g][:size])
+        keep = torch.cat([rows[:least] for rows in of])
+        real = {k: v[keep] for k, v in real.items() if len(v) == len(own)}
+    reals = len(real["prompt"]) if not own.any() else least * size
+    if min(size * count, reals) <= cfg.k:
         print(f"\nno table of groups: the smallest has {size} prompts, too few pictures for --k {cfg.k} neighbours")
         return {}
-    rows = {(p, g): measure(sets[p], real, ids[g][:size], count, cfg) for p in kept for g in groups}
+    tables = {p: axes(sets[p], real, len(prompts)) for p in kept}
+    rows = {(p, g): mean(tables[p][ids[g][:size]]) | marginal(sets[p], real, ids[g][:size], count, cfg)
+            for p in kept for g in groups}  # fmt: skip
     at = {p.model: p for p in kept} | {p.model: p for p in kept if p.knob == "guidance" and p.value == cfg.at}
     lines, result = [], {}
     for model, p in at.items():
-        for key in ("consistency", "realism", "precision", "coverage"):
+        for key in ("consistency", "realism", "diversity", "precision", "coverage"):
             values = {g: rows[p, g][key] for g in groups}
+            if any(map(math.isnan, values.values())):
+                continue
             worst, gap = min(values, key=values.get), max(values.values()) - min(values.values())
             lines.append([f"{model}, {p.label}", key, *(f"{values[g]:.3f}" for g in groups), worst, f"{gap:.3f}"])
             result |= {f"{model}_{key}_gap": gap, f"{model}_{key}_worst": min(values.values())}
@@ -914,19 +959,17 @@ def by_group(cfg, prompts, real, sets, count, out) -> dict:
 
 def draw_samples(path, prompts, real, sets) -> None:
     """Four pictures of two prompts for each model's first and last setting of its first knob, and real ones."""
-    chosen, labels = {("real", ""): real}, {("real", ""): "real"}
-    for p, s in sets.items():
-        if p.knob in ("guidance", "neighbours", "levels"):
-            if (p.model, "first") not in chosen:
-                chosen[p.model, "first"], labels[p.model, "first"] = s, f"{p.model}, {p.label}"
-            chosen[p.model, "last"], labels[p.model, "last"] = s, f"{p.model}, {p.label}"
+    chosen = {"real": real}
+    for model in dict.fromkeys(p.model for p in sets):
+        swept = [p for p in sets if p.model == model and p.knob in ("guidance", "neighbours", "levels")]
+        chosen |= {f"{p.model}, {p.label}": sets[p] for p in (swept[0], swept[-1])}
     pair = [i for i, p in sorted(enumerate(prompts), key=lambda q: -len(q[1].scene.things))][:2]  # two objects, if there are
     cells, texts, many = [], [], min([4, *(int((s["prompt"] == p).sum()) for s in chosen.values() for p in pair)])
     for key, s in chosen.items():
         for p in pair:
             rows = torch.nonzero(s["prompt"] == p)[:many, 0]
             cells += list(s["image"][rows].numpy())
-            texts += [labels[key], *[""] * (len(rows) - 1)]
+            texts += [key, *[""] * (len(rows) - 1)]
     title = "   |   ".join(prompts[p].text for p in pair)
     plot.save(plot.grid(cells, many * len(pair), texts, None, title, 84, 2), path)
 

@@ -73,7 +73,8 @@ def test_dsg_score():
     assert M.dsg_score({1: True, 2: True}, {1: [2], 2: [1]}) == 1  # a cycle of answered questions
     assert M.dsg_score({1: False, 2: True}, {1: [1], 2: [2, 9]}) == 0.5  # its own parent; an unknown one
     assert math.isnan(M.dsg_score({}, {}))
-    assert M.parse_parents("1,2, 4") == ["1", "2", "4"] and M.parse_parents("5, right") == ["5"] and M.parse_parents("0") == []
+    assert M.parse_parents("1,2, 4") == ["1", "2", "4"] == M.parse_parents("1;2;4.0") and M.parse_parents("0") == []
+    assert M.dsg_score({"1": False, "2": True}, {"2": M.parse_parents("right, 1")}) == 0  # "right" is no question
 
 
 def test_dsg_agrees_with_people_as_published(shared):
@@ -170,7 +171,7 @@ def test_smoke_writes_everything_and_a_second_run_draws_nothing(smoke):
     assert {(r["model"], r["knob"], r["value"]) for r in rows} == {
         (m, k, v) for m in ("early", "late") for k, v in (("guidance", "1.0"), ("guidance", "3.0"), ("top_m", "1.0"))
     } | {("search", "neighbours", "2.0"), ("search", "neighbours", "8.0")}
-    assert all(r["n_gen"] == "8" and r["extractor"] == "judge" for r in rows)  # equal sizes, whatever was filtered
+    assert {(r["n_gen"], r["fd"] == "nan") for r in rows} == {("16", False), ("8", True)}  # filtered sets are not compared
     assert all(r["diversity"] == "nan" and r["on_front"] == "0" for r in rows if r["knob"] == "top_m")  # one picture: undefined
     for name in ("fronts.png", "fronts_sets.png", "regions.png", "samples.png"):
         assert Image.open(out / name).width > 300
@@ -207,8 +208,17 @@ def test_groups_average_to_the_whole():
     fake = {"feature": torch.randn(40, 5, generator=g), "prompt": torch.arange(10).repeat_interleave(4),
             "consistency": torch.rand(40, generator=g).double(), "clip": torch.rand(40, generator=g).double()}  # fmt: skip
     cfg = M.Config()
-    whole = M.measure(fake, fake, list(range(10)), 4, cfg)
-    parts = [M.measure(fake, fake, ids, 4, cfg) for ids in ([0, 1, 2, 3], [4, 5, 6, 7, 8, 9])]
+    table = M.axes(fake, fake, 10)
+    whole, parts = M.mean(table), [M.mean(table[ids]) for ids in ([0, 1, 2, 3], [4, 5, 6, 7, 8, 9])]
+    for p in range(10):  # against a loop
+        mine = fake["feature"][fake["prompt"] == p]
+        assert table[p, 1] == M.diversity(mine) and table[p, 2] == M.realism(mine, mine)
+        assert table[p, 0] == fake["consistency"][fake["prompt"] == p].mean()
+    assert M.marginal(fake, fake, list(range(10)), 4, cfg)["recall"] == 1
+    few = M.marginal(fake, fake, list(range(10)), 5, cfg)  # no prompt has five
+    assert math.isnan(few["fd"]) and few["n_gen"] == 40
+    table[3] = math.nan
+    assert M.mean(table)["clip"] == pytest.approx(np.nanmean(table[:, 3])) and math.isnan(M.mean(table[3:4])["realism"])
     for k in ("consistency", "diversity", "realism", "clip"):
         assert whole[k] == pytest.approx(0.4 * parts[0][k] + 0.6 * parts[1][k])
 
@@ -305,7 +315,12 @@ def test_what_points_must_say(world):
     shutil.copytree(world / "b1", world / "c/b1")
     head = "model,knob,value,folder,given\n"
     (world / "points.csv").write_text(head + "b,guidance,1,b1,text\nc,guidance,1,c/b1,text\n")
-    user_error(inside(M, *flags(world)), "two folders 'b1'", "--answers")
+    user_error(inside(M, *flags(world)), "lacks 18 pictures of c", "--clip")  # another folder of the same name
+    with open(world / "answers.csv", "a") as f:
+        f.writelines("c/" + line for line in open(world / "answers.csv").readlines() if line.startswith("b1/"))
+    assert inside(M, *flags(world)).returncode == 0
+    (world / "points.csv").write_text(head + "b,guidance,1,b1,text\nb,guidance,1,a1,text\n")
+    user_error(inside(M, *flags(world)), "two folders for b, guidance 1")
     (world / "points.csv").write_text(head + "b,guidance,1,b1,sound\n")
     user_error(inside(M, *flags(world)), "'sound'", "text or picture")
     (world / "points.csv").write_text(head + "a,guidance,1,a1,text\nb,rate,1,b1,picture\n")
@@ -327,7 +342,33 @@ def test_one_picture_and_too_few_for_the_neighbours(world):
     shutil.copy(world / "b1/p0_0.png", world / "one")
     user_error(inside(M, *flags(world)), "one picture only")
     shutil.copy(world / "b1/p0_1.png", world / "one")
-    user_error(inside(M, *flags(world)), "3 neighbours need 4 rows")
+    done = inside(M, *flags(world))
+    assert done.returncode == 0 and next(csv.DictReader(open(world / "out/front.csv")))["recall"] == "nan"
+
+
+def test_real_pictures_of_no_prompt_leave_two_axes(world):
+    for i, path in enumerate(sorted((world / "real").iterdir())):
+        path.rename(world / f"real/photo{i}.png")
+    done = inside(M, *flags(world))
+    assert done.returncode == 0 and "the fronts are without realism" in done.stdout, done.stderr
+    rows = list(csv.DictReader(open(world / "out/front.csv")))
+    assert any(r["on_front"] == "1" for r in rows) and rows[0]["n_real"] == "13" and rows[0]["realism"] == "nan"
+
+
+def test_new_answers_do_not_read_pictures_again(world):
+    assert inside(M, *flags(world)).returncode == 0
+    before = {p: p.stat().st_mtime_ns for p in (world / "out/cache").iterdir()}
+    text = (world / "answers.csv").read_text()
+    (world / "answers.csv").write_text(text.replace("a1/p0_0.png,1,yes", "a1/p0_0.png,1,no"))
+    first = next(csv.DictReader(open(world / "out/front.csv")))["consistency"]
+    assert inside(M, *flags(world)).returncode == 0
+    assert {p: p.stat().st_mtime_ns for p in (world / "out/cache").iterdir()} == before
+    assert float(next(csv.DictReader(open(world / "out/front.csv")))["consistency"]) < float(first)
+
+
+def test_a_comma_without_quotes(world):
+    (world / "prompts.csv").write_text("id,prompt\np0,a red dog, on a mat\n")
+    user_error(inside(M, *flags(world)), "more cells than columns", "quotes")
 
 
 @pytest.mark.parametrize(
