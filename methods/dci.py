@@ -489,12 +489,13 @@ def shuffled(text: str, rng) -> str:
 
 def write_toy(root: Path, count: int, test: int, seed: int, size: int = 64) -> None:
     """Generated pictures in exactly the release's form: objects are masks, the spot of a spotted object is a mask below it.
-    Short captions leave out sizes and ground, summaries name everything; all three kinds of negatives."""
+    Short captions leave out sizes and ground, summaries name everything; all three kinds of negatives. No object (shape, colour
+    and size) of the test pictures is in a training picture."""
     for sub in ("photos", "complete", "annotations"):
         (root / sub).mkdir(parents=True, exist_ok=True)
     splits = {"train": [], "valid": [], "test": []}
     for i in range(count + test):
-        s = scenes.scene(i, seed * 1000 + 700, (1, 3), grid=2)
+        s = scenes.scene(i, seed * 1000 + 700, (1, 3), grid=2, part="train" if i < count else "test")
         name = f"{i:06d}-data.json"
         splits["train" if i < count else "test"].append(name)
         if (root / "complete" / name).exists():

@@ -272,6 +272,14 @@ def test_generated_files_have_the_schema(tmp_path):
     assert all(len(i.captions) >= 5 and "This is an image" in i.long for i in items if i.key != "base")
 
 
+def test_objects_of_the_generated_test_pictures_are_never_trained_on(tmp_path):
+    M.write_toy(tmp_path, 60, 30, 0)
+    names = {*M.scenes.SIZES, *M.scenes.COLOURS, *M.scenes.SHAPES}
+    train, test = ({tuple(w for w in i.captions[0].split() if w in names) for i in M.read_dci(tmp_path, split, 8) if i.key != "base"}
+                   for split in ("train", "test"))  # fmt: skip
+    assert len(train) > 50 and len(test) > 20 and {len(t) for t in train | test} == {3} and not train & test
+
+
 def test_negatives_by_rule():
     rng = np.random.default_rng(0)
     got = {M.rule_negative("a red star above a blue ring", rng) for _ in range(40)}
