@@ -5,10 +5,9 @@ Paper      Berrada Ifriqi, Astolfi, Hall, Havasi, Benchetrit, Romero-Soriano, Al
 Idea       A latent diffusion model is trained by a squared error of latents, but its pictures are seen through the decoder,
            which treats directions of the latent very unequally. So push the one-step estimate of the clean latent and
            the clean latent itself through the frozen decoder, and compare its feature maps too: normalised with shared
-           statistics, without the few abnormal activations that decoders have (the stand-in hardly any: `kept` is above
-           0.99), several depths weighted by resolution.
-           Only where the estimate means something (little noise), and only in a second phase after ordinary training.
-           No other network is needed, and sampling does not change.
+           statistics, without the few abnormal activations that decoders have (the stand-in hardly any: `kept` is above 0.99),
+           several depths weighted by resolution. Only where the estimate means something (little noise), and only in a second
+           phase after ordinary training. No other network is needed, and sampling does not change.
 Equations  clean latent from eps, v, x0 or flow -> x0_from()      outlier mask -> outlier_mask()
            Eq. 3, the loss -> latent_perceptual_loss()      the gate -> lpl_term()
 Read first section 2, then step_loss() and train() in section 6; the rest is ordinary
@@ -26,12 +25,11 @@ Expect     laptop: class right +1.3 +- 0.3, high-frequency error -0.42 and -0.38
 Differs    from the paper: class-conditional DiT in place of mmDiT, no text; pixels and depths are averaged where Eq. 3 sums
            them, so that the value does not depend on resolution and decoder; the weight, the gate's tau and whose statistics
            are taken are not verified, hence flags; Frechet distances use a classifier of scenes, which sees them at 32 px.
-           from the released code: latents pass post_quant_conv (skipped there); the gate is on sigma / alpha (in the SDXL
+           From the released code: latents pass post_quant_conv (skipped there); the gate is on sigma / alpha (in the SDXL
            script around it "timestep < 200", far tighter); statistics are the prediction's, per channel over pixels, as others
-           read the text
-           (--norm cross is the released one: the target's norm over channels), outliers included, which the target's mask
-           leaves out of the error; constant and tiny maps give no NaN; with several processes the mean is over all gated
-           samples. Left out: L1 distance, separate statistics, FID and CLIPScore on real data.
+           read the text (--norm cross is the released one: the target's norm over channels), outliers included, which the
+           target's mask leaves out of the error; constant and tiny maps give no NaN; with several processes the mean is over
+           all gated samples. Left out: L1 distance, separate statistics, FID and CLIPScore on real data.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
            vae.py vit.py zoo.py and weights/   (copy these with this file)
 """
