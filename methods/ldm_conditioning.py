@@ -19,8 +19,8 @@ Run        python methods/ldm_conditioning.py --preset smoke                   (
            python methods/ldm_conditioning.py --preset transfer                (then: 64 px, with and without the former)
            torchrun --nproc_per_node=8 methods/ldm_conditioning.py --preset paper --data data/imagenet_latents --vae VAE
 Data       generated (common/scenes.py), or latents by data_prep/cache_latents.py, which records crop, size and flip
-Expect     laptop, adaln-sum and attn+schedule: control-swap distance x 100 3.40 +- 1.93 and 0.09 +- 0.09 (a model that ignores
-           sizes has 0), class right 56 +- 6 and 66 +- 8 %, Frechet distance 21.0 +- 7.3 and 23.0 +- 4.5 (worse); 3 seeds
+Expect     laptop, adaln-sum and attn+schedule: control-swap distance x 100 8.68 +- 1.87 and 0.49 +- 0.61 (a model that ignores
+           sizes has 0), class right 82 +- 2 and 82 +- 1 %, Frechet distance 16.7 +- 4.5 and 19.0 +- 5.0 (worse); 3 seeds
 Differs    from the paper: DiT in place of mmDiT, attention to s is a sub-layer of its own, and the baseline's MLPs are wider to
            have as many parameters; class tokens, the formulas of schedule, guidance and noise and the padding's constants are
            recalled or derived, not verified, hence flags; the control-swap distance is L2 in latent space (LPIPS there).
