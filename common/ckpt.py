@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,10 +37,14 @@ def _replace(path, write) -> None:
         write(str(tmp))
         with open(tmp, "rb+") as f:
             os.fsync(f.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(tmp, 0o666 & ~mask)  # safetensors lets nobody but the owner read
         os.replace(tmp, path)
     except BaseException as error:
         tmp.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError | SafetensorError):  # how torch.save and safetensors say that the disk is full
+        # how torch.save and safetensors say that the disk is full
+        if isinstance(error, SafetensorError) or re.search("PytorchStreamWriter|unexpected pos", str(error)):
             raise OSError(f"cannot write {path}: the disk is full or not writable; the file before it is whole "
                           f"({str(error)[:200]})") from error  # fmt: skip
         raise

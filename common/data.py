@@ -152,7 +152,8 @@ class Shards:
         if ext is None:
             return None
         offset, size = members[ext]
-        blob = os.pread(file.fileno(), size, offset)  # no file position that threads could move under each other
+        whole = offset + size <= os.fstat(file.fileno()).st_size  # or a header that lies would ask for all memory
+        blob = os.pread(file.fileno(), size, offset) if whole else b""  # no file position that threads could move
         if len(blob) != size:
             raise BadSample(f"{self.names[shard]}:{key}.{ext} is cut short")
         return ext, blob
@@ -200,7 +201,7 @@ class Folder:
 
     def __init__(self, folder):
         self.root = Path(folder)
-        self.files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in IMAGE_TYPES)
+        self.files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
         if not self.files:
             raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_TYPES)})")
         self.classes = sorted({p.parent.relative_to(self.root).as_posix() for p in self.files} - {"."})
@@ -227,16 +228,18 @@ class Table:
 
 
 class Subset:
-    """Some rows of a source, by their number in the source's order, which each sample then carries as "row"."""
+    """Some rows of a source, in the source's order, whose number each sample then carries as "row". Shards stay shards, so that
+    an Order opens few of them at once."""
 
     def __init__(self, source, rows):
-        self.source, self.rows, self.sizes = source, np.asarray(rows), [len(rows)]
         ends = np.cumsum(source.sizes)
-        shard = np.searchsorted(ends, rows, side="right")
-        self.places = list(zip(shard.tolist(), (np.asarray(rows) - (ends - source.sizes)[shard]).tolist()))
+        self.source, self.rows, self.first = source, np.sort(rows), ends - source.sizes
+        self.sizes = np.bincount(np.searchsorted(ends, self.rows, side="right"), minlength=len(ends)).tolist()
+        self.starts = np.cumsum(self.sizes) - self.sizes
 
     def read(self, shard: int, row: int) -> dict:
-        return {**self.source.read(*self.places[row]), "row": int(self.rows[row])}
+        row = int(self.rows[self.starts[shard] + row])
+        return {**self.source.read(shard, row - int(self.first[shard])), "row": row}
 
 
 def records(source) -> list[dict]:
@@ -341,13 +344,13 @@ class Order:
 
 
 class _Stream(torch.utils.data.Dataset):
-    """position -> make(sample, rng), with damaged samples replaced by the next good ones of the stream.
+    """position -> make(sample, rng), with damaged samples replaced by the next good ones at the same place of later batches.
 
     Photographs are read by `threads` threads, since Pillow decodes and resizes without the interpreter's lock; for tiny
     pictures the threads would only fight for it."""
 
     def __init__(self, source, make, seed: int, batch: int, threads: int):
-        self.source, self.make, self.seed, self.threads, self.pool = source, make, seed, threads, None
+        self.source, self.make, self.seed, self.batch, self.threads, self.pool = source, make, seed, batch, threads, None
         self.order, self.large = Order(source.sizes, seed, batch=batch), False
 
     def __getitems__(self, positions):
@@ -359,7 +362,7 @@ class _Stream(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int):
         problems = []
-        for p in range(position, position + 100):
+        for p in range(position, position + 100 * self.batch, self.batch):
             try:
                 with _LOCK:
                     place = self.order(p)
@@ -389,7 +392,7 @@ class Batches:
         positions = _positions(batch_size, env.rank * self.local, self.local, start)
         self.loader = iter(torch.utils.data.DataLoader(
             stream, batch_sampler=positions, num_workers=workers, collate_fn=_Collate(collate),
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if workers else None,
         ))  # fmt: skip
 
     def __iter__(self):
@@ -483,7 +486,7 @@ def load(source, rows, size: int, env, gb: float, workers: int = 0, max_bad: flo
 def parts_of(pictures, size: int, rank: int = 0, world: int = 1, workers: int = 0):
     """One pass over what load() gave, over one process's share: dicts of tensors, damaged pictures left out."""
     if isinstance(pictures, dict):
-        for i in torch.arange(rank, len(pictures["label"]), world).split(256):
+        for i in filter(len, torch.arange(len(pictures["label"]))[rank::world].split(256)):
             yield {k: v[i.to(v.device)] for k, v in pictures.items()}
     else:
         yield from filter(None, in_order(pictures, squeezed(size), stack, 256, slice(rank, None, world), workers))
@@ -546,5 +549,6 @@ def in_order(source, make, collate, batch_size: int, part: slice = slice(None), 
     """One pass without shuffling over the rows of `part`, for evaluation; damaged samples are left out."""
     return torch.utils.data.DataLoader(
         _InOrder(source, make, part), batch_size, num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
         collate_fn=lambda items: collate([x for x in items if x is not None]),
     )  # fmt: skip

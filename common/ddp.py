@@ -110,6 +110,7 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if not (self.training and world_size() > 1):
             return super().forward(x)
+        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         dims = [d for d in range(x.ndim) if d != 1]
         n = x.numel() // x.shape[1] * world_size()
         mean, square = all_sum(torch.stack([x.sum(dims), (x * x).sum(dims)])) / n
@@ -121,7 +122,7 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                 self.running_var.lerp_(var * n / (n - 1), self.momentum)
         shape = [1, -1] + [1] * (x.ndim - 2)
         x = (x - mean.view(shape)) * (var.view(shape) + self.eps).rsqrt()
-        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+        return (x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x).to(dtype)
 
 
 class _Gather(torch.autograd.Function):
@@ -225,6 +226,7 @@ def asked_to_stop() -> bool:
 def interrupted() -> bool:
     """True on every rank as soon as one rank was asked to stop. Several processes: a tiny message, call it on logging steps."""
     global _asked
-    if found := _on_any_rank(_asked > 0):
-        _asked = -1  # known; a further signal stops at once
+    found = _on_any_rank(_asked > 0)
+    if found and _asked > 0:  # known; a further signal stops at once. A rank that was not asked yet may be so later
+        _asked = -1
     return found

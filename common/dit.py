@@ -44,7 +44,7 @@ def sincos_2d(dim: int, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
 
 
 def time_features(t: torch.Tensor, dim: int = 256) -> torch.Tensor:
-    """(B,) numbers -> (B, dim) cosines, then sines, of dim / 2 frequencies from 1 down to 1 / 10,000."""
+    """(B,) numbers -> (B, dim) cosines, then sines, of dim / 2 frequencies from 1 down to nearly 1 / 10,000; float32."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
     angle = t.float()[:, None] * freqs
     return torch.cat([angle.cos(), angle.sin()], 1)
@@ -128,7 +128,7 @@ class TimeEmbed(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
-        return self.mlp(time_features(t))
+        return self.mlp(time_features(t).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbed(nn.Module):
@@ -191,9 +191,12 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x, t, y=None, add=None, context=None, mask=None):
-        """x (B, C, H, W); t (B,) time steps, 0 to 1000; y (B,) labels; add (B, D); context (B, L, D) and mask (B, L) bool."""
+        """x (B, C, H, W), H = W = input_size; t (B,) time steps, 0 to 999; y (B,) labels; add (B, D); context (B, L, D) and
+        mask (B, L) bool."""
         B, _, H, W = x.shape
         p = self.patch
+        if (H, W) != (self.grid * p, self.grid * p):
+            raise ValueError(f"a latent of {H} x {W} does not fit a DiT for {self.grid * p} x {self.grid * p}")
         c = self.t_embedder(t)  # (B, D)
         c = c if y is None else c + self.y_embedder(y)
         c = c if add is None else c + add
@@ -226,7 +229,7 @@ def read_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:  # twin: read_te
         raise ValueError(f"{path} is not a weight file that can be read safely ({type(error).__name__}: {text})") from error
     for key in ("state_dict", "ema", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    named = state.items() if isinstance(state, dict) else ()
+    named = [(k, v) for k, v in state.items() if isinstance(k, str)] if isinstance(state, dict) else ()
     tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in named if isinstance(v, torch.Tensor)}
     if not tensors or not isinstance(meta, dict):
         raise ValueError(f"{path} holds no tensors by name")
@@ -295,7 +298,8 @@ def load_dit(path, size: str = "", input_size: int = 0, learn_sigma: bool = True
     """DiT from facebookresearch's files (bare, or training checkpoints, whose EMA weights are taken), diffusers' or our own
     export; in fp32, evaluation mode. size: one of SIZES, not needed for our own export, which knows its settings.
 
-    input_size: latent side, by default that of the file; another one recomputes the position table by extrapolation.
+    input_size: latent side, by default that of the file (diffusers': of config.json beside it, else 32); another one
+    recomputes the position table by extrapolation.
     learn_sigma=False drops the variance half of the last layer. more: heads, ... of a model that is not in SIZES."""
     state, meta = read_tensors(path)
     if any(k.startswith("transformer_blocks.") for k in state):
@@ -305,7 +309,9 @@ def load_dit(path, size: str = "", input_size: int = 0, learn_sigma: bool = True
         depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
         outs = state["final_layer.linear.weight"].shape[0] // patch**2
         table = state.get("pos_embed")
-        side = patch * math.isqrt(table.shape[1]) if table is not None else 32
+        beside = Path(path).parent / "config.json"
+        side = patch * math.isqrt(table.shape[1]) if table is not None else (
+            json.loads(beside.read_text()).get("sample_size", 32) if beside.exists() else 32)  # fmt: skip
         found = dict(patch=patch, channels=channels, dim=dim, depth=depth, learn_sigma=outs == 2 * channels, input_size=side,
                      mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / dim, cross="blocks.0.cross.q.weight" in state,
                      classes=len(state.get("y_embedder.embedding_table.weight", [0])) - 1)  # fmt: skip

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 
 import numpy as np
 import torch
@@ -71,12 +72,12 @@ def linear_probe(f: torch.Tensor, y: torch.Tensor, l2: float = 1e-3, iters: int 
 def retrieval_recall(f_query: torch.Tensor, f_item: torch.Tensor, match: torch.Tensor, ks=(1, 5, 10)) -> dict[int, float]:
     """Share of queries with a right item among the k nearest, in percent.
 
-    f_query (Q, D), f_item (I, D): unit features; match (Q, I) bool: which items are right (several are allowed).
-    A right item's rank counts every wrong item that scores at least as much: ties never help."""
+    f_query (Q, D), f_item (I, D): unit features; match (Q, I) bool: which items are right (several are allowed; none: never
+    found). A right item's rank counts every wrong item that does not score less: ties and NaN never help."""
     scores = f_query.float() @ f_item.float().T
     best = scores.masked_fill(~match, -torch.inf).amax(1, keepdim=True)
-    rank = ((scores >= best) & ~match).sum(1)
-    return {k: 100 * (rank < k).float().mean().item() for k in ks}
+    rank = (~(scores < best) & ~match).sum(1)
+    return {k: 100 * ((rank < k) & match.any(1)).float().mean().item() for k in ks}
 
 
 def caption_matches(records: list[dict]) -> tuple[list[str], torch.Tensor]:
@@ -501,12 +502,14 @@ def inception_features(path, resize: str = "pytorch-fid") -> FidInception:
         raise ValueError(f"{path} does not exist; expected pytorch-fid's pt_inception-2015-12-05-6726825d.pth") from None
     except Exception as error:
         raise ValueError(f"{path} cannot be read as weights ({type(error).__name__})") from error
-    digits = name.rsplit("-", 1)[-1].removesuffix(".pth")
-    if name.endswith(".pth") and len(digits) == 8 and "-" in name:
+    digits = re.search(r"-([0-9a-f]{8})\.pth$", name)
+    if digits:
         with open(path, "rb") as f:
             found = hashlib.file_digest(f, "sha256").hexdigest()[:8]
-        if found != digits:
-            raise ValueError(f"{path} is damaged: its SHA-256 begins with {found}, its name says {digits}")
+        if found != digits[1]:
+            raise ValueError(f"{path} is damaged: its SHA-256 begins with {found}, its name says {digits[1]}")
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds no tensors by name")
     net = FidInception(resize)
     want = {k: v.shape for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
@@ -529,9 +532,9 @@ def _normalised(images, kind):
 
 
 def _short_side(img, size, crop):
-    scale = size / min(img.size)
-    img = img.resize([max(size, round(s * scale)) for s in img.size], Image.BICUBIC)
-    left, top = (img.width - crop) // 2, (img.height - crop) // 2
+    """Resize and CenterCrop of torchvision: the long side is rounded down, the crop's place to the nearest even."""
+    img = img.resize([size * s // min(img.size) for s in img.size], Image.BICUBIC)
+    left, top = (round((s - crop) / 2) for s in img.size)
     return img.crop((left, top, left + crop, top + crop))
 
 

@@ -91,7 +91,7 @@ class _Axes:
         wide = max((self.face.getlength(n) for n in legend), default=-40 * k) + 40 * k
         self.box = box = (62 * k, 40 * k, size[0] * k - wide - 10 * k, size[1] * k - 46 * k)
         (x0, x1), (y0, y1) = ((v.min(), v.max()) if len(v) else (0.0, 1.0) for v in (xs, ys))
-        across, up = max(x1 - x0, 1e-9), max(y1 - y0, 1e-9)
+        across, up = (max(b - a, 1e-6 * max(abs(a), abs(b)), 1e-9) for a, b in ((x0, x1), (y0, y1)))
         self.x0, self.x1 = x0 - margin * across * (margin > 0.05), x0 + across * (1 + margin * (margin > 0.05))
         self.y0, self.y1 = y0 - margin * up, y1 + margin * up
         draw, face = self.draw, self.face

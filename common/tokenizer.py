@@ -34,8 +34,15 @@ TYPOGRAPHY = {
 CLIP_MERGES = 49152 - 256 - 2  # how many lines of OpenAI's longer file count
 
 
-def _byte_symbols() -> list[str]:
-    """Printable stand-ins for the 256 bytes in CLIP's id order; index -> character, with `.byte` order kept apart."""
+def _unescape(text: str) -> str:
+    try:
+        return html.unescape(html.unescape(text))
+    except ValueError:  # "&#" and thousands of digits
+        return text
+
+
+def _byte_symbols() -> list[tuple[int, str]]:
+    """(byte, printable character that stands for it) of all 256 bytes, in CLIP's id order."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in set(plain)]
     return [(b, chr(b)) for b in plain] + [(b, chr(256 + i)) for i, b in enumerate(rest)]
@@ -142,12 +149,10 @@ class Tokenizer:
 
     def clean(self, text: str) -> str:
         text = self.fix_text(text) if self.fix_text else text
-        text = text if text.isascii() else text.translate(TYPOGRAPHY)
-        if "&" in text:
-            try:
-                text = html.unescape(html.unescape(text))
-            except ValueError:  # "&#" and thousands of digits
-                pass
+        if "&" in text and "<" not in text:  # ftfy does so first, and CLIP once more
+            text = _unescape(text)
+        text = text if text.isascii() else unicodedata.normalize("NFC", text.translate(TYPOGRAPHY))
+        text = _unescape(text) if "&" in text else text
         return " ".join(text.split()).lower()
 
     def _spell(self, word: str) -> list[str]:

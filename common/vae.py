@@ -198,8 +198,8 @@ class VAE(nn.Module):
             return self.decoder.image(x)
         B, _, h, w = z.shape
         f, step = self.factor, tile - tile // 4
-        out = torch.zeros(B, 3, f * h, f * w, dtype=z.dtype, device=z.device)
-        total = torch.zeros(1, 1, f * h, f * w, dtype=z.dtype, device=z.device)
+        out = torch.zeros(B, 3, f * h, f * w, device=z.device)  # float32 whatever z is
+        total = torch.zeros(1, 1, f * h, f * w, device=z.device)
 
         def starts(n):
             return [*range(0, max(n - tile, 0), step), max(n - tile, 0)]
@@ -207,18 +207,19 @@ class VAE(nn.Module):
         for y in starts(h):
             for x in starts(w):
                 img = self.decode(z[..., y : y + tile, x : x + tile])
-                ramp = [torch.arange(1, n + 1, device=z.device, dtype=z.dtype) for n in img.shape[-2:]]
+                ramp = [torch.arange(1.0, n + 1, device=z.device) for n in img.shape[-2:]]
                 ramp = [torch.minimum(r, r.flip(0)).clamp(max=f * (tile // 4) + 1) for r in ramp]
                 weight = ramp[0][:, None] * ramp[1][None]
                 spot = (..., slice(f * y, f * y + img.shape[-2]), slice(f * x, f * x + img.shape[-1]))
                 out[spot] += img * weight
                 total[spot] += weight
-        return out / total
+        return (out / total).to(z.dtype)
 
     def fingerprint(self) -> str:
-        """Short hash of weights and scaling: latents belong to the autoencoder that made them."""
+        """Short hash of the encoder's weights and the scaling: latents belong to the autoencoder that made them."""
         digest = hashlib.sha256(json.dumps([self.scale, self.shift]).encode())
-        for _, p in sorted(self.encoder.state_dict().items()):
+        parts = [*sorted(self.encoder.state_dict().items()), *(self.quant_conv.state_dict().items() if self.quant_conv else ())]
+        for _, p in parts:
             digest.update(p.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -249,7 +250,7 @@ def read_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:  # twin: read_te
         raise ValueError(f"{path} is not a weight file that can be read safely ({type(error).__name__}: {text})") from error
     for key in ("state_dict", "ema", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    named = state.items() if isinstance(state, dict) else ()
+    named = [(k, v) for k, v in state.items() if isinstance(k, str)] if isinstance(state, dict) else ()
     tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in named if isinstance(v, torch.Tensor)}
     if not tensors or not isinstance(meta, dict):
         raise ValueError(f"{path} holds no tensors by name")
@@ -320,19 +321,21 @@ def load_vae(path, scale: float = 0.0, shift: float | None = None) -> VAE:
     """A VAE from a file of diffusers (current or old), CompVis, a whole Stable Diffusion checkpoint, or our own export; in
     fp32, evaluation mode. Its size is read off the tensors. A folder holding diffusion_pytorch_model.safetensors will do.
 
-    scale, shift: of diffusion latents. 0 and None: from our export or the config.json beside the file, else 0.18215 (right
-    for the f8 autoencoders of Stable Diffusion 1 and 2; Stable Diffusion XL's is not in its file) and 0."""
+    scale, shift: of diffusion latents. 0 and None: from our export or the config.json beside the file, else 0.18215 and 0,
+    which are right for the autoencoders of Stable Diffusion 1 and 2; files that are not theirs (SD3, Flux, checkpoints of
+    Stable Diffusion XL) are refused without a scale."""
     path = Path(path)
     if path.is_dir():
         path = path / "diffusion_pytorch_model.safetensors"
     state, meta = read_tensors(path)
+    xl = any(k.startswith("conditioner.") for k in state)
     state = {k: v.float() for k, v in from_layout(state).items()}
     config = meta.get("vae", {})
     if not config and (path.parent / "config.json").exists():
         try:
             beside = json.loads((path.parent / "config.json").read_text("utf-8"))
-            config = {ours: float(beside[theirs]) for ours, theirs in (("scale", "scaling_factor"), ("shift", "shift_factor"))
-                      if beside.get(theirs) is not None}  # fmt: skip
+            names = (("scale", "scaling_factor", float), ("shift", "shift_factor", float), ("groups", "norm_num_groups", int))
+            config = {ours: kind(beside[theirs]) for ours, theirs, kind in names if beside.get(theirs) is not None}
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path.parent / 'config.json'} is not the settings of an autoencoder ({error})") from error
     try:
@@ -348,6 +351,9 @@ def load_vae(path, scale: float = 0.0, shift: float | None = None) -> VAE:
         raise ValueError(
             f"{path} is not an autoencoder of this kind ({type(error).__name__}: {error}); it has {keys}"
         ) from error
+    if not scale and "scale" not in config and (xl or vae.z != 4 or not vae.quant_conv):
+        raise ValueError(f"{path} is not an autoencoder of Stable Diffusion 1 or 2 and does not say how latents are scaled; "
+                         "put its config.json beside it, or pass scale and shift")  # fmt: skip
     want = vae.state_dict()
     missing, extra = sorted(want.keys() - state.keys()), sorted(state.keys() - want.keys())
     wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in want.items()

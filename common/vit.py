@@ -16,6 +16,7 @@ Internal names are timm's; the loaders rename the other layouts. Positions are a
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -225,7 +226,8 @@ def _init(m):
 
 
 def read_weights(path, trust_torchscript: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
-    """A weight file, or a folder that holds one -> (state dict in fp32 on the CPU, config.json beside it or {}).
+    """A weight file, or a folder that holds one -> (state dict in fp32 on the CPU, the parts of config.json and
+    open_clip_config.json beside it that are objects).
 
     OpenAI's .pt files are TorchScript archives, and loading such a file may run code of its author: they are refused unless
     trust_torchscript says that you know where yours comes from."""
@@ -248,7 +250,8 @@ def read_weights(path, trust_torchscript: bool = False) -> tuple[dict[str, torch
                 )
             state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's training files hold their arguments
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a readable weight file: {(str(error).splitlines() or [''])[0]}") from error
     except Exception as error:  # pickle.UnpicklingError and its kin: not tensors only
@@ -263,8 +266,8 @@ def read_weights(path, trust_torchscript: bool = False) -> tuple[dict[str, torch
     for name in ("config.json", "open_clip_config.json"):
         if (path.parent / name).exists():
             try:
-                config = json.loads((path.parent / name).read_text("utf-8"))
-                config = {k: v for k, v in config.items() if isinstance(v, dict)}
+                found = json.loads((path.parent / name).read_text("utf-8"))
+                config |= {k: v for k, v in found.items() if isinstance(v, dict)}
             except (ValueError, RecursionError, AttributeError) as error:
                 raise ValueError(f"{path.parent / name} is not a JSON object") from error
     return {re.sub(r"^(module\.)?(backbone\.)?", "", k): v.float() for k, v in tensors.items()}, config
@@ -340,26 +343,33 @@ def load_clip(path, act: str = "", trust_torchscript: bool = False) -> CLIP:
 
     act: "quick_gelu" or "gelu". The weights do not tell, and the wrong one loads and silently lowers accuracy, so it is
     read from config.json beside them, or must be given. OpenAI, laion400m and metaclip weights are quick_gelu; LAION-2B
-    and DataComp weights are gelu."""
+    and DataComp weights are gelu. Nor do they tell the number of heads: it is read there too, else it is width / 64, which
+    is wrong for the ViTs of width 1280, 1408 and 1664 (H, g, bigG), refused without the file."""
     state, config = read_weights(path, trust_torchscript)
     drop = r"input_resolution$|context_length$|vocab_size$|position_ids$|^attn_mask$|^text\.attn_mask$"
     state = {k: v for k, v in state.items() if not re.search(drop, k)}
-    vision_cfg, text_cfg = config.get("vision_config", {}), config.get("text_config", {})
+    vision_cfg, text_cfg, heads = config.get("vision_config", {}), config.get("text_config", {}), {}
     if any(v.ndim == 0 and not k.startswith("logit_") for k, v in state.items()):
         raise ValueError(f"{path} holds single numbers where CLIP has matrices")
     if "vision_model.embeddings.class_embedding" in state:
         state = _fuse_qkv(_rename(state, _HF))
         act = act or vision_cfg.get("hidden_act", "")
+        heads = {"visual": vision_cfg.get("num_attention_heads"), "text": text_cfg.get("num_attention_heads")}
     elif "visual.class_embedding" in state:
         for key in ("visual.proj", "text_projection", "text.text_projection"):  # x @ proj there, Linear here
             if key in state:
                 state[key] = state[key].T.contiguous()
         state = _rename(state, _OPENAI)
         if "model_cfg" in config:
-            act = act or ("quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu")
-    elif "visual.cls_token" in state and Path(path).is_file():  # our own export, of a fine-tuned model
+            cfg = config["model_cfg"]
+            act = act or ("quick_gelu" if cfg.get("quick_gelu") else "gelu")
+            width = state["visual.patch_embed.weight"].shape[0] if "visual.patch_embed.weight" in state else 0
+            heads = {"visual": width // (cfg.get("vision_cfg") or {}).get("head_width", 64),
+                     "text": (cfg.get("text_cfg") or {}).get("heads")}  # fmt: skip
+    elif "visual.cls_token" in state and str(path).endswith(".safetensors"):  # our own export, of a fine-tuned model
         with safe_open(path, "pt") as f:
-            act = act or json.loads((f.metadata() or {}).get("meta", "{}")).get("act", "")
+            meta = json.loads((f.metadata() or {}).get("meta", "{}"))
+        act, heads = act or meta.get("act", ""), meta.get("heads", {})
     else:
         raise ValueError(
             f"{path} is not a CLIP ViT: it has neither visual.class_embedding (OpenAI, open_clip) nor "
@@ -373,14 +383,17 @@ def load_clip(path, act: str = "", trust_torchscript: bool = False) -> CLIP:
             state[key] = state[key].reshape(1, -1, state[key].shape[-1])
     try:
         width, _, patch, _ = state["visual.patch_embed.weight"].shape
+        if width in (1280, 1408, 1664) and not heads.get("visual"):
+            raise ValueError(f"{path}, a ViT of width {width}, needs config.json or open_clip_config.json beside it: weights "
+                             "do not say how many heads they have")  # fmt: skip
         grid = math.isqrt(state["visual.pos_embed"].shape[1] - 1)
         context, text_width = state["text.pos_embed"].shape
         sizes = {t: len({k.split(".")[2] for k in state if k.startswith(f"{t}.blocks.")}) for t in ("visual", "text")}
-        visual = ViT(grid * patch, patch, width, sizes["visual"], vision_cfg.get("num_attention_heads", width // 64),
+        visual = ViT(grid * patch, patch, width, sizes["visual"], heads.get("visual") or width // 64,
                      state["visual.blocks.0.mlp.fc1.weight"].shape[0], act, 1e-5, state["visual.proj.weight"].shape[0],
                      "visual.patch_embed.bias" in state, True, "visual.blocks.0.ls1" in state)  # fmt: skip
         text = TextTransformer(state["text.token_embed.weight"].shape[0], context, text_width, sizes["text"],
-                               text_cfg.get("num_attention_heads", text_width // 64),
+                               heads.get("text") or text_width // 64,
                                state["text.proj.weight"].shape[0], act)  # fmt: skip
     except (KeyError, TypeError, ZeroDivisionError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path} is an incomplete CLIP: {type(error).__name__}: {error}") from error
@@ -392,6 +405,8 @@ def load_dino(path) -> ViT:
 
     Heads are width / 64 in all published sizes."""
     state, _ = read_weights(path)
+    if "head.weight" in state:
+        raise ValueError(f"{path} holds a classifier, head.weight: a supervised ViT is not DINO")
     state = {k: v for k, v in state.items() if not re.search(r"mask_token$|^head\.|^(dino|ibot)_head\.|^pooler\.", k)}
     if "embeddings.patch_embeddings.projection.weight" in state:
         state = _fuse_qkv(_rename(state, _HF_DINO))

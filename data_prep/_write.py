@@ -159,7 +159,7 @@ def _write_shard(folder, name, split, items, first, make, mapper, bar) -> dict:
             key, ext, blob, record = made
             key = f"{first + i:08d}_" + "".join(c if c.isascii() and c.isalnum() else "_" for c in key)[-60:]
             _member(tar, f"{key}.{ext}", blob)
-            _member(tar, f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
+            _member(tar, f"{key}.json", json.dumps(record, ensure_ascii=False).encode("utf-8", "replace"))
             entry["count"] += 1
     raw = tmp.read_bytes()
     entry.update(bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())

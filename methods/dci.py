@@ -568,9 +568,8 @@ class Crops:
 
 def square(img, size):
     """CLIP's view, (size, size, 3) uint8: short side to size, bicubic, then the centre; long crops lose their ends."""
-    scale = size / min(img.size)
-    img = img.resize([max(size, round(v * scale)) for v in img.size], Image.BICUBIC)
-    x, y = (img.width - size) // 2, (img.height - size) // 2
+    img = img.resize([size * v // min(img.size) for v in img.size], Image.BICUBIC)
+    x, y = (round((v - size) / 2) for v in img.size)
     return np.asarray(img.crop((x, y, x + size, y + size)))
 
 
@@ -903,7 +902,8 @@ def train(cfg: Config) -> dict:
         if model.sizes:
             model.sizes["text"]["context"] = model.text.context
         act = next(name for name, f in ACTS.items() if f is model.visual.blocks[0].mlp.act)
-        ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms, act=act, **model.sizes)
+        heads = {name: getattr(model, name).blocks[0].attn.heads for name in ("visual", "text")}
+        ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms, act=act, heads=heads, **model.sizes)
         plot.save(plot.lines(log.history("loss"), cfg.arms, y="loss"), out / "curves.png")
     log.finish(result)
     return result

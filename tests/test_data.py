@@ -299,15 +299,15 @@ def test_in_memory_batches_are_parts_of_one_stream():
 def test_pictures_in_memory_and_from_the_loader(folder):
     source = D.Shards(folder, "train")
     part = D.Subset(source, [24, 0, 8])
-    assert part.sizes == [3] and [part.read(0, i)["label"] for i in range(3)] == [24, 0, 8]
+    assert [part.read(s, i)["label"] for s, n in enumerate(part.sizes) for i in range(n)] == [0, 8, 24]
     held = D.load(source, [24, 0, 8], 16, env(), gb=1)
     assert held["image"].shape == (3, 3, 16, 16) and held["side"].tolist() == [[6, 8]] * 3
-    assert held["row"].tolist() == held["label"].tolist() == [24, 0, 8]
+    assert held["row"].tolist() == held["label"].tolist() == [0, 8, 24]
     other = D.load(source, [24, 0, 8], 16, env(), gb=0)
     assert isinstance(other, D.Subset)
     for pictures in (held, other):
         mine = [[p["label"].tolist() for p in D.parts_of(pictures, 16, rank, 2)] for rank in (0, 1)]
-        assert mine == [[[24, 8]], [[0]]]
+        assert mine == [[[0, 24]], [[8]]]
         stream = D.endless(pictures, 16, 3, env(), seed=1)
         for _ in range(2):
             assert sorted(next(stream)["label"].tolist()) == [0, 8, 24]
@@ -337,3 +337,35 @@ def test_labels_that_do_not_fit_the_classes(tmp_path):
     prepare(tmp_path / "c", {"train": range(4), "val": range(3)}, make, classes=list("abcd"))
     train, test, found, classes, rows = D.open_labelled(tmp_path / "c", 1, 0)
     assert len(train) == len(found) == len(rows) == len(classes) == 4 and len(test) == 3
+
+
+def test_a_subset_stays_in_its_shards_and_a_replacement_in_its_place_of_a_later_batch():
+    """Sorted rows keep shards together; a damaged sample is replaced by one that is not in the same batch."""
+    source = SimpleNamespace(sizes=[40, 30, 50], read=lambda shard, row: {"at": (shard, row)})
+    rows = np.array([119, 3, 45, 0, 70, 41, 39])
+    subset = D.Subset(source, rows)
+    got = [subset.read(s, r) for s, n in enumerate(subset.sizes) for r in range(n)]
+    assert [g["row"] for g in got] == sorted(rows.tolist()) and subset.sizes == [3, 2, 2]
+    assert [g["at"] for g in got] == [(0, 0), (0, 3), (0, 39), (1, 1), (1, 5), (2, 0), (2, 49)]
+
+    def read(shard, row):
+        if row == 5:
+            raise D.BadSample("no")
+        return {"row": row}
+
+    for seed in range(5):  # but for the last batch of an epoch, whose replacement comes from the next one
+        batches = D.Batches(SimpleNamespace(sizes=[64], read=read), lambda s, rng: s["row"], list, 8, env(), seed)
+        for _ in range(7):
+            rows = next(batches)
+            assert len(set(rows)) == 8 and 5 not in rows
+
+
+def test_a_header_that_lies_about_its_size_is_a_bad_sample(tmp_path):
+    record = {"caption": "\ud800 is no text, and costs no preparation"}
+    prepare(tmp_path, {"train": [0]}, lambda i: ("a", "png", picture((9, 9, 9), (8, 8)), record))
+    shards = D.Shards(tmp_path, "train")
+    file, samples = shards._index(0)
+    (key, members), *_ = samples
+    members["png"] = (members["png"][0], 1 << 45)
+    with pytest.raises(D.BadSample, match="cut short"):
+        shards.read(0, 0)

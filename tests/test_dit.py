@@ -181,6 +181,14 @@ def test_without_sigma_keeps_the_first_channels(tmp_path):
     assert not torch.equal(half.final_layer.linear.weight, wrong)
 
 
+def test_a_latent_of_another_side_is_refused():
+    model = D.DiT(8, 2, 4, 32, 1, 2, classes=3)
+    with pytest.raises(ValueError, match="4 x 16 does not fit a DiT for 8 x 8"):  # as many tokens
+        model(torch.zeros(1, 4, 4, 16), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    half = model.bfloat16()
+    assert half(torch.zeros(1, 4, 8, 8).bfloat16(), torch.zeros(1), torch.zeros(1, dtype=torch.long)).dtype == torch.bfloat16
+
+
 def test_another_grid_recomputes_positions(tmp_path):
     torch.save(shaken(tiny()).state_dict(), tmp_path / "m.pt")
     large = D.load_dit(tmp_path / "m.pt", heads=4, input_size=16)

@@ -50,6 +50,21 @@ def test_retrieval_equals_loops_and_ties_do_not_help():
         assert got[k] == pytest.approx(100 * sum(map(float, hits)) / 20)
     constant = M.retrieval_recall(torch.ones(4, 2), torch.ones(5, 2), torch.eye(4, 5).bool())
     assert constant[1] == 0.0  # a collapsed encoder scores nothing
+    assert (
+        M.retrieval_recall(torch.full((4, 2), math.nan), torch.ones(5, 2), torch.eye(4, 5).bool())[1] == 0.0
+    )  # nor a diverged one
+    assert M.retrieval_recall(q, x, torch.zeros(20, 30).bool(), (40,))[40] == 0.0
+
+
+def test_pictures_are_resized_and_cropped_as_by_torchvision():
+    T = torchvision.transforms
+    rng = np.random.default_rng(0)
+    for w, h in ((640, 480), (333, 500), (120, 61), (500, 375)):
+        img = Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
+        for size, crop, ours in ((224, 224, M.clip_input([img])), (256, 224, M.dino_input([img], crop=True))):
+            theirs = T.CenterCrop(crop)(T.Resize(size, T.InterpolationMode.BICUBIC)(img))
+            kind = "clip" if size == 224 else "dino"
+            assert torch.equal(ours, M._normalised([theirs], kind)), (w, h, size)
 
 
 def test_frechet_distance_against_the_matrix_root():

@@ -126,6 +126,10 @@ def test_half_precision_no_quant_and_config_beside(tmp_path):
     assert (loaded.scale, loaded.shift, loaded.z, loaded.post_quant_conv) == (1.5, 0.125, 16, None)
     assert next(loaded.parameters()).dtype == torch.float32
     assert V.load_vae(tmp_path, scale=2.0, shift=0.0).scale == 2.0
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="how latents are scaled"):  # of Stable Diffusion 1 they are not
+        V.load_vae(tmp_path)
+    (tmp_path / "config.json").write_text('{"scaling_factor": 1.5, "shift_factor": 0.125, "latent_channels": 16}')
     mean = torch.randn(1, 16, 4, 4)
     assert torch.allclose(loaded.to_latent(mean), (mean - 0.125) * 1.5)
 

@@ -1,7 +1,9 @@
 """common/vit.py: against a plain-loop reference, through every published layout, with negative controls."""
 
+import argparse
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -316,3 +318,56 @@ def test_bad_image_size():
     with pytest.raises(ValueError, match="multiple of the patch 8"):
         ViT(32, 8, 16, 1, 1)(torch.zeros(1, 3, 30, 32))
     torch.testing.assert_close(quick_gelu(torch.tensor(1.0)), torch.tensor(0.8458), atol=1e-4, rtol=0)
+
+
+def test_heads_are_read_beside_the_weights_and_never_guessed_for_wide_towers(tmp_path):
+    torch.manual_seed(0)
+    for width, head_width in ((160, 80), (1280, 80)):
+        clip = CLIP(ViT(16, 8, width, 1, width // head_width, 2 * width, "gelu", 1e-5, 8, False, True),
+                    TextTransformer(20, 8, 64, 1, 2, 8, "gelu"))  # fmt: skip
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        theirs = [(r"^text\.(?=blocks)", "transformer."), (r"^visual\.(?=blocks)", "visual.transformer."), (r"blocks\.", "resblocks."),
+                  (r"\.norm1\.", ".ln_1."), (r"\.norm2\.", ".ln_2."), (r"attn\.qkv\.", "attn.in_proj_"), (r"attn\.proj\.", "attn.out_proj."),
+                  (r"\.fc1\.", ".c_fc."), (r"\.fc2\.", ".c_proj."), (r"visual\.cls_token", "visual.class_embedding"),
+                  (r"visual\.pos_embed", "visual.positional_embedding"), (r"visual\.patch_embed", "visual.conv1"),
+                  (r"visual\.norm_pre", "visual.ln_pre"), (r"visual\.norm\.", "visual.ln_post."), (r"visual\.proj\.weight", "visual.proj"),
+                  (r"text\.token_embed", "token_embedding"), (r"text\.pos_embed", "positional_embedding"), (r"text\.norm\.", "ln_final."),
+                  (r"text\.proj\.weight", "text_projection")]  # fmt: skip
+        state = {}
+        for k, v in clip.state_dict().items():
+            v = (
+                v.T
+                if k in ("visual.proj.weight", "text.proj.weight")
+                else v.squeeze(0)
+                if k.endswith(("cls_token", "pos_embed"))
+                else v
+            )
+            v = v.flatten() if k.endswith("cls_token") else v
+            for a, b in theirs:
+                k = re.sub(a, b, k)
+            state[k] = v.contiguous()
+        save_file(state, folder / "open_clip_model.safetensors")
+        if width == 1280:
+            with pytest.raises(ValueError, match="how many heads"):
+                load_clip(folder, act="gelu")
+        (folder / "config.json").write_text('{"model_type": "clip"}')
+        text_cfg = {"heads": 2}
+        (folder / "open_clip_config.json").write_text(
+            json.dumps({"model_cfg": {"vision_cfg": {"head_width": head_width}, "text_cfg": text_cfg}})
+        )
+        got = load_clip(folder)
+        x, ids = torch.randn(2, 3, 16, 16), torch.tensor([[18, 3, 19, 0], [18, 4, 5, 19]])
+        torch.testing.assert_close(got.encode_image(x), clip.eval().encode_image(x))
+        torch.testing.assert_close(got.encode_text(ids), clip.encode_text(ids))
+
+
+def test_a_training_file_of_dino_and_a_classifier(tmp_path):
+    vit = ViT(16, 8, 64, 1, 1)
+    state = {f"backbone.{k.replace('patch_embed.', 'patch_embed.proj.')}": v for k, v in vit.state_dict().items()}
+    torch.save({"teacher": state, "args": argparse.Namespace(arch="vit"), "epoch": 3}, tmp_path / "dino.pth")
+    x = torch.randn(1, 3, 16, 16)
+    assert torch.equal(load_dino(tmp_path / "dino.pth")(x), vit.eval()(x))
+    torch.save({**state, "head.weight": torch.zeros(10, 64)}, tmp_path / "timm.pth")
+    with pytest.raises(ValueError, match="classifier"):
+        load_dino(tmp_path / "timm.pth")
