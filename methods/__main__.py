@@ -121,9 +121,9 @@ TEN = {
     "vlm": Paper(
         "An Introduction to Vision-Language Modeling", "2405.17247",
         "four training families on one data set", "vlm_answers.png",
-        (Claim("hard negatives against InfoNCE: swapped captions, points", "negclip cosine: swap", "infonce cosine: swap"),
-         Claim("CoCa's open answers against a blind reader, points", "coca VQA, open", "coca VQA blind, open"),
-         Claim("the frozen language model's", "frozen VQA, open", "frozen VQA blind, open"))),
+        (Claim("CoCa's open answers against a blind reader, points", "coca VQA, open", "coca VQA blind, open"),
+         Claim("the frozen language model's", "frozen VQA, open", "frozen VQA blind, open"),
+         Claim("hard negatives against InfoNCE: swapped captions, points", "negclip cosine: swap", "infonce cosine: swap"))),
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ Run        python methods/vlm.py [--preset smoke]                               
            python methods/vlm.py --ask picture.png --question "Is there a star?"
            torchrun --nproc_per_node=8 methods/vlm.py --preset paper --data data/coco --tokenizer MERGES
 Data       generated (common/scenes.py), or shards with captions by data_prep/captions.py, cc12m.py or coco.py (with boxes)
-Expect     laptop: InfoNCE's zero-shot 92.2, swap 51.4 (50.3 negclip); CoCa's open answers 80.4, blind 22.8; 3 seeds, cae5f87
+Expect     laptop: InfoNCE's zero-shot 82.8, swap 57.3 (55.2 negclip); CoCa's open answers 74.7, blind 22.9; 3 seeds, fbf1095
 Differs    the tutorial has no numbers of its own; everything here is tiny. FLAVA: unimodal losses share the paired batch, codes
            of patches are k-means centres, half of the matching captions are wrong. Frozen are the InfoNCE model's encoder and a
            language model of ours, of text alone. One generator of negatives teaches negclip and makes the tests; mask, coca and
