@@ -16,6 +16,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,11 @@ def _member(tar, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)  # no time, no owner: the same data give the same bytes
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
+
+
+def settings(cfg, free=("out",)) -> str:
+    """What shapes the output: all fields but the `free` ones; of paths the last part, so that files may move."""
+    return repr([(k, Path(v).name if isinstance(v, str) else v) for k, v in asdict(cfg).items() if k not in free])
 
 
 def prepare(folder, splits: dict[str, list], make, per_shard: int = 1000, mapper=map, identity: str = "", **about) -> dict:

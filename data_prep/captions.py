@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from common import cli
-from data_prep._write import BadSample, Files, checked_image, prepare, shuffled_splits, summary
+from data_prep._write import BadSample, Files, checked_image, prepare, settings, shuffled_splits, summary
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def run(cfg: Config) -> dict:
         return Path(image).stem, ext, blob, {"captions": captions[image], "source": image}
 
     splits = shuffled_splits(sorted(captions), {"train": -1, "val": cfg.val, "test": cfg.test}, cfg.seed)
-    manifest = prepare(cfg.out, splits, make, identity=repr([cfg.table, captions, cfg.max_side]),
+    manifest = prepare(cfg.out, splits, make, identity=repr([captions, settings(cfg)]),
                        source=Path(cfg.table).name, licence=cfg.licence)  # fmt: skip
     summary(cfg.out, manifest)
     return manifest

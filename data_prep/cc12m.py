@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from common import cli
-from data_prep._write import BadSample, checked_image, prepare, summary
+from data_prep._write import BadSample, checked_image, prepare, settings, summary
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def run(cfg: Config) -> dict:
     with ThreadPoolExecutor(cfg.workers) as pool:
         try:
             manifest = prepare(cfg.out, {"train": rows}, make, mapper=pool.map, source=Path(cfg.table).name,
-                               identity=repr([cfg.table, cfg.max_side]),
+                               identity=settings(cfg, ("out", "workers", "retries", "timeout")),
                                licence="list: Google, free use; pictures: their owners")  # fmt: skip
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)

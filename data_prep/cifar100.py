@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import numpy as np
 
 from common import cli
-from data_prep._write import Files, Image, decode_image, png, prepare, summary
+from data_prep._write import Files, Image, decode_image, png, prepare, settings, summary
 from data_prep.imagenet import read_prompts
 
 
@@ -142,7 +142,7 @@ def run(cfg: Config) -> dict:
     # Rows of the mosaics come class by class; a fixed shuffle makes every shard a fair sample
     plan = {s: [(s, int(i)) for i in np.random.default_rng(0).permutation(len(v[0]))] for s, v in sets.items()}
     templates = read_prompts(cfg.prompts)["templates"] if cfg.prompts else []
-    manifest = prepare(cfg.out, plan, make, per_shard=5000, identity=repr(cfg), source="CIFAR, A. Krizhevsky 2009",
+    manifest = prepare(cfg.out, plan, make, per_shard=5000, identity=settings(cfg), source="CIFAR, A. Krizhevsky 2009",
                        licence="not stated; cite Krizhevsky 2009", classes=[n.replace("_", " ") for n in fine],
                        coarse_classes=coarse, templates=templates)  # fmt: skip
     summary(cfg.out, manifest)

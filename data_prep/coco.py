@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from common import cli
-from data_prep._write import BadSample, Files, checked_image, decode_image, prepare, summary
+from data_prep._write import BadSample, Files, checked_image, decode_image, prepare, settings, summary
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def run(cfg: Config) -> dict:
     splits: dict[str, list] = {}
     for name in sorted(images):
         splits.setdefault(images[name]["split"], []).append(name)
-    manifest = prepare(cfg.out, splits, make, identity=repr(cfg), source="COCO 2017", classes=classes,
+    manifest = prepare(cfg.out, splits, make, identity=settings(cfg), source="COCO 2017", classes=classes,
                        licence="annotations CC BY 4.0, COCO Consortium; photos: see each record")  # fmt: skip
     summary(cfg.out, manifest)
     return manifest

@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from common import cli
 from common.data import IMAGE_TYPES
-from data_prep._write import Files, checked_image, prepare, summary
+from data_prep._write import Files, checked_image, prepare, settings, summary
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def run(cfg: Config) -> dict:
         ext, blob = checked_image(files.read(name), name, cfg.max_side)
         return Path(name).stem, ext, blob, {"label": label[folder], "class": folder}
 
-    manifest = prepare(cfg.out, splits, make, identity=repr(cfg), source=Path(cfg.images).name, licence=cfg.licence,
+    manifest = prepare(cfg.out, splits, make, identity=settings(cfg), source=Path(cfg.images).name, licence=cfg.licence,
                        folders=folders, classes=[names.get(c, c) for c in folders], templates=templates,
                        metric=cfg.metric)  # fmt: skip
     summary(cfg.out, manifest)

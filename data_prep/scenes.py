@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from common import cli, scenes
-from data_prep._write import Image, png, prepare, summary
+from data_prep._write import Image, png, prepare, settings, summary
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def run(cfg: Config) -> dict:
         return str(index), "png", png(Image.fromarray(scenes.render([s], cfg.size)[0])), record
 
     plan = {k: [(k, i) for i in range(n)] for k, n in cfg.splits().items() if n}
-    manifest = prepare(cfg.out, plan, make, identity=repr(cfg), source="common/scenes.py", licence="MIT, as this project",
+    manifest = prepare(cfg.out, plan, make, identity=settings(cfg), source="common/scenes.py", licence="MIT, as this project",
                        classes=list(scenes.SHAPES), templates=["a {}", "a picture of a {}"])  # fmt: skip
     summary(cfg.out, manifest)
     return manifest

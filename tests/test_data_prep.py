@@ -406,3 +406,13 @@ def test_cc12m_table_errors(tmp_path):
         cc12m.run(cc12m.Config(str(tmp_path / "t.tsv"), str(tmp_path / "o")))
     with pytest.raises(ValueError, match="does not exist"):
         cc12m.run(cc12m.Config(str(tmp_path / "none.tsv"), str(tmp_path / "o")))
+
+
+def test_a_moved_folder_goes_on_and_other_settings_do_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--train", 3, "--val", 1, "--test", 1, "--size", 16]
+    assert inside(scenes, *small, "--out", "a").returncode == 0
+    assert inside(scenes, *small, "--out", tmp_path / "a").returncode == 0  # the same folder by another name
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert inside(scenes, *small, "--out", "b").returncode == 0
+    assert inside(scenes, *small, "--out", "b", "--seed", 1).returncode == 2
