@@ -93,6 +93,14 @@ def same_config(old: dict, cfg) -> bool:
     return not _differences(old, cfg, FREE)
 
 
+def once(train, cfg) -> dict:
+    """train(cfg), or metrics.json of the run in cfg.out_dir, if it ended with these settings and cfg.resume is set."""
+    done, config = (Path(cfg.out_dir, name) for name in ("metrics.json", "config.json"))
+    if cfg.resume and done.exists() and same_config(json.loads(config.read_text()), cfg):
+        return json.loads(done.read_text())
+    return train(cfg)
+
+
 def export(path, state_dict: dict[str, torch.Tensor], **meta) -> None:
     """Weights only, contiguous on the CPU, with meta as JSON in the file's metadata."""
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}

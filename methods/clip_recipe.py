@@ -668,11 +668,7 @@ def run(cfg: Config) -> dict:
     out, scores = Path(cfg.out_dir), {}
     for extra, recipe in itertools.product(extras, recipes):
         arm = replace(cfg, recipe=recipe, extra=extra, out_dir=str(out / f"{recipe}_{extra}"))
-        done = Path(arm.out_dir, "metrics.json")
-        if cfg.resume and done.exists() and ckpt.same_config(json.loads(Path(arm.out_dir, "config.json").read_text()), arm):
-            scores[recipe, extra] = json.loads(done.read_text())
-        else:
-            scores[recipe, extra] = train(arm)
+        scores[recipe, extra] = ckpt.once(train, arm)
     result = {f"{r}_{e}_{k}": v for (r, e), s in scores.items() for k, v in s.items()}
     if ddp.rank() == 0:
         write_json(out / "metrics.json", result)

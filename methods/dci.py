@@ -961,12 +961,7 @@ def run(cfg: Config) -> dict:
         items = open_items(cfg, split, say=env.is_main)  # in the end those of the test, which are drawn below
     for arm in cfg.arms.split(","):
         one = replace(cfg, arms=arm, out_dir=str(out / arm))
-        done = Path(one.out_dir, "metrics.json")
-        old = json.loads(Path(one.out_dir, "config.json").read_text()) if done.exists() else {}
-        if cfg.resume and old and ckpt.same_config(old, one):
-            scores[arm] = json.loads(done.read_text())
-        else:
-            scores[arm] = train(one)
+        scores[arm] = ckpt.once(train, one)
     result = {f"{arm} {k}": v for arm, s in scores.items() for k, v in s.items()}
     if env.is_main:
         report(cfg, scores)

@@ -842,11 +842,7 @@ def run(cfg: Config) -> dict:
         for init in ["", cfg.init] if cfg.init else [""]:
             name = how + (" transferred" if init else " from scratch" if cfg.init else "")
             arm = replace(cfg, conditioning=how, init=init, out_dir=str(out / name.replace(" ", "_")))
-            done = Path(arm.out_dir, "metrics.json")
-            if cfg.resume and done.exists() and ckpt.same_config(json.loads(Path(arm.out_dir, "config.json").read_text()), arm):
-                scores[name] = json.loads(done.read_text())
-            else:
-                scores[name] = train(arm)
+            scores[name] = ckpt.once(train, arm)
     result = {f"{name}_{k}".replace(" ", "_"): v for name, s in scores.items() for k, v in s.items()}
     if ddp.rank() == 0:
         show(cfg, scores)

@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 import sys
 import time
@@ -578,12 +577,8 @@ def run(cfg: Config) -> dict:
     scores = {}
     for arm in ("pretrain", "control", "lpl") if cfg.pretrain and not cfg.after else ("control", "lpl"):
         folder, total = Path(cfg.out_dir, arm), cfg.pretrain + cfg.steps
-        done = folder / "metrics.json"
         same = phase_one(cfg) if arm == "pretrain" else replace(cfg, out_dir=str(folder), steps=total)
-        if cfg.resume and done.exists() and ckpt.same_config(json.loads((folder / "config.json").read_text()), same):
-            scores[arm] = json.loads(done.read_text())
-        else:
-            scores[arm] = train(cfg, arm)
+        scores[arm] = ckpt.once(lambda _, arm=arm: train(cfg, arm), same)
     scores.pop("pretrain", None)
     result = {f"{arm}_{k}": v for arm, s in scores.items() for k, v in s.items() if k not in ("spectrum", "power")}
     if ddp.rank() == 0:

@@ -31,7 +31,6 @@ Uses       common/augment.py ckpt.py cli.py data.py ddp.py log.py metrics.py opt
 from __future__ import annotations
 
 import copy
-import json
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -761,10 +760,8 @@ def run(cfg: Config) -> dict:
         for arm in cfg.method.split(","):
             plan = phases(arm, labels, cfg)
             for here in plan:
-                done = Path(here.out_dir, "metrics.json")
-                same = done.exists() and ckpt.same_config(json.loads(Path(here.out_dir, "config.json").read_text()), here)
                 if here.out_dir not in trained:  # phase A is shared
-                    trained[here.out_dir] = json.loads(done.read_text()) if cfg.resume and same else train(here)
+                    trained[here.out_dir] = ckpt.once(train, here)
                 result = trained[here.out_dir]
             if plan[-1].stage == "ssl":
                 result = probe_offline(replace(plan[-1], labels=labels))

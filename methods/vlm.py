@@ -1400,12 +1400,7 @@ def run(cfg: Config) -> dict:
     for arm in wanted:
         steps = min(cfg.steps, 1_000) if arm == "lm" else cfg.steps
         one = replace(cfg, arms=arm, out_dir=str(out / arm), steps=steps)
-        done = Path(one.out_dir, "metrics.json")
-        old = json.loads(Path(one.out_dir, "config.json").read_text()) if done.exists() else {}
-        if cfg.resume and old and ckpt.same_config(old, one):  # a trained arm with other tests is evaluated again
-            scores[arm] = json.loads(done.read_text())
-        else:
-            scores[arm] = train(one)
+        scores[arm] = ckpt.once(train, one)  # a trained arm with other tests is evaluated again
     result = {f"{arm} {k}": v for arm, s in scores.items() for k, v in s.items()}
     if ddp.rank() == 0:
         report(cfg, scores)

@@ -729,11 +729,7 @@ def run(cfg: Config) -> dict:
     arms = [arm_of(cfg, m, c) for c, m in itertools.product(cfg.images_per_class.split(","), cfg.method.split(","))]
     check_arms(arms, env)
     for arm in arms:
-        done, key = Path(arm.out_dir, "metrics.json"), (arm.method, arm.images_per_class)
-        if cfg.resume and done.exists() and ckpt.same_config(json.loads(Path(arm.out_dir, "config.json").read_text()), arm):
-            scores[key] = json.loads(done.read_text())
-        else:
-            scores[key] = train(arm)
+        scores[arm.method, arm.images_per_class] = ckpt.once(train, arm)
     result = {f"{m}_{c}_{k}": v for (m, c), s in scores.items() for k, v in s.items()}
     if ddp.rank() == 0:
         report(cfg, scores)
