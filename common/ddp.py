@@ -34,11 +34,13 @@ class Env:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, total: int, what: str = "batch_size") -> int:
-        """This process's part of a global count."""
+    def share(self, total: int, what: str = "batch_size", accum: int = 1) -> int:
+        """This process's part of a global count, or of each of its micro-batches."""
+        if total % (self.world * accum) and accum > 1:
+            raise ValueError(f"{what} {total} on {self.world} processes cannot be cut into --accum {accum} micro-batches")
         if total % self.world:
             raise ValueError(f"{what} {total} cannot be divided by {self.world} processes; choose a multiple of {self.world}")
-        return total // self.world
+        return total // (self.world * accum)
 
 
 def start(seed: int, timeout_s: int = 600) -> Env:
@@ -223,9 +225,12 @@ def asked_to_stop() -> bool:
     return _asked > 0
 
 
-def interrupted() -> bool:
-    """True on every rank as soon as one rank was asked to stop. Several processes: a tiny message, call it on logging steps."""
+def interrupted(due: bool = True) -> bool:
+    """True on every rank as soon as one rank was asked to stop. Several processes: a tiny message, sent where it is due, on
+    logging steps; one process looks at each step."""
     global _asked
+    if world_size() > 1 and not due:
+        return False
     found = _on_any_rank(_asked > 0)
     if found and _asked > 0:  # known; a further signal stops at once. A rank that was not asked yet may be so later
         _asked = -1

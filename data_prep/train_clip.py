@@ -93,7 +93,7 @@ def train(cfg: Config) -> dict:
         if due:
             log.write(step, **ddp.mean({"loss": loss, "scale": scale}))
         log.tick(step)
-        leave = (due or env.world == 1) and ddp.interrupted()
+        leave = ddp.interrupted(due)
         if env.is_main and (done % cfg.save_every == 0 or end or leave):
             ckpt.save(out / "last.pt", done, cfg, model=clip, opt=opt)
         if leave:

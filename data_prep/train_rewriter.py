@@ -99,7 +99,7 @@ def train(cfg: Config) -> dict:
         if due:
             log.write(step, **ddp.mean({"loss": loss}))
         log.tick(step)
-        leave = (due or env.world == 1) and ddp.interrupted()
+        leave = ddp.interrupted(due)
         if env.is_main and (done % cfg.save_every == 0 or end or leave):
             ckpt.save(out / "last.pt", done, cfg, model=rewriter, opt=opt)
         if leave:

@@ -221,7 +221,7 @@ def train(cfg: Config) -> dict:
             critic_opt.step()
         done, end = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or end
-        leave = (due or env.world == 1) and ddp.interrupted()
+        leave = ddp.interrupted(due)
         if due or leave or done % cfg.save_every == 0:
             ddp.check_finite({"loss": loss.item()}, step)
         if due:

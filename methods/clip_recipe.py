@@ -550,8 +550,7 @@ def train(cfg: Config) -> dict:
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, (0.9, 0.98), 1e-8, fused=True)
     state = {"model": model, "opt": opt, **({"teacher": teacher} if teacher else {})}
     start, best = ckpt.resume(out / "last.pt", cfg, **state) if cfg.resume else (0, {})
-    if env.share(cfg.batch_size) % cfg.accum:
-        raise ValueError(f"batch_size {cfg.batch_size} on {env.world} processes cannot be cut into {cfg.accum} micro-batches")
+    env.share(cfg.batch_size, accum=cfg.accum)  # refuses what cannot be cut
     batches = data.Batches(source, views, views.collate, cfg.batch_size // cfg.accum, env, cfg.seed, start * cfg.accum,
                            cfg.workers, cfg.max_bad)  # fmt: skip
     log = RunLog(cfg, env, cfg.recipe if extra == "none" else f"{cfg.recipe} + {extra}", start)
@@ -576,7 +575,7 @@ def train(cfg: Config) -> dict:
                     old.lerp_(new, 1 - cfg.ema_decay)
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
-        leave = (due or env.world == 1) and ddp.interrupted()
+        leave = ddp.interrupted(due)
         if due or leave or done % cfg.save_every == 0:
             ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
         if due:

@@ -847,7 +847,7 @@ def train(cfg: Config) -> dict:
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, fused=True)
     start, _ = ckpt.resume(out / "last.pt", cfg, model=model, opt=opt) if cfg.resume else (0, {})
     micro_size = cfg.batch_size // cfg.accum
-    b = env.share(micro_size)
+    b = env.share(cfg.batch_size, accum=cfg.accum)
     stream = (data.InMemory(pictures, micro_size, env, cfg.seed, start * cfg.accum) if isinstance(pictures, dict) else
               data.Batches(pictures, pictures.view, collate, micro_size, env, cfg.seed, start * cfg.accum, cfg.workers,
                            cfg.max_bad))  # fmt: skip
@@ -881,7 +881,7 @@ def train(cfg: Config) -> dict:
                 model.text.pos_embed[:20] = fixed  # Long-CLIP
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
-        leave = (due or env.world == 1) and ddp.interrupted()
+        leave = ddp.interrupted(due)
         if due or leave or done % cfg.save_every == 0:
             ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
         if due:
@@ -935,9 +935,9 @@ def check(cfg: Config) -> None:
         if getattr(cfg, name) not in known:
             raise ValueError(f"--{name} {getattr(cfg, name)} is unknown; choose from {', '.join(map(str, known))}")
     cli.within(cfg, "steps images test_images", 1)
-    if cfg.rank < 0 or cfg.batch_size % cfg.accum or cfg.batch_size < 2 * cfg.accum:
-        raise ValueError(f"--rank {cfg.rank} must not be negative, --batch_size {cfg.batch_size} a multiple of --accum "
-                         f"{cfg.accum}, two crops a micro-batch at least")  # fmt: skip
+    cli.within(cfg, "rank", 0)
+    if cfg.batch_size < 2 * cfg.accum:
+        raise ValueError(f"--batch_size {cfg.batch_size} must be two crops a micro-batch at least, --accum is {cfg.accum}")
     if cfg.sugarcrepe and not cfg.photos and not cfg.references:
         raise ValueError("--sugarcrepe needs --photos, or --references for the text-only check")
     for name in ("sugarcrepe", "photos", "references"):
@@ -950,7 +950,7 @@ def run(cfg: Config) -> dict:
     check(cfg)
     out, scores = Path(cfg.out_dir), {}
     env = ddp.start(cfg.seed)
-    env.share(cfg.batch_size // cfg.accum, "batch_size / accum")
+    env.share(cfg.batch_size, accum=cfg.accum)  # refuses what cannot be cut
     if not cfg.data:  # smaller pictures, smaller masks
         cfg = replace(cfg, data=str(out / f"generated_{cfg.seed}"), min_side=16)
         if env.is_main:

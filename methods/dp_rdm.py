@@ -850,7 +850,7 @@ def train(cfg, env, vae, world):
     trained = training_part(cfg)
     start, _ = ckpt.resume(out / "last.pt", trained, model=model, ema=ema, opt=opt) if cfg.resume else (0, {})
     micro_size = cfg.batch_size // cfg.accum
-    b = env.share(micro_size)
+    b = env.share(cfg.batch_size, accum=cfg.accum)
     rows = data.InMemory({"row": torch.arange(len(z))}, micro_size, env, cfg.seed, start * cfg.accum)
     log = RunLog(cfg, env, "public model", start)
     for step in range(start, cfg.steps):
@@ -871,7 +871,7 @@ def train(cfg, env, vae, world):
         ema.update(model)
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
-        leave = (due or env.world == 1) and ddp.interrupted()
+        leave = ddp.interrupted(due)
         if due or leave or done % cfg.save_every == 0:
             ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
         if due:

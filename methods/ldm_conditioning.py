@@ -705,9 +705,7 @@ def train(cfg: Config) -> dict:
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, (0.9, 0.95), 1e-8, fused=True)
     state = {"model": model, "ema": ema, "opt": opt}
     start, _ = ckpt.resume(out / "last.pt", cfg, **state) if cfg.resume else (0, {})
-    share = env.share(cfg.batch_size) // cfg.accum
-    if share * cfg.accum != env.share(cfg.batch_size):
-        raise ValueError(f"batch_size {cfg.batch_size} on {env.world} processes cannot be cut into {cfg.accum} micro-batches")
+    share = env.share(cfg.batch_size, accum=cfg.accum)
     batches = data.Batches(world.train, items, items.collate, cfg.batch_size // cfg.accum, env, cfg.seed, start * cfg.accum,
                            cfg.workers, cfg.max_bad)  # fmt: skip
     amp = torch.autocast(env.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
@@ -747,7 +745,7 @@ def train(cfg: Config) -> dict:
         ema.update(model)
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
-        leave = (due or env.world == 1) and ddp.interrupted()
+        leave = ddp.interrupted(due)
         if due or leave or done % cfg.save_every == 0:
             ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
         if due:

@@ -445,9 +445,7 @@ def train(cfg: Config, arm: str) -> dict:
         source = Path(cfg.after or cfg.out_dir, "pretrain")
         if ckpt.resume(source / "last.pt", phase_one(cfg), **state)[0] != first:
             raise ValueError(f"{source} holds no finished phase 1; --no-resume trains it again")
-    local = env.share(cfg.batch_size) // cfg.accum  # samples of this process in a micro-batch
-    if local * cfg.accum != env.share(cfg.batch_size):
-        raise ValueError(f"batch_size {cfg.batch_size} on {env.world} processes cannot be cut into {cfg.accum} micro-batches")
+    local = env.share(cfg.batch_size, accum=cfg.accum)  # samples of this process in a micro-batch
     batches = data.Batches(world.train, item, collate, cfg.batch_size // cfg.accum, env, cfg.seed, start * cfg.accum,
                            cfg.workers, cfg.max_bad)  # fmt: skip
     judge = zoo.load_judge().to(env.device) if world.asked else None
@@ -486,7 +484,7 @@ def train(cfg: Config, arm: str) -> dict:
         opt.zero_grad(set_to_none=True)
         ema.update(model)
         done, last = step + 1, step + 1 == total
-        leave = (due or env.world == 1) and ddp.interrupted()
+        leave = ddp.interrupted(due)
         if due or leave or done % cfg.save_every == 0:
             ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
         extra["seconds"] += time.monotonic() - began

@@ -622,7 +622,7 @@ def train(cfg: Config) -> dict:
                     old.lerp_(new, 1 - m)
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
-        leave = (due or env.world == 1) and ddp.interrupted()
+        leave = ddp.interrupted(due)
         if due or leave or done % cfg.save_every == 0:
             ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
         if due:

@@ -1296,7 +1296,7 @@ def train(cfg: Config) -> dict:
     start, _ = ckpt.resume(out / "last.pt", cfg, model=model, opt=opt) if cfg.resume else (0, {})
     size = cfg.batch_size // cfg.accum
     stream = data.endless(pairs.pictures, cfg.image_size, size, env, cfg.seed, start * cfg.accum, cfg.workers, cfg.max_bad)
-    log, first = RunLog(cfg, env, cfg.arms, start), env.rank * env.share(size)
+    log, first = RunLog(cfg, env, cfg.arms, start), env.rank * env.share(cfg.batch_size, accum=cfg.accum)
     for step in range(start, cfg.steps):
         optim.set_lr(opt, optim.warmup_cosine(step, cfg.steps, cfg.warmup, rate))
         mean_loss = 0.0
@@ -1313,7 +1313,7 @@ def train(cfg: Config) -> dict:
             model.log_scale.data.clamp_(max=math.log(100))
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
-        leave = (due or env.world == 1) and ddp.interrupted()
+        leave = ddp.interrupted(due)
         if due or leave or done % cfg.save_every == 0:
             ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
         if due:

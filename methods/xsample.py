@@ -595,9 +595,7 @@ def train(cfg: Config) -> dict:
     groups = optim.decay_groups(model, cfg.wd)
     opt = optim.Lars(groups, cfg.lr) if cfg.optimiser == "lars" else torch.optim.AdamW(groups, cfg.lr, fused=True)
     start, _ = ckpt.resume(out / "last.pt", cfg, model=model, opt=opt) if cfg.resume else (0, {})
-    local = env.share(cfg.batch_size) // cfg.accum
-    if local * cfg.accum != env.share(cfg.batch_size):
-        raise ValueError(f"batch_size {cfg.batch_size} on {env.world} processes cannot be cut into {cfg.accum} micro-batches")
+    env.share(cfg.batch_size, accum=cfg.accum)  # refuses what cannot be cut
     graph = make_graph(cfg, world, env.device)
     stream = data.endless(world.train, canvas(cfg), cfg.batch_size // cfg.accum, env, cfg.seed, start * cfg.accum, cfg.workers,
                           cfg.max_bad)  # fmt: skip
@@ -617,7 +615,7 @@ def train(cfg: Config) -> dict:
         opt.zero_grad(set_to_none=True)
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
-        leave = (due or env.world == 1) and ddp.interrupted()
+        leave = ddp.interrupted(due)
         if due or leave or done % cfg.save_every == 0:
             ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
         if due:

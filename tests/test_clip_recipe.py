@@ -413,7 +413,7 @@ def test_run_is_deterministic_and_resumes_exactly(tmp_path, capsys):
     original = ddp.interrupted
     try:
         calls = itertools.count()
-        ddp.interrupted = lambda: next(calls) == 5
+        ddp.interrupted = lambda due: next(calls) == 5
         with pytest.raises(KeyboardInterrupt):
             M.train(replace(cfg, out_dir=str(tmp_path / "c")))
     finally:

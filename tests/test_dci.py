@@ -399,7 +399,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, toy):
     M.train(cfg)
     calls, real = [], M.ddp.interrupted
     try:
-        M.ddp.interrupted = lambda: calls.append(1) or len(calls) == 4
+        M.ddp.interrupted = lambda due: calls.append(1) or len(calls) == 4
         with pytest.raises(KeyboardInterrupt):
             M.train(M.replace(cfg, out_dir=str(tmp_path / "b")))
     finally:

@@ -522,7 +522,7 @@ def test_smoke_in_one_and_two_processes_and_resume(tmp_path):
     calls, real = [], M.ddp.interrupted
     cfg = M.Config(**{**M.PRESETS["smoke"], "out_dir": str(tmp_path / "c")})
     try:
-        M.ddp.interrupted = lambda: calls.append(1) or len(calls) == 3
+        M.ddp.interrupted = lambda due: calls.append(1) or len(calls) == 3
         with pytest.raises(KeyboardInterrupt):
             M.run(cfg)
     finally:
