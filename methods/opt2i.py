@@ -13,7 +13,7 @@ Run        python methods/opt2i.py [--preset smoke]                         (CPU
            python methods/opt2i.py --llm_url URL --image_url URL --score dcs --prompts prompts.tsv
            python methods/opt2i.py --replay RUN/exchanges.jsonl --out_dir AGAIN ...     (same options; no language model needed)
 Data       generated prompts (common/scenes.py) with their questions; or PartiPrompts, DrawBench, COCO captions, DSG-1k
-Expect     laptop: +21.5 +- 13.8 DSG points on fresh seeds, paraphrasing +21.4 with twice the pictures; 3 seeds, commit 3abf676
+Expect     laptop: +21.5 +- 13.8 DSG points on fresh seeds, paraphrasing +21.4, with as many pictures; 3 seeds, commit fbf1095
 Differs    from the paper: offline, language model, picture model and VQA are small stand-ins for generated captions, the
            first sees the best prompt and its weakest element only, no message: nothing reproduces the table. Gains on fresh
            seeds too: the best of many on m seeds flatters itself. Own messages; a server that sends too few prompts is asked
