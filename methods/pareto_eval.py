@@ -20,7 +20,7 @@ Run        python methods/pareto_eval.py --preset smoke                      (CP
 Data       generated (common/scenes.py) with the stand-in text-to-image models of common/weights; or any generator's pictures:
            points.csv (model, knob, value, folder beside it[, given: text or picture]), prompts.csv (id, prompt[, group]),
            folders with files named ID_anything.png (the longest id that fits), several of each prompt
-Expect     laptop: guidance 1 to 8 lifts consistency by 0.02 to 0.12 and costs 0.07 to 0.16 of diversity; 3 seeds, 3abf676
+Expect     laptop: guidance 1 to 8 lifts consistency by 0.01 to 0.12 and costs 0.07 to 0.16 of diversity; 3 seeds, fbf1095
 Differs    from the paper: no code was published and only its abstract is known to us. Grids, sample counts and the conditional
            realism are ours; its DreamSim and Inception features are here those of a classifier of scenes (or --extractor).
            Retrieval-augmented models enter as folders, "search" is retrieval alone; fronts are taken within a task. "+-":
