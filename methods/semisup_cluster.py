@@ -17,7 +17,7 @@ Run        python methods/semisup_cluster.py [--preset smoke]                   
            torchrun --nproc_per_node=8 methods/semisup_cluster.py --preset paper --data data/imagenet --init SWAV.pth.tar
 Data       generated, or shards by data_prep/cifar100.py, imagenet.py; --labels a class keep their label
 Expect     laptop: 50.9 +- 6.0 supervised only, 59.8 +- 7.3 Suave (+11.3, +17.7, +0.2, +6.2), 86 SwAV and a linear probe on
-           its output; 4 seeds. CIFAR-100, minutes of a GPU, one seed: 18.4 and 23.2 with 4 labels a class, 37.2 and 32.5 with 25
+           its output; 4 seeds. CIFAR-100, minutes of a GPU, one seed: 18.4 and 23.2 with 4 labels, 37.2 and 32.5 with 25
 Differs    from the paper: settings for CIFAR-100 are ours, its supplement was not at hand. Crops are cut on the device from a
            square of --canvas pixels, bilinear; tests see whole pictures squeezed to one. FixMatch has our views, network,
            smoothing and budget, 2 unlabelled rows a labelled one (there 7), no averaged weights. Phase C has phase B's crops.
