@@ -11,7 +11,7 @@ Equations  target s_ij -> soft_targets()     student p_ij and H(s_i, p_i) -> xcl
 Read first section 2, then make_graph() and train(); the rest is ordinary
 Symbols    N samples; z (2N, D) unit embeddings of two views, rows i and i + N show the same sample; G (N, N) graph; tau and
            tau_s temperatures of student and target; f backbone features, which are what is probed
-Run        python methods/xsample.py [--preset smoke]                        (CPU, no data; 4.3 min on two quiet cores)
+Run        python methods/xsample.py [--preset smoke]                        (CPU, no data; 3.3 min on two quiet cores)
            python methods/xsample.py --method xclr --graph tree              (or another of the six)
            torchrun --nproc_per_node=8 methods/xsample.py --preset paper --data data/imagenet --embeddings classes.npy
            ... --data data/cc3m --embeddings captions.npy --text_of captions --probe_data data/imagenet --method clip,xclr
