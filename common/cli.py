@@ -64,7 +64,8 @@ def parse(Config, presets: dict[str, dict] | None = None, argv=None):
     preset = presets[given.pop("preset", "laptop")] if presets else {}
     cfg = Config(**{**preset, **given})
     for name, (low, high) in RANGES.items():
-        within(cfg, name if hasattr(cfg, name) else "", low, high)
+        if hasattr(cfg, name):
+            within(cfg, name, low, high)
     return cfg
 
 

@@ -999,7 +999,8 @@ def report(cfg, scores) -> None:
 
 def draw_items(items, path) -> None:
     """Pictures with their crops, first captions and first negatives, eight in all."""
-    chosen = [i for i in items if i.image in sorted({x.image for x in items if x.key != "base"})[:8]][:8]
+    cut = {i.image for i in items if i.key != "base"}
+    chosen = [i for i in items if i.image in cut][:8]
     pictures = [data.decode_image(Path(i.photo).read_bytes(), i.photo) for i in chosen]
     shown = [square(p.crop(i.box) if i.box else p, 128) for p, i in zip(pictures, chosen)]
     wrong = [next((t for k in ("swaps", "rule") for t in i.negatives.get(k, [])), "") for i in chosen]

@@ -962,7 +962,7 @@ def draw_samples(path, prompts, real, sets) -> None:
     chosen = {"real": real}
     for model in dict.fromkeys(p.model for p in sets):
         swept = [p for p in sets if p.model == model and p.knob in ("guidance", "neighbours", "levels")]
-        chosen |= {f"{p.model}, {p.label}": sets[p] for p in (swept[0], swept[-1])}
+        chosen |= {f"{p.model}, {p.label}": sets[p] for p in (*swept[:1], *swept[-1:])}
     pair = [i for i, p in sorted(enumerate(prompts), key=lambda q: -len(q[1].scene.things))][:2]  # two objects, if there are
     cells, texts, many = [], [], min([4, *(int((s["prompt"] == p).sum()) for s in chosen.values() for p in pair)])
     for key, s in chosen.items():

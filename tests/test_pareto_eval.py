@@ -366,6 +366,13 @@ def test_new_answers_do_not_read_pictures_again(world):
     assert float(next(csv.DictReader(open(world / "out/front.csv")))["consistency"]) < float(first)
 
 
+def test_a_model_without_a_sweep_is_drawn_without_one(tmp_path):
+    done = inside(
+        M, *SMALL, "--models", "late", "--guidance", "", "--top_m", "", "--sampler_steps", "2", "--out_dir", tmp_path / "r"
+    )
+    assert done.returncode == 0 and (tmp_path / "r/fronts.png").exists(), done.stderr
+
+
 def test_a_comma_without_quotes(world):
     (world / "prompts.csv").write_text("id,prompt\np0,a red dog, on a mat\n")
     user_error(inside(M, *flags(world)), "more cells than columns", "quotes")
