@@ -205,7 +205,7 @@ def _check_features(k: int, **sets):
     for name, f in sets.items():
         if f.ndim != 2 or len(f) < k + 1:
             raise ValueError(f"{name} features {tuple(f.shape)}: {k} neighbours need {k + 1} rows (N, D) at least")
-        if not torch.isfinite(f).all():
+        if not torch.isfinite(torch.stack(f.aminmax())).all():  # no copy of f
             raise ValueError(f"{name} features hold NaN or infinity")
 
 
@@ -255,7 +255,10 @@ def knn_radius(x: torch.Tensor, k: int, block: int = 256, near: torch.Tensor | N
         d.diagonal().fill_(torch.inf)  # the points themselves
         candidates(i, d, i)
         candidates(i + len(d), d[:, len(d) :].T, i)
-    exact = torch.stack([torch.cat([_exact(p, x[j]) for p, j in zip(x.split(block), js.split(block))]) for js in found.T], 1)
+    exact = torch.empty(n, m, dtype=torch.float64, device=x.device)  # results allocated between temporaries scatter the heap
+    for i in range(0, n, block):
+        for j in range(m):
+            exact[i : i + block, j] = _exact(x[i : i + block], x[found[i : i + block, j]])
     radius, slack = exact.kthvalue(k, 1).values, _slack(near, near)
     for row in torch.nonzero(far[:, -1].double() - slack < radius)[:, 0].tolist() if m < n - 1 else ():
         every = torch.cat([_exact(part, x[row]) for part in x.split(1024)])
@@ -274,22 +277,22 @@ def prdc(real: torch.Tensor, fake: torch.Tensor, k: int = 5, closed: bool = Fals
     mean = sum(part.double().sum(0) for part in real.split(1024)) / len(real)
     a, b = _shifted(real, mean), _shifted(fake, mean)
     r_real, r_fake, slack = knn_radius(real, k, block, a), knn_radius(fake, k, block, b), _slack(a, b)
-    recalled, covered, held = [], [], torch.zeros(len(fake), dtype=torch.float64, device=fake.device)
+    recalled, covered = torch.zeros(2, len(a), dtype=torch.bool, device=a.device)
+    held = torch.zeros(len(b), dtype=torch.float64, device=b.device)
     squares, buffer = _squares(b), b.new_empty(block * len(b))
     for i in range(0, len(a), block):
         d, balls = _near(a[i : i + block], b, squares, buffer), []
         for r in (r_real[i : i + block, None], r_fake[None]):  # of the real points, then of the generated ones
             ball, near = d < (r - slack).float(), d <= (r + slack).float()
             rows, cols = torch.nonzero(ball ^ near, as_tuple=True)
-            for m, n in zip(rows.split(512), cols.split(512)):
+            for m, n in zip(rows.split(128), cols.split(128)):
                 exact, bound = _exact(real[i + m], fake[n]), r.expand(d.shape)[m, n]
                 ball[m, n] = exact <= bound if closed else exact < bound
             balls.append(ball)
-        held += balls[0].sum(0)
-        covered.append(balls[0].any(1))
-        recalled.append(balls[1].any(1))
-    return {"precision": (held > 0).double().mean().item(), "recall": torch.cat(recalled).double().mean().item(),
-            "density": held.mean().item() / k, "coverage": torch.cat(covered).double().mean().item()}  # fmt: skip
+        held += d.copy_(balls[0]).sum(0)
+        covered[i : i + block], recalled[i : i + block] = balls[0].any(1), balls[1].any(1)
+    return {"precision": (held > 0).double().mean().item(), "recall": recalled.double().mean().item(),
+            "density": held.mean().item() / k, "coverage": covered.double().mean().item()}  # fmt: skip
 
 
 def expected_coverage(n: int, m: int, k: int) -> float:

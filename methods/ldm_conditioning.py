@@ -650,16 +650,6 @@ def spread(zs):
 
 
 # 6. TRAIN --------------------------------------------------------------------------------------------------------------
-def read_init(cfg: Config) -> tuple[dict, dict]:
-    """Weights and settings of --init, if they fit this arm."""
-    state, meta = read_tensors(cfg.init)
-    old = meta.get("config", {})
-    for field in ("conditioning", "objective", "control_power", *(["base_size"] if cfg.base_size else [])):
-        if old.get(field) != getattr(cfg, field):
-            raise ValueError(f"--init {cfg.init} has {field} {old.get(field)}, this arm {getattr(cfg, field)}")
-    return state, {**old, "vae": meta["vae"]}
-
-
 def build(cfg: Config, vae, world: World, device) -> Model:
     """The model of one arm, with weights of --init if there is one."""
     side = cfg.image_size // vae.factor
@@ -667,10 +657,14 @@ def build(cfg: Config, vae, world: World, device) -> Model:
     model.extent = model.dit.grid  # of the position table's coordinates
     if not cfg.init:
         return model
-    state, old = read_init(cfg)
-    mine, grid, base = model.state_dict(), model.dit.grid, math.isqrt(state["dit.pos_embed"].shape[1])
-    if old["vae"] != vae.fingerprint():
+    state, meta = read_tensors(cfg.init)
+    old = meta.get("config", {})
+    for field in ("conditioning", "objective", "control_power", "base_size"):
+        if old.get(field) != getattr(cfg, field):
+            raise ValueError(f"--init {cfg.init} has {field} {old.get(field)}, this arm {getattr(cfg, field)}")
+    if meta["vae"] != vae.fingerprint():
         raise ValueError(f"--init {cfg.init} was trained on latents of another autoencoder; pass its --vae")
+    mine, grid, base = model.state_dict(), model.dit.grid, math.isqrt(state["dit.pos_embed"].shape[1])
     if grid != base:
         if cfg.positions == "resample":
             state["dit.pos_embed"] = resample_pos_embed(cfg.dim, grid, old["extent"])
@@ -828,14 +822,15 @@ def check(cfg: Config) -> None:
 def run(cfg: Config) -> dict:
     """All arms side by side, each in its own folder; finished arms are kept. Prints the claim."""
     check(cfg)
-    ddp.start(cfg.seed)
+    env = ddp.start(cfg.seed)
     out, scores = Path(cfg.out_dir), {}
     if not cfg.base_size:  # both arms of a transfer have the noise of the first
         first = read_tensors(cfg.init)[1].get("config", {}).get("base_size") if cfg.init else None
         cfg = replace(cfg, base_size=first or cfg.image_size)
     if cfg.init:  # before the first arm has trained for nothing
+        vae, world = open_world(replace(cfg, out_dir="", conditioning="", init=""), env.device)
         for how in cfg.conditioning.split(","):
-            read_init(replace(cfg, conditioning=how))
+            build(replace(cfg, conditioning=how), vae, world, env.device)
     for how in cfg.conditioning.split(","):
         for init in ["", cfg.init] if cfg.init else [""]:
             name = how + (" transferred" if init else " from scratch" if cfg.init else "")

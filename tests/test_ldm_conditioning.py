@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common import augment, ddp, scenes
-from common.dit import sincos_2d
+from common import augment, ckpt, ddp, scenes
+from common.dit import read_tensors, sincos_2d
 from methods import ldm_conditioning as M
 from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
 
@@ -277,13 +277,13 @@ def test_low_resolution_checkpoint_into_a_larger_model_and_class_into_text(tmp_p
     vae = M.zoo.load_vae()
     for positions, table in (("resample", M.resample_pos_embed(32, 8, 4)), ("extrapolate", sincos_2d(32, torch.arange(8), torch.arange(8))),
                              ("interpolate", None)):  # fmt: skip
-        cfg = M.Config(**{**small, "image_size": 64, "init": path, "positions": positions})
+        cfg = M.Config(**{**small, "image_size": 64, "base_size": 32, "init": path, "positions": positions})
         world = M.World(None, None, 72, None, [], None)
         model = M.build(cfg, vae, world, "cpu")
         state = model.state_dict()
         assert all(torch.equal(state[k], v) for k, v in low.items() if k != "dit.pos_embed")
         assert state["dit.pos_embed"].shape == (1, 64, 32) and (table is None or torch.equal(state["dit.pos_embed"], table))
-    cfg = M.Config(**{**small, "init": path, "task": "text"})
+    cfg = M.Config(**{**small, "base_size": 32, "init": path, "task": "text"})
     model = M.build(cfg, vae, M.World(None, None, M.zoo.Reader(600, 32, 1, 2), None, [], None), "cpu")
     assert torch.equal(model.state_dict()["dit.blocks.0.attn.qkv.weight"], low["dit.blocks.0.attn.qkv.weight"])
     with pytest.raises(ValueError, match="has conditioning attn\\+schedule, this arm attn"):
@@ -452,6 +452,13 @@ def test_command_line_in_one_and_two_processes(tmp_path):
     transfer = inside(M, "--preset", "smoke", "--conditioning", "attn+schedule", "--image_size", "64", "--init", low,
                    "--out_dir", tmp_path / "3")  # fmt: skip
     assert transfer.returncode == 0 and "transferred" in transfer.stdout, transfer.stderr
+    state, meta = read_tensors(low)
+    foreign = tmp_path / "foreign.safetensors"
+    ckpt.export(foreign, state, **{**meta, "vae": "0" * 16})
+    refused = inside(M, "--preset", "smoke", "--conditioning", "attn+schedule", "--image_size", "64", "--init", foreign,
+                   "--out_dir", tmp_path / "4")  # fmt: skip
+    user_error(refused, "another autoencoder")
+    assert not (tmp_path / "4" / "attn+schedule_from_scratch").exists()  # before an arm has trained
 
 
 @pytest.mark.parametrize(
