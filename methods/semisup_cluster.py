@@ -464,7 +464,7 @@ def probe_offline(cfg: Config) -> dict[str, float]:
     net = Net(cfg, cfg.ssl_prototypes or 4 * len(world.classes), 0).to(env.device)
     load_init(net, str(Path(cfg.out_dir, "model.safetensors")), replace(cfg, stage="finetune"))
     net.eval()
-    train, test = (embed(net, p, cfg, env) for p in (world.labelled[int(cfg.labels)], world.test))
+    train, test = ([v.to(env.device) for v in embed(net, p, cfg, env)] for p in (world.labelled[int(cfg.labels)], world.test))
     return {name: metrics.accuracy(metrics.linear_probe(train[i], train[-1], 1e-2)(test[i]), test[-1])
             for i, name in enumerate(HEADS[1:])}  # fmt: skip
 
@@ -811,7 +811,7 @@ PRESETS = {
                 global_scale="0.2,1", local_scale="0.08,0.5", width=64, hidden=512, embed_dim=128, log_every=50,
                 save_every=1_000, out_dir="runs/semisup_cluster_gpu"),
     # CIFAR-100 as in the paper's Table 1: WRN-28-8, LARS, K = 100; lengths, rates and crops are ours; about an hour a row on an
-    # H200, not run
+    # H100; a fifth of it was run (RESULTS.md)
     "cifar100": dict(steps=30_000, batch_size=256, lr=0.8, lr_end=8e-4, wd=1e-5, warmup=1_000, dtype="bfloat16",
                      labels="4,25,100", method="sup,suave", pretrain=0.5, finetune=0.05, image_size=32, local_size=18,
                      local_crops=4, ema_decay=0.99, ema_ssl=0.996, ssl_prototypes=100, global_scale="0.2,1",
