@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -60,9 +61,19 @@ def save(path, step: int, cfg, extra: dict | None = None, **objects) -> None:
     _replace(path, lambda tmp: torch.save(data, tmp))
 
 
+def _on_all(path) -> bool:
+    """Whether the file exists. Rank 0 writes, all ranks read: nodes with disks of their own would start at different steps."""
+    found = [os.path.exists(path)] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(found) > 1:
+        dist.all_gather_object(found, found[0])
+    if len(set(found)) > 1:
+        raise ValueError(f"{path} exists for {sum(found)} of {len(found)} processes: --out_dir must be on a disk that all see")
+    return found[0]
+
+
 def resume(path, cfg, **objects) -> tuple[int, dict]:
     """Loads into the objects and returns (updates done, extra). ValueError if the checkpoint's settings differ."""
-    if not os.path.exists(path):
+    if not _on_all(path):
         return 0, {}
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
@@ -96,7 +107,7 @@ def same_config(old: dict, cfg) -> bool:
 def once(train, cfg) -> dict:
     """train(cfg), or metrics.json of the run in cfg.out_dir, if it ended with these settings and cfg.resume is set."""
     done, config = (Path(cfg.out_dir, name) for name in ("metrics.json", "config.json"))
-    if cfg.resume and done.exists() and same_config(json.loads(config.read_text()), cfg):
+    if cfg.resume and _on_all(done) and same_config(json.loads(config.read_text()), cfg):
         return json.loads(done.read_text())
     return train(cfg)
 

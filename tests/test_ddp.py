@@ -3,13 +3,15 @@
 import os
 import signal
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import ddp
+from common import ckpt, ddp
 from tests.helpers import in_processes
 
 
@@ -113,6 +115,27 @@ def test_synchronised_batch_norm_equals_one_process(tmp_path):
             torch.testing.assert_close(got[n], grads[n], rtol=1e-8, atol=1e-10)
         for n in buffers:
             torch.testing.assert_close(stats[n], buffers[n])
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    lr: float = 0.1
+
+
+def resumed(env, folder):
+    path = Path(folder, str(env.rank), "last.pt")  # a disk of its own
+    if env.rank == 0:
+        ckpt.save(path, 3, RunConfig())
+    try:
+        return ckpt.resume(path, RunConfig())[0]
+    except ValueError as error:
+        return str(error)
+
+
+def test_processes_with_disks_of_their_own_are_told(tmp_path):
+    """Rank 0 alone would go on from its checkpoint, the others from the start."""
+    for told in in_processes(2, resumed, str(tmp_path / "run"), path=tmp_path):
+        assert "exists for 1 of 2 processes" in told
 
 
 def helpers(env):
