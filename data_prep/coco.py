@@ -1,7 +1,7 @@
 """COCO: captions and objects. Reads the official json files, or one file that carries captions and instances with each image.
 
-python data_prep/coco.py --annotations annotations/captions_train2017.json,annotations/instances_train2017.json \\
-    --images train2017.zip --split train --out data/coco
+A=annotations; python data_prep/coco.py --annotations $A/captions_train2017.json,$A/instances_train2017.json,\\
+$A/captions_val2017.json,$A/instances_val2017.json --images train2017.zip,val2017.zip --out data/coco
 python data_prep/coco.py --annotations coco_mini/annotations.json.gz --images coco_mini/images.zip --out data/coco_mini
 
 A record holds the captions and the objects: class name, box (x0, y0, x1, y1) in stored pixels, iscrowd, segmentation
@@ -12,6 +12,7 @@ has a licence of its own, kept in its record.
 import gzip
 import json
 import math
+import re
 import sys
 import zlib
 from dataclasses import dataclass
@@ -26,9 +27,9 @@ from data_prep._write import BadSample, Files, checked_image, decode_image, prep
 @dataclass(frozen=True)
 class Config:
     annotations: str  # json or json.gz, several separated by commas
-    images: str  # folder or zip file of images
+    images: str  # folder or zip file of images, several separated by commas
     out: str  # folder to write
-    split: str = "train"  # split of official files; a combined file names the split of each image
+    split: str = ""  # of official files; "" = train or val, as their names say; a combined file names that of each image
     max_side: int = 0  # larger images shrink to this many pixels, 0 = keep the original bytes
 
 
@@ -49,10 +50,11 @@ def gather(paths, split) -> tuple[dict[str, dict], list[str]]:
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("images"), list):
             raise ValueError(f"{path} is not a COCO file: it has no list 'images'")
+        said = re.search("train|val|test", Path(path).name)
         names.update({c["id"]: c["name"] for c in content.get("categories", [])})
         by_id = {}
         for im in content["images"]:
-            own = im.get("split", split)
+            own = im.get("split") or split or (said[0] if said else "train")
             name = im.get("file_name") or f"{own}/{im['file']}"
             entry = images.setdefault(name, {"split": own, "width": im["width"], "captions": [], "instances": [],
                                              "licence": im.get("licence", im.get("license"))})  # fmt: skip
@@ -77,14 +79,14 @@ def run(cfg: Config) -> dict:
         images, classes = gather(cfg.annotations.split(","), cfg.split)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{cfg.annotations} has not COCO's form: {type(error).__name__}: {error}") from error
-    files = Files(cfg.images)
-    by_name = {n.rpartition("/")[2]: n for n in files.names} | {n: n for n in files.names}
+    where = [(n, files) for files in map(Files, cfg.images.split(",")) for n in files.names]
+    by_name = {n.rpartition("/")[2]: (n, files) for n, files in where} | {n: (n, files) for n, files in where}
 
     def make(name):
         entry, stored = images[name], by_name.get(name) or by_name.get(name.rpartition("/")[2])
         if stored is None:
             raise BadSample(f"{name} is not in {cfg.images}", "without image")
-        ext, blob = checked_image(files.read(stored), name, cfg.max_side)
+        ext, blob = checked_image(stored[1].read(stored[0]), name, cfg.max_side)
         boxes = []
         try:
             scale = decode_image(blob, name).width / entry["width"]

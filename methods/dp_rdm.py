@@ -21,7 +21,7 @@ Differs    from the paper: a small DiT, flow and Euler steps for a UNet, eps and
            (the paper's was trained with separate ones); T sets the noise, 256 prompts are drawn. From released code: too few
            neighbours are summed and divided by k; a ledger; secure randomness; no tensors are logged. Adjacency: one record
            added or removed. Protected is a record, no person, prompt or held-out picture. N, k, q, sigma are public; tuning
-           them on private data is not accounted. Every arm has its own meter: publish one.
+           them on private data is not accounted. Every arm has its own meter, and epsilons add up.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
            vae.py vit.py zoo.py and weights/   (copy these with this file)
 """
@@ -657,9 +657,10 @@ def open_folders(cfg, embed) -> World:
     public = pictures(cfg.public, "train")[1]
     classes, test, labels = pictures(cfg.private, held_out)
     rows = np.random.default_rng(cfg.seed).permutation(len(test))[: cfg.prompts]
-    if classes and min(int(labels[r]) for r in rows) < 0:
+    labelled = classes and int(labels.max()) >= 0  # COCO's classes are those of boxes
+    if labelled and min(int(labels[r]) for r in rows) < 0:
         raise ValueError(f"{cfg.private}: some pictures of the split {held_out} have no label; prepare them again")
-    if classes:
+    if labelled:
         prompts = [f"a photo of a {classes[int(labels[r])].replace('_', ' ')}" for r in rows]
     else:
         texts = [r["captions"][0] for r in data.records(data.Shards(cfg.private, held_out)) if r.get("captions")]
@@ -698,8 +699,8 @@ def numbers(text, kind):
 
 
 def make_arms(cfg, N) -> list[Arm]:
-    """The private ones take the fewest neighbours that the budget allows, rounded up."""
-    delta, out = cfg.delta or 1 / N, [Arm(0.0, k=cfg.k), Arm(math.inf, k=cfg.k)]
+    """The private ones take the fewest neighbours that the budget allows, rounded up. --secure answers nothing unmetered."""
+    delta, out = cfg.delta or 1 / N, [Arm(0.0, k=cfg.k)] + [Arm(math.inf, k=cfg.k)] * (not cfg.secure)
     for T in numbers(cfg.queries, int):
         for eps in numbers(cfg.budgets, float):
             k = whole_k(eps, cfg.q, cfg.sigma, T, delta)
@@ -758,7 +759,9 @@ def evaluate(model, vae, features, real, embed, world, arm, cfg, env, out) -> tu
     noise = torch.randn(len(tokens), *shape, generator=g)
     images = []
     for t, n in zip(tokens.split(128), noise.split(128)):
-        images.append(vae.decode(sample(model, t.to(env.device), n.to(env.device), cfg.guidance, cfg.sample_steps)).cpu())
+        with torch.autocast(env.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            z = sample(model, t.to(env.device), n.to(env.device), cfg.guidance, cfg.sample_steps)
+        images.append(vae.decode(z).cpu())
     images = torch.cat(images)
     pixels = ((images.clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8)
 
@@ -769,7 +772,9 @@ def evaluate(model, vae, features, real, embed, world, arm, cfg, env, out) -> tu
               "clip": 100 * similarity, "k": float(arm.k), "spent": ledger.spent() if ledger else 0.0}  # fmt: skip
     if world.colours:  # what the prompt names, anywhere in the picture
         judge = zoo.load_judge().to(env.device)
-        seen = torch.cat([judge.read(x.to(env.device), 2)["colour"].cpu() for x in images.split(256)])
+        read = [judge.read(x.to(env.device), 2) for x in images.split(256)]
+        shape, seen = (torch.cat([r[k].cpu() for r in read]) for k in ("shape", "colour"))
+        seen[shape == zoo.ANSWERS["shape"].index("nothing")] = -1  # the judge names a colour for empty cells, too
         asked = torch.tensor([zoo.ANSWERS["colour"].index(c) for c in world.colours])
         result["colour"] = 100 * (seen == asked[:, None]).any(1).float().mean().item()
     return result, pixels
@@ -839,8 +844,8 @@ def train(cfg, env, vae, world):
     """The public model, with exact resume. -> the EMA weights in a model."""
     out = Path(cfg.out_dir)
     with torch.no_grad():
-        parts = [vae.encode(x.to(env.device).float() / 127.5 - 1)[0] for x in world.public.split(256)]
-        z = vae.to_latent(torch.cat(parts)).cpu()
+        means = (vae.encode(x.to(env.device).float() / 127.5 - 1)[0] for x in world.public.split(256))
+        z = torch.cat([vae.to_latent(mean).cpu() for mean in means])
     near = neighbours_of(world.public_bank, cfg.k)
     ddp.reseed(cfg.seed, 0, 0)
     model = Generator(world.public_bank.shape[1], tuple(z.shape[1:3]), cfg).to(env.device)
@@ -938,7 +943,7 @@ def run(cfg: Config) -> dict:
         return show_plan(cfg)
     if cfg.attack:
         return show_attack(cfg)
-    env, out = ddp.start(cfg.seed, timeout_s=7200), Path(cfg.out_dir)
+    env, out = ddp.start(cfg.seed), Path(cfg.out_dir)
     embed, vae = Embedder(cfg, env.device), (load_vae(cfg.vae) if cfg.vae else zoo.load_vae()).to(env.device)
     world = open_world(cfg, embed)
     N = len(world.private_bank)
@@ -946,8 +951,8 @@ def run(cfg: Config) -> dict:
         raise ValueError(f"--k {cfg.k} is more than the {min(N, len(world.public_bank)):,} records of one of the sets")
     arms, features = make_arms(cfg, N), feature_model(cfg, env.device)
     model = train(cfg, env, vae, world)
+    ddp.stop()  # rank 0 evaluates alone, for longer than any timeout
     if not env.is_main:
-        torch.distributed.barrier()  # leaves together with rank 0, which evaluates alone
         return {}
     scores, pictures = {}, {}
     real = features(world.test)
@@ -957,8 +962,6 @@ def run(cfg: Config) -> dict:
     result = {f"{a.name} {k}": v for a, s in scores.items() for k, v in s.items()}
     report(cfg, world, scores, pictures, out)
     write_json(out / "metrics.json", result)
-    if env.world > 1:
-        torch.distributed.barrier()
     return result
 
 
@@ -976,6 +979,8 @@ def report(cfg, world, scores, pictures, out) -> None:
               "whatever the prompt")  # fmt: skip
     if not cfg.secure:
         print("noise follows from --seed: an experiment. Before anything is published, repeat it with --secure")
+    else:
+        print("the epsilons of all arms add up, and samples.png shows private pictures: publish what one arm drew, no more")
     if cfg.sigma > cfg.max_noise:
         print(f"--sigma {cfg.sigma:g} is more noise than the model was trained with, --max_noise {cfg.max_noise:g}")
     rows = [[f"epsilon {a.eps:g}, {a.queries:,} queries, improves on public only", f"{first['fd']:.2f}", f"{s['fd']:.2f}",

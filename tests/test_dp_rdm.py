@@ -12,7 +12,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from data_prep import coco
 from methods import dp_rdm as M
 from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
 
@@ -418,6 +420,55 @@ def test_an_experiment_leaves_the_real_meter_alone(tmp_path):
     M.run(cfg)
     assert (tmp_path / "ledger_10_8.jsonl").read_text() == "of a run with --secure"
     assert len((tmp_path / "experiment_ledger_10_8.jsonl").read_text().splitlines()) == 9
+
+
+def test_secure_runs_answer_nothing_unmetered(tmp_path):
+    arms = M.make_arms(M.Config(**{**M.PRESETS["smoke"], "secure": True}), 1_000)
+    assert [a.eps for a in arms] == [0.0, 10.0] and math.inf in [a.eps for a in M.make_arms(M.Config(), 12_000)]
+
+
+def test_the_colour_of_an_empty_cell_is_no_right_colour(tmp_path, monkeypatch):
+    """One object a picture: a colour that it does not have is never counted as right."""
+    cfg = M.Config(**M.PRESETS["smoke"])
+    world, images = M.generated(64, 5, True, "test")
+    names = list(M.scenes.COLOURS)
+    colours = [names[names.index(s.things[0].colour) - 1] for s in world]
+    real, bank = images.float() / 127.5 - 1, torch.eye(64)
+    monkeypatch.setattr(M, "sample", lambda model, tokens, noise, guidance, steps: noise)
+    vae = type("Exact", (), {"z": 4, "factor": 4, "decode": lambda self, z: real})()
+    embed = type("Nothing", (), {"pictures": lambda self, x: bank})()
+    scored = []
+    for asked in (colours, [s.things[0].colour for s in world]):
+        there = M.World(images, bank, bank, images, ["x"] * 64, bank, asked)
+        M.ddp.start(0)
+        env, features = M.ddp.Env(0, 1, torch.device("cpu")), lambda x: x.float().flatten(1)[:, :8]
+        scored.append(M.evaluate(None, vae, features, features(images), embed, there, M.Arm(0.0, k=4), cfg, env, tmp_path)[0])
+    assert scored[0]["colour"] == 0 and scored[1]["colour"] == 100
+
+
+def test_pictures_with_boxes_and_captions_are_prompted_by_captions(tmp_path):
+    """COCO's classes are those of its boxes; no picture has a label."""
+    (tmp_path / "img").mkdir()
+    for split in ("train", "val"):
+        images, said = [], []
+        for i in range(8):
+            name = f"{split}{i}.png"
+            Image.new("RGB", (20, 16), (i, 2 * i, 90)).save(tmp_path / "img" / name)
+            images.append({"id": i, "file_name": name, "width": 20, "height": 16})
+            said.append({"image_id": i, "id": i, "caption": f"{split} {i}"})
+        boxes = [{"image_id": 0, "id": 9, "category_id": 7, "bbox": [1, 2, 3, 4], "iscrowd": 0, "segmentation": []}]
+        (tmp_path / f"captions_{split}2017.json").write_text(json.dumps({"images": images, "annotations": said}))
+        (tmp_path / f"instances_{split}2017.json").write_text(
+            json.dumps({"images": images, "annotations": boxes, "categories": [{"id": 7, "name": "cat"}]})
+        )
+    files = [f"{tmp_path}/{kind}_{split}2017.json" for kind in ("captions", "instances") for split in ("train", "val")]
+    out = str(tmp_path / "coco")
+    assert coco.run(coco.Config(",".join(files), str(tmp_path / "img"), out))["counts"] == {"train": 8, "val": 8}
+    embed = type(
+        "Ones", (), {"pictures": lambda self, x: torch.ones(len(x), 3), "texts": lambda self, t: torch.ones(len(t), 3)}
+    )()
+    world = M.open_folders(M.Config(**{**M.PRESETS["smoke"], "public": out, "private": out, "prompts": 6}), embed)
+    assert len(world.prompts) == 6 and all(p.startswith("val ") for p in world.prompts)
 
 
 def test_charges_are_whole(tmp_path):
