@@ -397,10 +397,10 @@ def read_dci(folder, split, min_side, allow_missing=False, say=False) -> list[It
     return out
 
 
-def read_boxes(folder, split, min_side) -> list[Item]:
+def read_boxes(folder, split, min_side, allow_missing=False, max_bad=0.01) -> list[Item]:
     """Shards with captions and boxes (data_prep/coco.py): the picture with its captions, one box of each class with its name;
-    negatives exchange words, or the name for that of another class."""
-    source, out, number, bad = data.Shards(folder, split), [], 0, 0
+    negatives exchange words, or the name for that of another class. Damaged pictures of the test split are refused."""
+    source, out, number, damaged, mute = data.Shards(folder, split), [], 0, 0, 0
     seen = hashlib.blake2b(repr(source.manifest["shards"]).encode(), digest_size=6).hexdigest()  # other shards, other pictures
     pictures = Path(folder, ".pictures", seen)
     pictures.mkdir(parents=True, exist_ok=True)
@@ -409,10 +409,10 @@ def read_boxes(folder, split, min_side) -> list[Item]:
             try:
                 r = source.read(shard, row)
             except data.BadSample:
-                bad += 1
+                damaged += 1
                 continue
             if not r.get("captions"):
-                bad += 1
+                mute += 1
                 continue
             path = pictures / f"{split}-{shard}-{row}.png"
             if not path.exists():  # several processes may write it
@@ -427,8 +427,11 @@ def read_boxes(folder, split, min_side) -> list[Item]:
                     items.append(Item(str(path), padded(b["box"], w, h), [text], long=text, key=f"m-{j}-sc", image=number))
                     names.add(b["label"])
             out, number = out + items, number + 1
-    if bad and ddp.rank() == 0:
-        print(f"{folder}, {split}: {bad} pictures are damaged or lack captions and were left out", file=sys.stderr)
+    if damaged > (max_bad * sum(source.sizes) if split == "train" or allow_missing else 0):
+        raise ValueError(f"{folder}, {split}: {damaged} of {sum(source.sizes)} pictures are damaged, prepare them again; more "
+                         "than --max_bad stop the run, in the test split one without --allow_missing")  # fmt: skip
+    if damaged + mute and ddp.rank() == 0:
+        print(f"{folder}, {split}: left out are {damaged} damaged pictures and {mute} without captions", file=sys.stderr)
     if not out:
         raise ValueError(f"{folder}, {split}: no picture has captions; prepare some with boxes by data_prep/coco.py")
     boxes = [i for i in out if i.key != "base"]
@@ -533,17 +536,19 @@ def toy_negatives(s, seed) -> dict[str, list[str]]:
     words. None is true of the scene."""
     nouns = re.compile(rf"\b(?:{'|'.join((*scenes.SHAPES, 'background'))})\b")
 
-    def said(text):  # another order of the words at one noun says the same
-        return [frozenset(part.split()) for part in nouns.split(text)], nouns.findall(text)
+    def said(text):  # another order of the words at one noun says the same, and the last words are about the last noun
+        *parts, end = (frozenset(part.split()) for part in nouns.split(text))
+        return [*parts[:-1], parts[-1] | end] if parts else [end], nouns.findall(text)
 
     rng, text, count = np.random.default_rng((seed, 5)), scenes.caption(s), 3 if s.grid > 1 else 1
     changed = [n["caption"] for n in scenes.negatives(s, seed) if n["kind"].startswith("replace")]
     moved = [n["caption"] for n in scenes.negatives(s, seed) if n["kind"].startswith("swap")]
     moved += [scenes.caption(replace(s, tone=t, pattern=p)) for t in scenes.TONES for p in scenes.PATTERNS
               if t != s.tone or p != s.pattern]  # fmt: skip
-    swaps = list(dict.fromkeys(rule_negative(text, rng) for _ in range(12)))
-    swaps += [t for t in (shuffled(text, rng) for _ in range(3)) if len(swaps) < 3]
-    return {k: [str(t) for t in rng.permutation([x for x in v if x and said(x) != said(text)])[:count]]
+    swaps = [t for t in dict.fromkeys(rule_negative(text, rng) for _ in range(12)) if t and said(t) != said(text)]
+    while len(swaps) < count:  # too few exchanges of two words: all of them in another order
+        swaps += [t for t in [shuffled(text, rng)] if said(t) != said(text)]
+    return {k: [str(t) for t in rng.permutation([x for x in v if said(x) != said(text)])[:count]]
             for k, v in (("basic", changed), ("layout", moved), ("swaps", swaps))}  # fmt: skip
 
 
@@ -588,7 +593,8 @@ def normalised(images):  # twin: normalised
 
 def open_items(cfg, split, say=False) -> list[Item]:
     if Path(cfg.data, "manifest.json").is_file():
-        return read_boxes(cfg.data, data.held_out(cfg.data) if split == "test" else split, cfg.min_side)
+        split = data.held_out(cfg.data) if split == "test" else split
+        return read_boxes(cfg.data, split, cfg.min_side, cfg.allow_missing, cfg.max_bad)
     items = read_dci(cfg.data, split, cfg.min_side, cfg.allow_missing, say)
     return items if any("swaps" in i.negatives for i in items) else with_rules(items, 0)
 
@@ -952,7 +958,7 @@ def run(cfg: Config) -> dict:
     env = ddp.start(cfg.seed)
     env.share(cfg.batch_size, accum=cfg.accum)  # refuses what cannot be cut
     if not cfg.data:  # smaller pictures, smaller masks
-        cfg = replace(cfg, data=str(out / f"generated_{cfg.seed}"), min_side=16)
+        cfg = replace(cfg, data=str(out / f"generated_{cfg.seed}_{cfg.images}"), min_side=16)
         if env.is_main:
             write_toy(Path(cfg.data), cfg.images, cfg.test_images, cfg.seed)
         if env.world > 1:

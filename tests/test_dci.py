@@ -440,7 +440,7 @@ def test_generated_negatives_are_wrong():
             part.add(w)
             if w in nouns:
                 parts, part = [*parts, (w, frozenset(part))], set()
-        return parts, frozenset(part)
+        return [*parts[:-1], (parts[-1][0], parts[-1][1] | part)]
 
     counts = {"basic": 0, "layout": 0, "swaps": 0}
     for i in range(150):
@@ -450,6 +450,18 @@ def test_generated_negatives_are_wrong():
                 counts[kind] += len(texts)
                 assert all(said(t) != said(M.scenes.caption(part)) for t in texts), (kind, texts)
     assert min(counts.values()) > 250
+
+
+def test_words_are_exchanged_before_they_are_shuffled():
+    """A caption of n words that two exchanged words make wrong is not shuffled as a whole."""
+    whole = 0
+    for i in range(100):
+        s = M.scenes.scene(i, 5, (1, 3), grid=2)
+        part = M.replace(s, things=(M.replace(s.things[0], cell=0),), grid=1)
+        text = M.scenes.caption(part).split()
+        moved = [sum(a != b for a, b in zip(text, t.split())) for t in M.toy_negatives(part, i)["swaps"]]
+        whole += sum(m > 2 for m in moved)
+    assert whole < 15, whole
 
 
 def test_the_negatives_loss_teaches_negatives(toy, tmp_path):
@@ -466,6 +478,15 @@ def test_boxes_of_coco(shared, tmp_path):
     done = inside_coco(shared, tmp_path)
     assert done["counts"]["val"] > 100
     items = M.read_boxes(tmp_path / "coco", "val", 32)
+    with pytest.raises(ValueError, match="are damaged"):
+        damaged = tmp_path / "damaged"
+        shutil.copytree(tmp_path / "coco", damaged)
+        shard = sorted(damaged.glob("val-*.tar"))[0]
+        raw = bytearray(shard.read_bytes())
+        start = raw.index(b"\xff\xd8\xff")
+        raw[start : start + 3_000] = bytes(3_000)
+        shard.write_bytes(raw)
+        M.read_boxes(damaged, "val", 32)
     base = [i for i in items if i.key == "base"]
     assert all(len(i.captions) == 5 for i in base) and any(i.captions[0].startswith("a photo of a ") for i in items)
     assert all(n != i.captions[0] for i in items for n in i.negatives["rule"])
