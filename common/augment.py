@@ -58,10 +58,13 @@ CONTROLS = ("top", "left", "height", "width", "flip", "size_h", "size_w")
 
 
 def random_view(img: Image.Image, size: int, rng, scale=(1.0, 1.0), flip_p: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """A square crop of a share of the area from `scale`, resized, flipped with probability flip_p -> ((size, size, 3) uint8,
-    its CONTROLS (7,) float32): the box that was actually drawn as shares of the image, the flip, the image's own size in
-    pixels. What a diffusion model is told about a picture, so that no picture has to be thrown away."""
-    box = crop_box(*img.size, scale, rng, ratio=(1, 1))
+    """A square crop, its area a share from `scale` of the largest square's (1: the central one), resized, flipped with
+    probability flip_p -> ((size, size, 3) uint8, its CONTROLS (7,) float32): the box that was actually drawn as shares of the
+    image, the flip, the image's own size in pixels. What a diffusion model is told about a picture, so that no picture has to
+    be thrown away."""
+    square = min(img.size) / max(img.size)  # of the picture
+    box = crop_box(*img.size, [square * s for s in scale], rng, ratio=(1, 1))
+    box = centre_box(*img.size) if min(scale) == 1 else box
     flip = rng.random() < flip_p
     view = resize_to(img, box, size)
     left, top, right, bottom = box

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 FREE = {"out_dir", "workers", "log_every", "save_every", "resume", "max_bad"}
 TESTED_ON = {"eval_data", "sugarcrepe", "photos", "references", "probe_data", "probe", "probe_l2", "probe_steps", "real",
              "in9", "objectnet", "mit_states", "eval_images", "shots"}  # fmt: skip
-PATHS = {**dict.fromkeys((*TESTED_ON, "data", "after"), 1), **dict.fromkeys(("init", "embeddings", "tree", "tokenizer"), 2)}
+PATHS = {**dict.fromkeys((*TESTED_ON, "data", "after"), 1), **dict.fromkeys(("embeddings", "tree", "tokenizer"), 2), "init": 3}
 
 
 def _replace(path, write) -> None:

@@ -52,7 +52,8 @@ class Ema:
 
 class Lars(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled for every matrix: trust * |w| / |g + wd w| (You, Gitman, Ginsburg 2017, arXiv
-    1708.03888). Norms, biases and scalars (ndim < 2) are neither decayed nor scaled, as SimCLR does."""
+    1708.03888). Norms and biases (ndim 1) are neither decayed nor scaled, as SimCLR does; a single number is scaled,
+    or the temperature of a contrastive loss would run away."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=1e-3):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -65,7 +66,7 @@ class Lars(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 g = p.grad
-                if p.ndim > 1:
+                if p.ndim != 1:
                     g = g + group["weight_decay"] * p
                     w, u = p.norm(), g.norm()
                     g = g * torch.where((w > 0) & (u > 0), self.trust * w / u, 1.0)

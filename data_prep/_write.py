@@ -97,16 +97,20 @@ def _member(tar, name: str, data: bytes) -> None:
 
 
 def settings(cfg, free=("out",)) -> str:
-    """What shapes the output: all fields but the `free` ones; of paths the last part, so that files may move."""
-    return repr([(k, Path(v).name if isinstance(v, str) else v) for k, v in asdict(cfg).items() if k not in free])
+    """What shapes the output: all fields but the `free` ones; of paths, and lists of them, the last part: files may move."""
+
+    def moved(v):
+        return [Path(part).name for part in v.split(",")] if isinstance(v, str) else v
+
+    return repr([(k, moved(v)) for k, v in asdict(cfg).items() if k not in free])
 
 
 def prepare(folder, splits: dict[str, list], make, per_shard: int = 1000, mapper=map, identity: str = "", **about) -> dict:
     """Writes shards and manifest.json; returns the manifest. Interrupted, it continues; done, it changes nothing.
 
     splits: name -> list of items; make(item) -> (key, image extension, image bytes, record), or BadSample (counted by kind);
-    mapper: map, or a pool's that keeps the order; identity: the settings that shape the output; about: source, licence,
-    classes, ... kept in the manifest. ValueError if the folder holds data of other items or settings."""
+    mapper: map, or a pool's that keeps the order; identity: the settings and tables that shape the output; about: source,
+    licence, classes, ... kept in the manifest. ValueError if the folder holds data of other items, settings or classes."""
     if not str(folder):
         raise ValueError("--out is empty; name the folder to write")
     for name in splits:
@@ -115,7 +119,7 @@ def prepare(folder, splits: dict[str, list], make, per_shard: int = 1000, mapper
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "manifest.json"
-    identity = repr([identity, per_shard, [(n, [str(i) for i in items]) for n, items in splits.items()]])
+    identity = repr([identity, sorted(about.items()), per_shard, [(n, [str(i) for i in items]) for n, items in splits.items()]])
     manifest = {**about, "fingerprint": hashlib.sha256(identity.encode()).hexdigest(), "complete": False, "shards": []}
     if path.exists():
         old = json.loads(path.read_text())
@@ -130,7 +134,11 @@ def prepare(folder, splits: dict[str, list], make, per_shard: int = 1000, mapper
     for split, first in todo:
         items, name = splits[split][first : first + per_shard], f"{split}-{first // per_shard:06d}.tar"
         if name not in done:
-            manifest["shards"].append(_write_shard(folder, name, split, items, first, make, mapper, bar))
+            entry = _write_shard(folder, name, split, items, first, make, mapper, bar)
+            if not entry["count"] and entry["bad"].keys() <= {"no connection", "timed out"}:  # an outage, not a bad shard
+                (folder / name).unlink()
+                raise ValueError(f"nothing of {name} could be fetched, started again it goes on: {entry['first_bad']}")
+            manifest["shards"].append(entry)
             write_json(path, manifest)
         else:
             bar.update(len(items))

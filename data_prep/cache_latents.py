@@ -9,6 +9,7 @@ latents for every 1,000 pictures, shared out to the processes; interrupted, it c
 autoencoder's fingerprint, and readers refuse latents of another one.
 """
 
+import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Config:
     vae: str = ""  # autoencoder, in any layout that common/vae.py reads; "" = the stand-in for generated scenes
     size: int = 256  # pixels of the square that is encoded
     views: int = 1  # of each training picture
-    min_crop: float = 1.0  # smallest crop, as a share of the area; 1 = the central square
+    min_crop: float = 1.0  # smallest crop, as a share of the largest square's area; 1 = the central square
     max_crop: float = 1.0  # largest crop; 1 / 4 crops for the low resolution directly, at half the side of the later one
     flip: float = 0.5  # chance of a mirrored view
     seed: int = 0  # of crops and flips
@@ -62,7 +63,7 @@ def encode_part(vae, source, rows, cfg, split, part, device) -> tuple[dict, list
             labels.append(int(sample.get("label", -1)))
             captions.append(sample.get("captions", []))
     if not views:
-        raise ValueError(f"no picture of a whole part can be read; the first problem: {bad[0]}")
+        return {}, captions, bad
     out = {"mean": [], "logvar": []}
     for i in range(0, len(views), cfg.batch_size):
         x = torch.from_numpy(np.stack(views[i : i + cfg.batch_size])).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -84,24 +85,29 @@ def run(cfg: Config) -> dict:
     shards = list(Path(cfg.data).glob("*.tar"))
     splits = sorted({p.name.split("-")[0] for p in shards} & {"train", "val", "test"}) or [""]
     out, path = Path(cfg.out), Path(cfg.out, "manifest.json")
+    sources = {split: data.Shards(cfg.data, split) if shards else data.Folder(cfg.data) for split in splits}
+    read = [(s.manifest["fingerprint"], s.names) if shards else s.files for s in sources.values()]  # folders may move
+    read = read if shards else [p.relative_to(cfg.data).as_posix() for p in read[0]]
     settings = {k: getattr(cfg, k) for k in ("size", "views", "min_crop", "max_crop", "flip", "seed", "per_shard")}
+    settings["source"] = hashlib.sha256(repr(read).encode()).hexdigest()[:16]
     manifest = {"kind": "latents", "vae": vae.fingerprint(), "scale": vae.scale, **settings, "complete": False, "shards": []}
     if path.exists():
         old = json.loads(path.read_text())
         if any(old.get(k) != manifest[k] for k in ("vae", *settings)):
-            raise ValueError(f"{out} holds latents of another autoencoder or of other settings; choose another --out")
+            raise ValueError(f"{out} holds latents of another autoencoder, other data or settings; choose another --out")
         if old["complete"]:
             return old
-    for split in splits:
-        source = data.Shards(cfg.data, split) if shards else data.Folder(cfg.data)
+    for split, source in sources.items():
         out.mkdir(parents=True, exist_ok=True)
         if env.is_main and not path.exists():  # the input is there
             write_json(path, manifest)
         manifest.update(classes=source.classes, licence=getattr(source, "manifest", {}).get("licence", "not stated"))
         rows = [(s, r) for s, n in enumerate(source.sizes) for r in range(n)]
-        # A folder has no splits: every tenth picture validates
+        if not shards:  # files are read in this order or nearly, and a folder is sorted by class
+            rows = [rows[i] for i in np.random.default_rng(cfg.seed).permutation(len(rows))]
         held = "val" if split == "test" and "val" not in splits else split  # CIFAR has a test split alone: it validates
-        named = {held: rows} if split else {"train": [r for i, r in enumerate(rows) if i % 10], "val": rows[::10]}
+        alone = splits in ([""], ["train"])  # a folder, CC12M: every tenth picture validates
+        named = {"train": [r for i, r in enumerate(rows) if i % 10], "val": rows[::10]} if alone else {held: rows}
         for name, rows in named.items():
             parts = [rows[i : i + cfg.per_shard] for i in range(0, len(rows), cfg.per_shard)]
             files = [out / f"{name}-{i:06d}.safetensors" for i in range(len(parts))]
@@ -113,9 +119,12 @@ def run(cfg: Config) -> dict:
                     if len(bad) > cfg.max_bad * max(seen, 1000):
                         raise ValueError(f"{len(bad)} of {seen} pictures are damaged, more than --max_bad {cfg.max_bad}; the "
                                          f"first: {bad[0]}")  # fmt: skip
-                    ckpt.export(files[i], tensors, captions=captions, bad=len(problems))
+                    if tensors:
+                        ckpt.export(files[i], tensors, captions=captions, bad=len(problems))
             ddp.gather_lists([0])  # wait for the other processes
-            manifest["shards"] += [{"name": f.name, "split": name, "count": count(f)} for f in files]
+            manifest["shards"] += [{"name": f.name, "split": name, "count": count(f)} for f in files if f.exists()]
+            if not any(s["split"] == name for s in manifest["shards"]):
+                raise ValueError(f"{cfg.data}: no picture to make the split {name} of can be read")
     manifest["complete"] = True
     manifest["counts"] = {
         s: sum(e["count"] for e in manifest["shards"] if e["split"] == s) for s in {e["split"] for e in manifest["shards"]}

@@ -43,14 +43,14 @@ def read_texts(cfg: Config) -> tuple[list[str], list[str]]:
     if cfg.classes:
         if not source.classes:
             raise ValueError(f"{cfg.data}: manifest.json lists no classes; prepare labelled pictures, or leave out --classes")
-        if "{}" not in cfg.template:
-            raise ValueError(f"--template {cfg.template!r} must hold {{}}, the place of the class name")
+        if cfg.template.count("{}") != 1 or cfg.template.count("{") != 1 or cfg.template.count("}") != 1:
+            raise ValueError(f"--template {cfg.template!r} must hold one {{}}, the place of the class name")
         return [cfg.template.format(c) for c in source.classes], source.classes
     records = data.records(source)
-    missing = sum(not r.get("captions") for r in records)
+    missing = sum(not r.get("captions") for r in records if r["key"])  # damaged records have no key, and are never drawn
     if missing:
         raise ValueError(f"{missing} of {len(records)} samples of {cfg.data} have no caption; prepare them with captions")
-    return [r["captions"][0] for r in records], [r["key"] for r in records]
+    return [(r.get("captions") or [""])[0] for r in records], [r["key"] for r in records]
 
 
 @torch.no_grad()
@@ -60,12 +60,15 @@ def run(cfg: Config) -> np.ndarray:
     env = ddp.start(0)
     texts, names = read_texts(cfg)
     clip, tok = load_clip(cfg.clip, act=cfg.act).eval().to(env.device), Tokenizer.from_clip(cfg.tokenizer)
-    d = clip.encode_text(trim(tok(texts[:1])).to(env.device)).shape[1]
+    first = F.normalize(clip.encode_text(trim(tok(texts[:1])).to(env.device)).float(), dim=1)[0].cpu().numpy()
+    d = len(first)
     ids, beside = np.array([data.text_id(n) for n in names]), Path(f"{cfg.out.removesuffix('.npy')}.ids.npy")
     if env.is_main:
         if Path(cfg.out).exists() and (not beside.exists() or np.load(cfg.out, mmap_mode="r").shape != (len(texts), d)
                                        or not np.array_equal(np.load(beside), ids)):  # fmt: skip
             raise ValueError(f"{cfg.out} holds embeddings of other texts; choose another --out")
+        if Path(cfg.out).exists() and (old := np.load(cfg.out, mmap_mode="r")[0]).any() and abs(old - first).max() > 5e-3:
+            raise ValueError(f"{cfg.out} holds embeddings by another --clip or --template; choose another --out")
         if not Path(cfg.out).exists():
             Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
             np.save(beside, ids)

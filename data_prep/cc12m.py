@@ -97,6 +97,8 @@ def download(url: str, cfg: Config) -> bytes:
 
 
 def run(cfg: Config) -> dict:
+    cli.within(cfg, "workers", 1)
+
     class Http(urllib.request.HTTPRedirectHandler):
         def redirect_request(self, req, fp, code, msg, headers, new):
             if not new.startswith(("http://", "https://")):

@@ -10,6 +10,7 @@ has a licence of its own, kept in its record.
 """
 
 import gzip
+import hashlib
 import json
 import math
 import re
@@ -106,7 +107,8 @@ def run(cfg: Config) -> dict:
     splits: dict[str, list] = {}
     for name in sorted(images):
         splits.setdefault(images[name]["split"], []).append(name)
-    manifest = prepare(cfg.out, splits, make, identity=settings(cfg), source="COCO 2017", classes=classes,
+    tables = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in cfg.annotations.split(",")]
+    manifest = prepare(cfg.out, splits, make, identity=repr([tables, settings(cfg)]), source="COCO 2017", classes=classes,
                        licence="annotations CC BY 4.0, COCO Consortium; photos: see each record")  # fmt: skip
     summary(cfg.out, manifest)
     return manifest

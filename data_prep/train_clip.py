@@ -58,7 +58,8 @@ def normalised(images):  # twin: normalised
 
 def train(cfg: Config) -> dict:
     env, tok = ddp.start(cfg.seed), zoo.load_tokenizer()
-    cli.within(cfg, "steps batch_size images", 1)
+    cli.within(cfg, "steps batch_size", 1)
+    cli.within(cfg, "images", cfg.batch_size)
     images, texts = pairs(cfg.images, cfg.seed)
     ddp.reseed(cfg.seed, 0, 0)
     text = dict(TEXT, vocab=len(tok))

@@ -68,6 +68,7 @@ def batch(first: int, count: int, seed: int, grids=(1, 2, 3), blur: float = 0.0)
 
 def train(cfg: Config) -> dict:
     env = ddp.start(cfg.seed)
+    cli.within(cfg, "steps batch_size width", 1)
     ddp.reseed(cfg.seed, 0, 0)
     judge = zoo.Judge(cfg.width).to(env.device, memory_format=torch.channels_last)
     model = ddp.wrap(judge, env)

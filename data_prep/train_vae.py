@@ -156,6 +156,9 @@ class Both(nn.Module):
 
 def train(cfg: Config) -> dict:
     env = ddp.start(cfg.seed)
+    cli.within(cfg, "steps batch_size size ch blocks z groups", 1)
+    if cfg.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype {cfg.dtype} is unknown; choose float32 or bfloat16")
     try:
         mult = tuple(int(m) for m in cfg.mult.split(","))
         ddp.reseed(cfg.seed, 0, 0)
@@ -166,8 +169,8 @@ def train(cfg: Config) -> dict:
         vae = load_vae(cfg.init).train().requires_grad_(True)
         vae.scale, vae.shift = 1.0, 0.0
     vae = vae.to(env.device, memory_format=torch.channels_last)
-    if cfg.size % vae.factor or cfg.steps < 1 or cfg.batch_size < 1:
-        raise ValueError(f"--size {cfg.size} must be a multiple of {vae.factor}, --steps and --batch_size at least 1")
+    if cfg.size % vae.factor:
+        raise ValueError(f"--size {cfg.size} must be a multiple of {vae.factor}")
     model = ddp.wrap(Both(vae), env)
     opt = torch.optim.AdamW(optim.decay_groups(vae, cfg.wd), cfg.lr, (0.9, 0.95), fused=True)
     state = dict(vae=vae, opt=opt)
@@ -237,9 +240,8 @@ def train(cfg: Config) -> dict:
         ddp.reseed(cfg.seed, 0, cfg.steps)  # also for a run that was stopped right here
         result = finish(vae, cfg, env.device, batches)
         ckpt.export(out / "model.safetensors", vae.state_dict(), vae=vae.config)
-        print(
-            f"error on new pictures {result['mse']:.5f} (squared, in [-1, 1]), scale {vae.scale:.4f}: {out}/model.safetensors"
-        )
+        what = "the next training pictures" if cfg.data else "new pictures"
+        print(f"error on {what} {result['mse']:.5f} (squared, in [-1, 1]), scale {vae.scale:.4f}: {out}/model.safetensors")
     log.finish(result)
     return result
 

@@ -67,6 +67,7 @@ def asked(some, count: int, seed: int):
 
 
 def train(cfg: Config) -> dict:
+    cli.within(cfg, "steps batch_size pictures questions width depth", 1)
     env, some = ddp.start(cfg.seed), world(cfg.pictures, cfg.seed)
     rows, texts, answers, _ = asked(some, cfg.questions, cfg.seed)
     words = sorted({w for q in asked(world(500, 1), 4_000, 1)[1] for w in q.lower().strip("?").split()})

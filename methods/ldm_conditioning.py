@@ -744,14 +744,14 @@ def train(cfg: Config) -> dict:
             ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
         if due:
             log.write(step, **ddp.mean({"loss": mean_loss, "grad_norm": norm}), lr=opt.param_groups[0]["lr"], bad=batches.bad)
+        if cfg.eval_every and done % cfg.eval_every == 0 and not last:
+            report(step)
         log.tick(step)
         if env.is_main and (done % cfg.save_every == 0 or last or leave):
             ckpt.save(out / "last.pt", done, cfg, **state)
         if leave:
             log.close()
             raise KeyboardInterrupt
-        if cfg.eval_every and done % cfg.eval_every == 0 and not last:
-            report(step)
     result = report(cfg.steps - 1)
     if env.is_main:
         kept = {k: getattr(cfg, k) for k in ("conditioning", "task", "objective", "control_power", "slots", "beta_txt")}

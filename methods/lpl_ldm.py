@@ -303,9 +303,9 @@ def open_world(cfg: Config, vae, device) -> World:
 # 5. EVALUATE ------------------------------------------------------------------------------------------------------------
 def spectrum(images):
     """Power of the luminance by radial frequency: (N, 3, S, S) -> (S // 2,), the frequencies 0 to S / 2 - 1, in float64."""
-    grey = torch.einsum("nchw,c->nhw", images, torch.tensor([0.299, 0.587, 0.114])).double()
-    S = grey.shape[-1]
-    power = torch.fft.fft2(grey).abs().square().mean(0) / S**2
+    grey = torch.einsum("nchw,c->nhw", images, torch.tensor([0.299, 0.587, 0.114]))
+    N, S, _ = grey.shape
+    power = sum(torch.fft.fft2(part.double()).abs().square().sum(0) for part in grey.split(256)) / (N * S**2)
     f = torch.fft.fftfreq(S, 1 / S, dtype=torch.float64)
     radius = (f[:, None] ** 2 + f[None] ** 2).sqrt().round().long().flatten()
     return (radius.bincount(power.flatten()) / radius.bincount())[: S // 2]

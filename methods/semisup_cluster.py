@@ -56,7 +56,7 @@ class Config:
     # run: the same names in all ten files
     out_dir: str = "runs/semisup_cluster"  # one folder a run; each arm and phase gets a sub-folder
     seed: int = 0  # of weights, scenes, labelled subset, data order and augmentation
-    steps: int = 1_000  # optimiser updates of each arm, over all its phases
+    steps: int = 1_000  # optimiser updates of each arm, over all its phases; ssl alone has more, for as many rows
     batch_size: int = 96  # GLOBAL number of unlabelled pictures B_u, divided by the number of processes
     accum: int = 1  # not possible here: micro-batches would shrink the batch that Sinkhorn balances
     lr: float = 4e-3  # peak
@@ -95,7 +95,7 @@ class Config:
     reset_prototypes: bool = False  # phase C starts with new prototypes (the released code does)
     smoothing: float = 0.01  # label smoothing
     mix: bool = True  # MixUp and CutMix, of labelled rows and (Suave) of the two global views; not in phase A
-    mix_views: bool = False  # a mixed view counts as one row (the released code), not as B_u
+    mix_views: bool = False  # a mixed view counts as one row of each process (the released code), not as B_u
     optimiser: str = "adamw"  # adamw or lars
     # data and model
     images: int = 1_800  # generated training pictures
@@ -776,8 +776,9 @@ def run(cfg: Config) -> dict:
 def report(cfg, scores):
     """A table for each number of labels, with every head. The headline, fixed in advance: the prototypes, which are the
     classifier; for self-supervised features the probe on the backbone."""
-    names = {"sup": "supervised only", "ssl": "SwAV + linear probe", "ssl+ft": "SwAV + fine-tuning",
-             "fixmatch": "FixMatch-style", "suave": "Suave", "daino": "Daino"}  # fmt: skip
+    started = bool(cfg.init)  # of one stage every arm starts from the file, of all the supervised one from scratch
+    names = {"sup": "fine-tuning" if started and cfg.stage != "all" else "supervised only", "ssl": "SwAV + linear probe",
+             "ssl+ft": "SwAV + fine-tuning", "fixmatch": "FixMatch-style", "suave": "Suave", "daino": "Daino"}  # fmt: skip
     claims = (("sup", "suave", "Suave beats supervised only"), ("sup", "daino", "Daino beats supervised only"),
               ("ssl", "suave", "Suave beats SwAV + linear probe"),
               ("ssl+ft", "suave", "Suave beats SwAV, then fine-tuning"),
@@ -785,7 +786,8 @@ def report(cfg, scores):
     for n in cfg.labels.split(","):
         some = {a: s for (a, labels), s in scores.items() if labels == n}
         rows = [[names[a], *[s.get(h) for h in HEADS]] for a, s in some.items()]
-        print(f"\n{n} labels a class, equal compute: top-1 in percent\n" + table(rows, ["", *HEADS]))
+        equal = "--init not counted" if started else "equal compute"
+        print(f"\n{n} labels a class, {equal}: top-1 in percent\n" + table(rows, ["", *HEADS]))
         head = {a: s.get("prototypes", s.get("backbone")) for a, s in some.items()}
         rows = [[text, head[a], head[b], f"{head[b] - head[a]:+.1f}"] for a, b, text in claims if {a, b} <= head.keys()]
         if rows and cfg.stage == "all":

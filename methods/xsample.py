@@ -158,8 +158,8 @@ def xclr_loss(z, graph, tau=0.1, tau_s=0.1):
 @torch.no_grad()
 def diagnostics(loss, graph, tau_s):
     """kl = L - H(s): unlike L it is comparable over tau_s and batch sizes, its floor is 0. pair: target mass on the other view.
-    positives: exp(mean H(s)), the effective number of positives. others: views that a view is compared with, over all
-    processes. similar: their mean similarity in the graph."""
+    positives: exp(mean H(s)), the effective number of positives. others: views of other pictures that a view is compared
+    with, over all processes. similar: their mean similarity in the graph."""
     n, N = graph.shape
     s = soft_targets(graph, tau_s)
     entropy = torch.special.entr(s).sum(1).mean()
@@ -273,7 +273,7 @@ def make_graph(cfg, world, device):
     if kind in ("identity", "rand_sample"):
         return identity if kind == "identity" else rand_sample
     if kind == "text" and cfg.text_of == "captions":
-        if not cfg.embeddings and not all(world.texts):
+        if not cfg.embeddings and lacks_captions(world):
             raise ValueError("some samples have no caption; choose --text_of classes or give --embeddings")
         rows = read_embeddings(cfg.embeddings, world.keys) if cfg.embeddings else bag_of_words(world.texts).numpy()
         return captions
@@ -557,7 +557,7 @@ def evaluate(model, world, cfg, env) -> dict[str, float]:
             out["probe" if name == "test" else name] = metrics.accuracy(scores, y_test)
             if name == "test":
                 guess, rows = scores.argmax(1).tolist(), seen.tolist()
-                out["knn"] = metrics.knn_accuracy(f, y, f_test, y_test, 20)
+                out["knn"] = metrics.knn_accuracy(*(v.to(env.device) for v in (f, y, f_test, y_test)), 20)
                 for k, (known, asked) in world.attributes.items():
                     out[k] = metrics.accuracy(metrics.linear_probe(f, known, cfg.probe_l2)(f_test), asked)
     if "mixed_rand" in out:
@@ -707,15 +707,22 @@ def arm_of(cfg, method, count) -> Config:
                    steps=0 if method == "untrained" else cfg.steps)  # fmt: skip
 
 
+def lacks_captions(world) -> bool:
+    """Whether a sample has none; damaged ones, which have no key, are never drawn."""
+    return any(key and not text for key, text in zip(world.keys, world.texts))
+
+
 def check_arms(arms, env) -> None:
     """What an arm lacks is said before the first one trains."""
     world = None
     for arm, before in zip(arms, [None, *arms]):
         if not before or before.images_per_class != arm.images_per_class:
             world = open_world(arm, env)  # one number of pictures at a time
-        if arm.method == "clip" and not all(world.texts):
+        if arm.method == "clip" and lacks_captions(world):
             raise ValueError("--method clip needs captions, and some samples have none; leave it out of the list")
         make_graph(arm, world, env.device)
+        if arm.mit_states and (odd := [c for c in data.Folder(arm.mit_states).classes if not re.match("[^ _]+[ _].", c)]):
+            raise ValueError(f"--mit_states {arm.mit_states}: the folder {odd[0]} is not named 'attribute object'")
         if (arm.real or arm.in9 or arm.objectnet) and world.kinds != 1000:
             raise ValueError(f"--real, --in9 and --objectnet need ImageNet's 1,000 classes, the probe has {world.kinds}")
 

@@ -153,6 +153,9 @@ def test_coco_official_and_combined(tmp_path):
     (tmp_path / "i.json").write_text(
         json.dumps({"images": [image], "annotations": [box], "categories": [{"id": 7, "name": "cat"}]})
     )
+    coco.run(coco.Config(f"{tmp_path}/i.json", str(tmp_path / "img"), str(tmp_path / "alone")))
+    with pytest.raises(ValueError, match="other input or settings"):  # not done because a folder is there
+        coco.run(coco.Config(f"{tmp_path}/c.json,{tmp_path}/i.json", str(tmp_path / "img"), str(tmp_path / "alone")))
     m = coco.run(coco.Config(f"{tmp_path}/c.json,{tmp_path}/i.json", str(tmp_path / "img"), str(tmp_path / "o")))
     sample = data.Shards(tmp_path / "o").read(0, 0)
     assert m["classes"] == ["cat"] and sample["captions"] == ["a cat"]

@@ -309,6 +309,8 @@ def test_recorded_controls_are_what_was_done():
         assert np.array_equal(view, again)
         assert 0.25 < height * width < 0.85
     assert 4 < flips < 16
+    boxes = {tuple(augment.random_view(picture, 24, np.random.default_rng(i), (0.8, 0.99))[1][:2]) for i in range(20)}
+    assert len(boxes) > 10  # a share of the largest square: a photograph's crops vary, too
     assert augment.random_view(picture, 24, np.random.default_rng(0))[1].tolist() == pytest.approx([0, 0.1, 1, 0.8, 0, 48, 60])
 
 

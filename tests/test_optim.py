@@ -53,6 +53,15 @@ def test_lars_step_by_hand():
     torch.testing.assert_close(b.detach(), torch.tensor([2 - 0.5 * (1 + 1.9 + 2.71)]))  # neither decayed nor scaled
 
 
+def test_lars_moves_a_single_number_by_a_share_of_it():
+    """CLIP's log-temperature: at LARS's rates a plain gradient step would throw it away."""
+    t = torch.nn.Parameter(torch.tensor(2.66))
+    opt = O.Lars([t], lr=2.4)
+    t.grad = torch.tensor(0.3)
+    opt.step()
+    torch.testing.assert_close(t.detach(), torch.tensor(2.66 - 2.4 * 1e-3 * 2.66))
+
+
 def test_lars_resumes():
     def make():
         torch.manual_seed(0)

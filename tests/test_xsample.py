@@ -420,6 +420,8 @@ def test_cache_text_writes_what_the_tower_says(prepared, tmp_path, monkeypatch):
     assert C.run(classes).shape == (4, 16) and len(M.read_embeddings(str(tmp_path / "c.npy"), names)) == 4
     with pytest.raises(ValueError, match="other texts"):
         C.run(M.replace(classes, out=cfg.out))
+    with pytest.raises(ValueError, match="another --clip or --template"):
+        C.run(M.replace(classes, template="a bad drawing of {}"))
 
 
 def test_embeddings_that_do_not_fit(tmp_path):

@@ -207,7 +207,11 @@ def test_latent_cache(tmp_path):
     assert inside(*base, "--out", tmp_path / "b").returncode == 0
     for f in (tmp_path / "a").glob("*.safetensors"):
         assert f.read_bytes() == (tmp_path / "b" / f.name).read_bytes()
-    user_error(inside(*base, "--out", tmp_path / "b", "--flip", "0"), "other settings")
+    user_error(inside(*base, "--out", tmp_path / "b", "--flip", "0"), "other data or settings")
+    write.run(write.Config(str(tmp_path / "t"), train=20, val=0, test=0, size=32))
+    user_error(inside(cache_latents, "--data", tmp_path / "t", *base[3:], "--out", tmp_path / "b"), "other data or settings")
+    assert inside(cache_latents, "--data", tmp_path / "t", *base[3:], "--out", tmp_path / "d").returncode == 0
+    assert json.loads((tmp_path / "d" / "manifest.json").read_text())["counts"] == {"train": 36, "val": 2}  # a tenth validates
     user_error(inside(*base, "--out", tmp_path / "c", "--size", "30"), "--size 30", "multiple of")
     with pytest.raises(ValueError, match="encoded by another autoencoder"):
         data.Latents(tmp_path / "a", "train", "0" * 16)
