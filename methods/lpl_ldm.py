@@ -19,9 +19,9 @@ Run        python methods/lpl_ldm.py --preset smoke                            (
            python methods/lpl_ldm.py --after runs/lpl_ldm --weight 1 --out_dir runs/w1   (the same phase 1, other arms)
            torchrun --nproc_per_node=8 methods/lpl_ldm.py --preset paper --data data/imagenet_latents --vae VAE
 Data       generated (common/scenes.py), or latents by data_prep/cache_latents.py
-Expect     laptop: class right +1.3 +- 0.3, high-frequency error -0.42 and -0.38 (0 is right), but a Frechet distance that does
-           not fall (+0.7 +- 1.3; with v and eps it rises); 3 seeds. A larger model, longer, on a GPU: 11.3 and 9.9, the same
-           spectrum, one seed (RESULTS.md)
+Expect     laptop: class right +2.0 +- 1.2, high-frequency error -0.45 and -0.41 (0 is right), but a Frechet distance that does
+           not fall (+0.8 +- 0.9; with v and eps it rises); 3 seeds. A larger model, longer, on a GPU: 10.7 and 9.8 (-7.9 +-
+           10.5 %), the same spectrum, 3 seeds (RESULTS.md)
 Differs    from the paper: class-conditional DiT in place of mmDiT, no text; pixels and depths are averaged where Eq. 3 sums
            them, so that the value does not depend on resolution and decoder; the weight, the gate's tau and whose statistics
            are taken are not verified, hence flags; Frechet distances use a classifier of scenes, which sees them at 32 px.
