@@ -23,7 +23,8 @@ Differs    from the paper: settings for CIFAR-100 are ours, its supplement was n
            smoothing and budget, 2 unlabelled rows a labelled one (there 7), no averaged weights. Phase C has phase B's crops.
            from the released code: a mixed view counts its rows (there 1, --mix_views); fine-tuning keeps the prototypes (there
            random ones, --reset_prototypes); the queue is whole on every process; all networks are in training mode at every
-           step; Sinkhorn works in logarithms; LARS scales no biases. Left out: label lists, PAWS, contrastive fine-tuning.
+           step; Sinkhorn works in logarithms; LARS scales no biases; DINO's head has torch's initial weights. Left out: label
+           lists, PAWS, contrastive fine-tuning.
 Uses       common/augment.py ckpt.py cli.py data.py ddp.py log.py metrics.py optim.py plot.py resnet.py scenes.py
            vision.py vit.py   (copy these with this file)
 """
@@ -439,7 +440,7 @@ def embed(net, pictures, cfg, env):
         x = augment.cut(p["image"].to(env.device), box.expand(len(p["row"]), 4), cfg.image_size) / 255
         f = [v.float() for v in net.features([augment.normalise(x)])]
         out.append([v.cpu() for v in (*f, F.normalize(f[2], dim=1) @ net.P().T, p["label"], p["row"])])
-    parts = [torch.cat(v) for v in zip(*(ddp.gather_lists(out) if env.world > 1 else out))]
+    parts = [torch.cat(v) for v in zip(*ddp.gather_lists(out))]
     order = parts[-1].argsort()
     return [v[order] for v in parts[:-1]]
 
