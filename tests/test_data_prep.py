@@ -403,6 +403,15 @@ def test_cc12m_counts_every_kind_of_failure(web, tmp_path):
     assert Web.seen == seen  # done is done
 
 
+def test_an_outage_is_tried_again(web, tmp_path):
+    (tmp_path / "t.tsv").write_text("http://127.0.0.1:9/good_0\tnobody there\n")
+    cfg = cc12m.Config(str(tmp_path / "t.tsv"), str(tmp_path / "o"), retries=0, timeout=1.0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="nothing of train-000000.tar could be fetched"):
+            cc12m.run(cfg)
+    assert not list((tmp_path / "o").glob("*.tar"))
+
+
 def test_cc12m_table_errors(tmp_path):
     (tmp_path / "t.tsv").write_text("just words\n")
     with pytest.raises(ValueError, match="no line with an http address"):
