@@ -29,12 +29,14 @@ def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
     covariance that would square the condition number. With the R factors of Xc and Yc that product is only D x D."""
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"features {tuple(x.shape)} and {tuple(y.shape)}: two rows at least, and equal columns")
-    x, y = x.double(), y.double()
-    gap = (x.mean(0) - y.mean(0)).square().sum()
-    x, y = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (x, y))
-    rx, ry = (torch.linalg.qr(f, mode="r").R for f in (x, y))
-    root = torch.linalg.svdvals(rx @ ry.T).sum()
-    return (gap + x.square().sum() + y.square().sum() - 2 * root).clamp_min(0).item()
+    means, roots = [], []
+    for f in (x, y):
+        f = f.to(torch.float64, copy=True)
+        means.append(f.mean(0))
+        f -= means[-1]
+        roots.append(torch.linalg.qr(f, mode="r").R / (len(f) - 1) ** 0.5)
+    gap, traces = (means[0] - means[1]).square().sum(), sum(r.square().sum() for r in roots)
+    return (gap + traces - 2 * torch.linalg.svdvals(roots[0] @ roots[1].T).sum()).clamp_min(0).item()
 
 
 def knn_accuracy(f: torch.Tensor, y: torch.Tensor, f_test: torch.Tensor, y_test: torch.Tensor, k=20, tau=0.07) -> float:
