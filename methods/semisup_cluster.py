@@ -152,8 +152,9 @@ def sinkhorn(scores, eps=0.05, iters=3):  # twin: sinkhorn
         top = Q.amax(0)
         if ddp.world_size() > 1:
             torch.distributed.all_reduce(top, op=torch.distributed.ReduceOp.MAX)
-        Q = Q - top - ddp.all_sum((Q - top).exp().sum(0)).log()
-        Q = Q - Q.logsumexp(1, keepdim=True)
+        Q -= top
+        Q -= ddp.all_sum(Q.exp().sum(0)).log()
+        Q -= Q.logsumexp(1, keepdim=True)
     return Q.exp()
 
 
