@@ -93,10 +93,17 @@ def resume(path, cfg, **objects) -> tuple[int, dict]:
 
 
 def _differences(old: dict, cfg, free: set) -> list[str]:
-    def seen(k, v):
-        return Path(v).parts[-PATHS[k] :] if k in PATHS and isinstance(v, str) else v
+    def same(k, a, b):
+        if k not in PATHS or not isinstance(a, str) or not isinstance(b, str):
+            return a == b
+        if k == "init":  # of a phase before, in the same folder, which may have another name now
+            runs = [(Path(v), Path(out).parent) for v, out in ((a, old.get("out_dir", "")), (b, cfg.out_dir))]
+            a, b = (v.relative_to(run) if v.is_relative_to(run) else v for v, run in runs)
+        a, b = (Path(v).parts[-PATHS[k] :] for v in (a, b))
+        n = min(len(a), len(b))
+        return a == b or n > 0 and a[-n:] == b[-n:]
 
-    return [k for k, v in asdict(cfg).items() if k not in free and seen(k, old.get(k)) != seen(k, v)]
+    return [k for k, v in asdict(cfg).items() if k not in free and not same(k, old.get(k), v)]
 
 
 def same_config(old: dict, cfg) -> bool:

@@ -86,7 +86,9 @@ def run(cfg: Config) -> dict:
     splits = sorted({p.name.split("-")[0] for p in shards} & {"train", "val", "test"}) or [""]
     out, path = Path(cfg.out), Path(cfg.out, "manifest.json")
     sources = {split: data.Shards(cfg.data, split) if shards else data.Folder(cfg.data) for split in splits}
-    read = [(s.manifest["fingerprint"], s.names) if shards else s.files for s in sources.values()]  # folders may move
+    read = [
+        (s.manifest.get("fingerprint", ""), s.names, s.sizes) if shards else s.files for s in sources.values()
+    ]  # folders may move
     read = read if shards else [p.relative_to(cfg.data).as_posix() for p in read[0]]
     settings = {k: getattr(cfg, k) for k in ("size", "views", "min_crop", "max_crop", "flip", "seed", "per_shard")}
     settings["source"] = hashlib.sha256(repr(read).encode()).hexdigest()[:16]
@@ -111,7 +113,7 @@ def run(cfg: Config) -> dict:
         for name, rows in named.items():
             parts = [rows[i : i + cfg.per_shard] for i in range(0, len(rows), cfg.per_shard)]
             files = [out / f"{name}-{i:06d}.safetensors" for i in range(len(parts))]
-            seen, bad = 0, []
+            seen, bad, empty = 0, [], []
             for i in tqdm(range(env.rank, len(parts), env.world), desc=name, unit="file", disable=not env.is_main):
                 if not files[i].exists():
                     tensors, captions, problems = encode_part(vae, source, parts[i], cfg, name, i, env.device)
@@ -121,8 +123,11 @@ def run(cfg: Config) -> dict:
                                          f"first: {bad[0]}")  # fmt: skip
                     if tensors:
                         ckpt.export(files[i], tensors, captions=captions, bad=len(problems))
-            ddp.gather_lists([0])  # wait for the other processes
-            manifest["shards"] += [{"name": f.name, "split": name, "count": count(f)} for f in files if f.exists()]
+                    else:
+                        empty.append(files[i].name)
+            empty = set(ddp.gather_lists(empty))  # waits for the other processes
+            kept = [f for f in files if f.name not in empty]
+            manifest["shards"] += [{"name": f.name, "split": name, "count": count(f)} for f in kept]
             if not any(s["split"] == name for s in manifest["shards"]):
                 raise ValueError(f"{cfg.data}: no picture to make the split {name} of can be read")
     manifest["complete"] = True

@@ -51,7 +51,7 @@ def gather(paths, split) -> tuple[dict[str, dict], list[str]]:
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("images"), list):
             raise ValueError(f"{path} is not a COCO file: it has no list 'images'")
-        said = re.search("train|val|test", Path(path).name)
+        said = re.search("(?<![a-z])(train|val|test)", Path(path).name)
         names.update({c["id"]: c["name"] for c in content.get("categories", [])})
         by_id = {}
         for im in content["images"]:

@@ -437,13 +437,11 @@ def train(cfg: Config, arm: str) -> dict:
     first = 0 if arm == "pretrain" else cfg.pretrain  # updates before this phase
     total = cfg.pretrain if arm == "pretrain" else cfg.pretrain + cfg.steps
     here = phase_one(cfg) if arm == "pretrain" else replace(cfg, out_dir=str(out), steps=total)
-    start = first
-    extra = {"seconds": 0.0}
-    if cfg.resume and (out / "last.pt").exists():
-        start, extra = ckpt.resume(out / "last.pt", here, **state)
-    elif first:
+    start, extra = ckpt.resume(out / "last.pt", here, **state) if cfg.resume else (0, {})
+    if not start:
+        start, extra = first, {"seconds": 0.0}
         source = Path(cfg.after or cfg.out_dir, "pretrain")
-        if ckpt.resume(source / "last.pt", phase_one(cfg), **state)[0] != first:
+        if first and ckpt.resume(source / "last.pt", phase_one(cfg), **state)[0] != first:
             raise ValueError(f"{source} holds no finished phase 1; --no-resume trains it again")
     local = env.share(cfg.batch_size, accum=cfg.accum)  # samples of this process in a micro-batch
     batches = data.Batches(world.train, item, collate, cfg.batch_size // cfg.accum, env, cfg.seed, start * cfg.accum,

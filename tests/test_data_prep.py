@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import pickle
+import socket
 import tarfile
 import threading
 import time
@@ -403,13 +404,29 @@ def test_cc12m_counts_every_kind_of_failure(web, tmp_path):
     assert Web.seen == seen  # done is done
 
 
-def test_an_outage_is_tried_again(web, tmp_path):
-    (tmp_path / "t.tsv").write_text("http://127.0.0.1:9/good_0\tnobody there\n")
+def test_an_outage_is_tried_again(web, tmp_path, monkeypatch):
+    (tmp_path / "t.tsv").write_text(f"{web}/good_0\tsomebody there\n")
     cfg = cc12m.Config(str(tmp_path / "t.tsv"), str(tmp_path / "o"), retries=0, timeout=1.0)
-    for _ in range(2):
+
+    def refuse(*args, **options):
+        raise OSError("no route")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "create_connection", refuse)
         with pytest.raises(ValueError, match="nothing of train-000000.tar could be fetched"):
             cc12m.run(cfg)
     assert not list((tmp_path / "o").glob("*.tar"))
+    assert cc12m.run(cfg)["counts"] == {"train": 1}
+
+
+def test_a_few_dead_links_are_no_outage(tmp_path):
+    def make(item):
+        if item == "dead":
+            raise data.BadSample("dead: no route", "no connection")
+        return item, "png", picture((1, 2, 3)), {}
+
+    m = _write.prepare(tmp_path, {"train": ["a", "b", "dead"]}, make, per_shard=2)
+    assert m["complete"] and m["counts"] == {"train": 2} and m["bad"] == {"no connection": 1}
 
 
 def test_cc12m_table_errors(tmp_path):

@@ -16,6 +16,12 @@ ENV = Env(0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    out_dir: str
+    init: str
+
+
+@dataclass(frozen=True)
 class Config:
     out_dir: str = "x"  # folder
     steps: int = 5  # updates, 50 % of them useless
@@ -103,6 +109,13 @@ def test_checkpoint_of_other_settings_is_refused(tmp_path):
     assert ckpt.same_config({**cfg.__dict__, "processes": 1}, cfg) and not ckpt.same_config({**cfg.__dict__, "lr": 9}, cfg)
     old = {**cfg.__dict__, "data": "here/photos"}  # data may move, but not become others
     assert ckpt.same_config(old, replace(cfg, data="/mnt/photos")) and not ckpt.same_config(old, replace(cfg, data=""))
+    then = InitConfig(out_dir="runs/a/suave", init="runs/a/ssl/model.safetensors")  # of a phase before: the folder is renamed
+    old = dict(then.__dict__)
+    assert ckpt.same_config(old, replace(then, out_dir="runs/b/suave", init="runs/b/ssl/model.safetensors"))
+    old = {**old, "init": "seed0/attn/model.safetensors"}
+    assert ckpt.same_config(old, replace(then, init="/mnt/seed0/attn/model.safetensors"))
+    assert not ckpt.same_config(old, replace(then, init="seed1/attn/model.safetensors"))
+    assert not ckpt.same_config(old, replace(then, init=""))
     (tmp_path / "bad.pt").write_bytes(b"garbage")
     with pytest.raises(ValueError, match="not a checkpoint"):
         ckpt.resume(tmp_path / "bad.pt", cfg, model=model)
