@@ -433,7 +433,7 @@ def test_kill_minus_nine_and_start_again_gives_the_same_bytes(tmp_path):
     for wait in (0.0, 0.7):
         p = subprocess.Popen([*args, "--out_dir", killed], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         last = killed / "rocket_none" / "last.pt"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not last.exists() and time.monotonic() < deadline and p.poll() is None:
             time.sleep(0.05)
         time.sleep(wait)
@@ -451,11 +451,11 @@ def test_ctrl_c_saves_and_leaves(tmp_path, sig, code):
     p = subprocess.Popen([sys.executable, "methods/clip_recipe.py", "--preset", "smoke", "--steps", "5000", "--save_every", "100000",
                           "--out_dir", tmp_path], cwd=ROOT, stderr=subprocess.PIPE, text=True)  # fmt: skip
     log = tmp_path / "plain_none" / "log.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 2):
         time.sleep(0.1)
     p.send_signal(sig)
-    err = p.communicate(timeout=30)[1]
+    err = p.communicate(timeout=120)[1]
     assert p.returncode == code and "Traceback" not in err
     assert torch.load(tmp_path / "plain_none" / "last.pt", weights_only=True)["step"] > 2
 

@@ -405,7 +405,7 @@ while True:
 """
     with open(tmp_path / "out", "w") as out:
         service = subprocess.Popen([sys.executable, "-c", code], stdout=out, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 60
+    deadline = time.time() + 120
     while (tmp_path / "out").read_text().count("\n") < 20 and time.time() < deadline:
         time.sleep(0.02)
     os.kill(service.pid, signal.SIGKILL)

@@ -379,7 +379,7 @@ def test_a_server_that_drips_is_given_up():
         began = time.monotonic()
         with pytest.raises(M.ServerError, match="failed 2 times.*longer than --timeout"):
             client(server, retries=1, timeout=0.4).chat("s", "u")
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 4.5  # the whole drip would take 5
 
 
 def test_endless_trouble_ends_with_a_sentence():

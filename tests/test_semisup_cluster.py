@@ -382,7 +382,7 @@ def test_killed_and_resumed_equals_uninterrupted(method, tmp_path):
             "--stage", "semi", "--queue", "32"]  # fmt: skip
     subprocess.run([*args, "--out_dir", tmp_path / "a"], cwd=ROOT, check=True, capture_output=True)
     p = subprocess.Popen([*args, "--out_dir", tmp_path / "b"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    last, deadline = tmp_path / f"b/{method}_2_semi/last.pt", time.time() + 60
+    last, deadline = tmp_path / f"b/{method}_2_semi/last.pt", time.time() + 120
     while not last.exists() and time.time() < deadline:
         time.sleep(0.02)
     p.kill()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import data, ddp
 from common.tokenizer import Tokenizer
@@ -305,7 +306,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     args = [sys.executable, "methods/xsample.py", *SMALL, "--steps", "60", "--save_every", "5", "--method", "xclr"]
     subprocess.run([*args, "--out_dir", tmp_path / "a"], cwd=ROOT, check=True, capture_output=True)
     p = subprocess.Popen([*args, "--out_dir", tmp_path / "b"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    last, deadline = tmp_path / "b/xclr_text_6/last.pt", time.time() + 60
+    last, deadline = tmp_path / "b/xclr_text_6/last.pt", time.time() + 120
     while not last.exists() and time.time() < deadline:
         time.sleep(0.02)
     p.kill()
@@ -470,18 +471,18 @@ def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
 
 
 def test_xclr_costs_no_more_than_simclr():
-    """The graph and the second softmax are below 10 % of a small step (2 % is measured on a full one, see RESULTS.md)."""
+    """A step counts at most 0.5 % more multiplications: the graph's, nothing twice (seconds are in RESULTS.md's speed table)."""
     env = ddp.Env(0, 1, torch.device("cpu"))
     cfg = M.replace(CFG, images_per_class="30", batch_size=64)
     world = M.open_world(cfg, env)
     batch, model = next(iter(batches(world.train, cfg, env, 0, 0, 64))), M.Encoder(cfg)
     x = M.two_views(batch, 0, cfg, env)
-    times = {}
-    for _ in range(5):
-        for method in ("simclr", "xclr"):
-            c = M.arm_of(cfg, method, "30")
-            graph, began = M.make_graph(c, world, env.device), time.process_time()
-            for step in range(4):
-                M.method_loss(model, batch, x, graph, None, step, c)[0].backward()
-            times.setdefault(method, []).append(time.process_time() - began)
-    assert min(times["xclr"]) < 1.1 * min(times["simclr"])
+    flops = {}
+    for method in ("simclr", "xclr"):
+        c = M.arm_of(cfg, method, "30")
+        graph = M.make_graph(c, world, env.device)
+        with FlopCounterMode(display=False) as counter:
+            M.method_loss(model, batch, x, graph, None, 0, c)[0].backward()
+        flops[method] = counter.get_total_flops()
+    print(flops)
+    assert flops["simclr"] <= flops["xclr"] < 1.005 * flops["simclr"]
