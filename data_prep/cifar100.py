@@ -3,6 +3,7 @@
 python data_prep/cifar100.py --archive cifar-100-python.tar.gz --out data/cifar100
 python data_prep/cifar100.py --train_zip cifar100/train.zip --test_zip cifar100/test.zip --labels cifar100/labels.json \\
     --prompts clip/class_prompts.json:CIFAR100 --out data/cifar100
+python data_prep/cifar100.py ... --superclasses --members 0,1,2 --out data/public      (and 3,4 as data/private, see dp_rdm)
 
 The archive's batches are pickles: they are read by an unpickler that admits arrays, numbers and strings only. A mosaic
 is CLASS.webp (or .png) with 25 tiles of 32 x 32 a row. labels.json: {"fine", "coarse", "fine_to_coarse"} or {"classes"}.
@@ -37,6 +38,8 @@ class Config:
     test_zip: str = ""  # mosaics of the test images
     labels: str = ""  # class names of the mosaics
     prompts: str = ""  # file.json:KEY with a list "templates" under KEY
+    superclasses: bool = False  # labels are CIFAR-100's 20 superclasses
+    members: str = ""  # of each superclass only these of its five classes, 0,1,2 for the first three; "" = all
 
 
 def _array(*args):
@@ -120,6 +123,23 @@ def from_mosaics(cfg):
     return out, names, coarse
 
 
+def of_superclasses(sets, members: str):
+    """Samples of the classes at these places of their superclasses."""
+    try:
+        places = {int(m) for m in members.split(",")} if members else None
+    except ValueError:
+        raise ValueError(f"--members {members} must be a comma list of places, 0 for a superclass's first class") from None
+    out, within = {}, {}
+    for y, c in sorted(set(zip(sets["train"][1], sets["train"][2]))):
+        within.setdefault(c, []).append(y)
+    for split, (x, ys, cs) in sets.items():
+        rows = [i for i, (y, c) in enumerate(zip(ys, cs)) if places is None or within[c].index(y) in places]
+        if not rows:
+            raise ValueError(f"--members {members}: no class is there; superclasses have {max(map(len, within.values()))} each")
+        out[split] = x[rows], [ys[i] for i in rows], [cs[i] for i in rows]
+    return out
+
+
 def run(cfg: Config) -> dict:
     if not cfg.archive and not (cfg.train_zip and cfg.test_zip and cfg.labels):
         raise ValueError("give --archive, or --train_zip, --test_zip and --labels")
@@ -128,22 +148,27 @@ def run(cfg: Config) -> dict:
         for x, y, c in sets.values():
             if x.dtype != np.uint8 or len(x) != len(y) or not all(0 <= v < len(fine) for v in y) or (c and len(c) != len(y)):
                 raise ValueError("images and labels do not fit each other")
+        if cfg.superclasses or cfg.members:
+            if not coarse:
+                raise ValueError("--superclasses and --members are of CIFAR-100; these labels have no superclasses")
+            sets = of_superclasses(sets, cfg.members)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         if isinstance(error, ValueError) and str(error)[:1] in "-/.":  # it names its file already
             raise
         raise ValueError(f"{cfg.archive or cfg.labels} has not CIFAR's form ({type(error).__name__}: {error})") from error
+    names = coarse if cfg.superclasses else fine
 
     def make(item):
         split, i = item
         x, y, c = sets[split]
-        record = {"label": int(y[i]), **({"coarse": int(c[i])} if c else {})}
+        record = {"label": int((c if cfg.superclasses else y)[i]), **({"coarse": int(c[i])} if c else {})}
         return f"{split}_{i}", "png", png(Image.fromarray(np.ascontiguousarray(x[i]))), record
 
     # Rows of the mosaics come class by class; a fixed shuffle makes every shard a fair sample
     plan = {s: [(s, int(i)) for i in np.random.default_rng(0).permutation(len(v[0]))] for s, v in sets.items()}
     templates = read_prompts(cfg.prompts)["templates"] if cfg.prompts else []
     manifest = prepare(cfg.out, plan, make, per_shard=5000, identity=settings(cfg), source="CIFAR, A. Krizhevsky 2009",
-                       licence="not stated; cite Krizhevsky 2009", classes=[n.replace("_", " ") for n in fine],
+                       licence="not stated; cite Krizhevsky 2009", classes=[n.replace("_", " ") for n in names],
                        coarse_classes=coarse, templates=templates)  # fmt: skip
     summary(cfg.out, manifest)
     return manifest

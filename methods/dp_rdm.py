@@ -38,7 +38,8 @@ import secrets
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ from common import ckpt, cli, data, ddp, metrics, optim, plot, scenes, zoo
 from common.dit import DiT
 from common.log import RunLog, table, write_json
 from common.tokenizer import Tokenizer
-from common.vae import load_vae
+from common.vae import load_vae, read_tensors
 from common.vit import load_clip, trim
 
 
@@ -104,7 +105,7 @@ class Config:
     records: int = 12_000  # generated private records; of --plan: N
     images: int = 9_000  # generated public pictures
     prompts: int = 256  # queries of the evaluation
-    inception: str = ""  # weights of FID's Inception for all distances; "" = the judge of generated scenes
+    inception: str = ""  # weights of FID's Inception for all distances; "" = CLIP, or the judge of generated scenes
     clip: str = ""  # CLIP weights that embed pictures and prompts; "" = the stand-in
     tokenizer: str = ""  # CLIP's merges file
     vae: str = ""  # autoencoder; "" = the stand-in
@@ -675,7 +676,8 @@ def open_folders(cfg, embed) -> World:
     queries = embed.texts(prompts)
     if banks[1].shape[1] != queries.shape[1]:
         raise ValueError(f"the banks have {banks[1].shape[1]} columns, --clip {queries.shape[1]}: embed them with this CLIP")
-    return World(public, *(unit(b).float() for b in banks), test, prompts, queries)
+    banks = [torch.cat([unit(part).float() for part in b.split(65_536)]) for b in banks]  # unit() works in float64
+    return World(public, *banks, test, prompts, queries)
 
 
 # 5. EVALUATE ---------------------------------------------------------------------------------------------------------------
@@ -731,8 +733,11 @@ def conditions(arm, world, cfg, ledger, random) -> torch.Tensor:
     return torch.stack(out).float()
 
 
-def feature_model(cfg, device):
-    """-> function: uint8 (N, 3, S, S) -> features on the CPU, of FID's Inception or of the judge of generated scenes."""
+def feature_model(cfg, embed, device):
+    """-> function: uint8 (N, 3, S, S) -> features on the CPU: of FID's Inception; without it, of --clip for photographs and of
+    the judge for generated scenes."""
+    if cfg.public and not cfg.inception:
+        return embed.pictures
     if cfg.inception:
         net = metrics.inception_features(cfg.inception).to(device).eval()
     else:
@@ -749,8 +754,7 @@ def evaluate(model, vae, features, real, embed, world, arm, cfg, env, out) -> tu
         name = f"{'' if cfg.secure else 'experiment_'}ledger_{arm.eps:g}_{arm.queries}.jsonl"
         if not cfg.secure:  # its noise is known to whoever knows the seed: the meter means nothing and starts anew
             (out / name).unlink(missing_ok=True)
-        bank = hashlib.blake2b(world.private_bank.numpy().tobytes(), digest_size=12).hexdigest()
-        ledger = Ledger(out / name, arm.eps, cfg.delta or 1 / len(world.private_bank), bank)
+        ledger = Ledger(out / name, arm.eps, cfg.delta or 1 / len(world.private_bank), digest(world.private_bank))
     own = int.from_bytes(hashlib.blake2b(f"{cfg.seed} {arm}".encode(), digest_size=6).digest())  # each arm has its own noise
     random = Random(None if cfg.secure else own)
     tokens = conditions(arm, world, cfg, ledger, random)
@@ -778,6 +782,22 @@ def evaluate(model, vae, features, real, embed, world, arm, cfg, env, out) -> tu
         asked = torch.tensor([zoo.ANSWERS["colour"].index(c) for c in world.colours])
         result["colour"] = 100 * (seen == asked[:, None]).any(1).float().mean().item()
     return result, pixels
+
+
+def digest(bank):
+    return hashlib.blake2b(bank.contiguous().numpy(), digest_size=12).hexdigest()
+
+
+def once(work, arm, bank, cfg, out):
+    """work() -> (scores, pictures), or what it gave before a stop: an arm that is done is not paid for again. bank: digest."""
+    path, same = out / f"arm_{arm.eps:g}_{arm.queries}.safetensors", replace(cfg, budgets="", queries="")  # it has its own
+    if cfg.resume and path.exists():
+        tensors, meta = read_tensors(path)
+        if ckpt.same_config(meta["config"], same) and meta["bank"] == bank:
+            return meta["scores"], tensors["pictures"]
+    scores, pictures = work()
+    ckpt.export(path, {"pictures": pictures[:8]}, scores=scores, config=asdict(same), bank=bank)
+    return scores, pictures[:8]
 
 
 def clopper_pearson(hits, n, confidence=0.99):
@@ -949,16 +969,17 @@ def run(cfg: Config) -> dict:
     N = len(world.private_bank)
     if cfg.k > min(N, len(world.public_bank)):
         raise ValueError(f"--k {cfg.k} is more than the {min(N, len(world.public_bank)):,} records of one of the sets")
-    arms, features = make_arms(cfg, N), feature_model(cfg, env.device)
+    arms, features = make_arms(cfg, N), feature_model(cfg, embed, env.device)
     model = train(cfg, env, vae, world)
     ddp.stop()  # rank 0 evaluates alone, for longer than any timeout
     if not env.is_main:
         return {}
-    scores, pictures = {}, {}
+    scores, pictures, bank = {}, {}, digest(world.private_bank)
     real = features(world.test)
     for arm in arms:
-        scores[arm], pictures[arm] = evaluate(model, vae, features, real, embed, world, arm, cfg, env, out)
-        print(f"{arm.name}: Frechet distance {scores[arm]['fd']:.2f}", file=sys.stderr, flush=True)
+        work = partial(evaluate, model, vae, features, real, embed, world, arm, cfg, env, out)
+        scores[arm], pictures[arm] = once(work, arm, bank, cfg, out)
+        print(f"{arm.name}: Frechet distance {scores[arm]['fd']:.4g}", file=sys.stderr, flush=True)
     result = {f"{a.name} {k}": v for a, s in scores.items() for k, v in s.items()}
     report(cfg, world, scores, pictures, out)
     write_json(out / "metrics.json", result)
@@ -967,7 +988,7 @@ def run(cfg: Config) -> dict:
 
 def report(cfg, world, scores, pictures, out) -> None:
     N, first = len(world.private_bank), next(iter(scores.values()))
-    rows = [[a.name, f"{a.k:,}", f"{s['fd']:.2f}", f"{s['density']:.3f}", f"{s['coverage']:.3f}", f"{s['clip']:.1f}",
+    rows = [[a.name, f"{a.k:,}", f"{s['fd']:.4g}", f"{s['density']:.3f}", f"{s['coverage']:.3f}", f"{s['clip']:.1f}",
              f"{s['colour']:.1f}" if "colour" in s else "", f"{s['spent']:.3f}"] for a, s in scores.items()]  # fmt: skip
     spent = f"spent by {len(world.prompts)} queries"
     head = ["retrieval", "k", "Frechet distance", "density", "coverage", "CLIP", "colour right, %", spent]
@@ -983,8 +1004,8 @@ def report(cfg, world, scores, pictures, out) -> None:
         print("the epsilons of all arms add up, and samples.png shows private pictures: publish what one arm drew, no more")
     if cfg.sigma > cfg.max_noise:
         print(f"--sigma {cfg.sigma:g} is more noise than the model was trained with, --max_noise {cfg.max_noise:g}")
-    rows = [[f"epsilon {a.eps:g}, {a.queries:,} queries, improves on public only", f"{first['fd']:.2f}", f"{s['fd']:.2f}",
-             f"{s['fd'] - first['fd']:+.2f}", "-3.5 FID (COCO)" if a.eps == 10 and a.queries <= 10_000 else ""]
+    rows = [[f"epsilon {a.eps:g}, {a.queries:,} queries, improves on public only", f"{first['fd']:.4g}", f"{s['fd']:.4g}",
+             f"{s['fd'] - first['fd']:+.3g}", "-3.5 FID (COCO)" if a.eps == 10 and a.queries <= 10_000 else ""]
             for a, s in scores.items() if 0 < a.eps < math.inf]  # fmt: skip
     print("\n" + table(rows, ["claim (Frechet distance)", "public only", "private", "difference", "paper"]))
     budgets, charts = numbers(cfg.budgets, float), []
@@ -1003,7 +1024,7 @@ def report(cfg, world, scores, pictures, out) -> None:
     plot.save(plot.row(charts), out / "budget.png")
     cells, texts = list(world.test[:8].permute(0, 2, 3, 1).numpy()), ["private domain", *[""] * 7]
     for a, x in pictures.items():
-        cells += list(x[:8].permute(0, 2, 3, 1).numpy())
+        cells += list(x.permute(0, 2, 3, 1).numpy())
         texts += [f"{a.name}, k = {a.k}", *[""] * 7]
     plot.save(plot.grid(cells, 8, texts, None, "   ".join(world.prompts[:4]) + " ...", 96, 3), out / "samples.png")
     print(f"\npictures, curves, ledgers and weights: {cfg.out_dir}")

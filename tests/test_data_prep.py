@@ -237,6 +237,23 @@ def test_cifar_archive(tmp_path):
     sample = data.Shards(tmp_path / "o", "train").read(0, 2)
     assert np.array_equal(np.asarray(sample["image"]), want[b"data"][order[2]].reshape(3, 32, 32).transpose(1, 2, 0))
     assert sample["label"] == want[b"fine_labels"][order[2]] and sample["coarse"] == 0
+    # superclasses: fine 0 and 2 in the first, 1 in the second; the second member of a superclass is there once
+    both = {b"fine_labels": [0, 1, 2, 2, 0, 1], b"coarse_labels": [0, 1, 0, 0, 0, 1]}
+    two = {"fine_label_names": [b"bear", b"cup", b"wolf"], "coarse_label_names": [b"large_animals", b"things"]}
+    names = {k.encode(): v for k, v in two.items()}
+    archive(tmp_path / "t.tar.gz", {"train": batch(6, 0, True) | both, "test": batch(6, 1, True) | both, "meta": names})
+    wanted = {"0": ([0, 0, 1, 1], [0, 0, 1, 1]), "1": ([2, 2], [0, 0]), "": ([0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 1, 1])}
+    for members, both in wanted.items():
+        for by, want in zip((False, True), both):
+            out, tar = f"{tmp_path}/m{members}{by}", str(tmp_path / "t.tar.gz")
+            cifar100.run(cifar100.Config(out, tar, members=members, superclasses=by))
+            source = data.Shards(out, "test")
+            assert sorted(r["label"] for r in data.records(source)) == want
+            assert source.classes == (["large animals", "things"] if by else ["bear", "cup", "wolf"])
+    with pytest.raises(ValueError, match="--members 2: no class is there"):
+        cifar100.run(cifar100.Config(f"{tmp_path}/no", str(tmp_path / "t.tar.gz"), members="2"))
+    with pytest.raises(ValueError, match="comma list of places"):
+        cifar100.run(cifar100.Config(f"{tmp_path}/no", str(tmp_path / "t.tar.gz"), members="a"))
     ten = {f"data_batch_{i}": batch(2, i, False) for i in range(1, 6)} | {
         "test_batch": batch(2, 9, False),
         "batches.meta": {b"label_names": [b"a", b"b", b"c"]},
@@ -246,6 +263,8 @@ def test_cifar_archive(tmp_path):
         "train": 10,
         "test": 2,
     }
+    with pytest.raises(ValueError, match="have no superclasses"):
+        cifar100.run(cifar100.Config(str(tmp_path / "no"), archive=str(tmp_path / "ten.tar.gz"), superclasses=True))
 
 
 class Evil:

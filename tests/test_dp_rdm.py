@@ -422,6 +422,28 @@ def test_an_experiment_leaves_the_real_meter_alone(tmp_path):
     assert len((tmp_path / "experiment_ledger_10_8.jsonl").read_text().splitlines()) == 9
 
 
+def test_a_finished_arm_is_not_paid_for_again(tmp_path, monkeypatch):
+    cfg, real, asked = M.Config(**{**M.PRESETS["smoke"], "out_dir": str(tmp_path)}), M.evaluate, []
+
+    def killed(*args):
+        asked.append(args[6].name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(M, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        M.run(cfg)
+    result = M.run(cfg)
+    assert asked == ["public only", "not private", "not private", "epsilon 10, 8 queries"]
+    more = M.run(M.replace(cfg, budgets="10,20"))  # one arm more
+    assert asked[4:] == ["epsilon 20, 8 queries"] and result.items() <= more.items()
+    assert M.run(M.replace(cfg, guidance=3.0)) != result and asked[5:] == asked[:1] + asked[2:4]
+    monkeypatch.setattr(M, "digest", lambda bank: "another private set")
+    M.run(M.replace(cfg, guidance=3.0))
+    assert asked[8:] == asked[5:8]
+
+
 def test_secure_runs_answer_nothing_unmetered(tmp_path):
     arms = M.make_arms(M.Config(**{**M.PRESETS["smoke"], "secure": True}), 1_000)
     assert [a.eps for a in arms] == [0.0, 10.0] and math.inf in [a.eps for a in M.make_arms(M.Config(), 12_000)]

@@ -1,6 +1,7 @@
 """common/zoo.py and the scripts that train the stand-ins: what they claim holds, and they resume."""
 
 import importlib
+import itertools
 import json
 from dataclasses import replace
 from functools import partial
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from common import scenes, zoo
+from common.vit import load_clip
 from data_prep import cache_latents, train_clip, train_judge, train_reader, train_rewriter, train_vae, train_vqa
-from tests.helpers import inside, user_error
+from tests.helpers import inside, torchrun, user_error
 
 
 def pictures(world, size=32):
@@ -170,6 +172,28 @@ def test_trainers_run_and_write_weights(script, tmp_path, monkeypatch):
     done = inside(importlib.import_module(f"data_prep.{script}"), "--preset", "smoke", "--out_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model.safetensors").exists() and json.loads((tmp_path / "metrics.json").read_text())
+
+
+def test_a_clip_of_your_own_pictures(tmp_path):
+    """Classes by templates or captions; the weights are read as published ones are; one process and two agree."""
+    write = importlib.import_module("data_prep.scenes")
+    write.run(write.Config(str(tmp_path / "s"), train=40, val=12, test=0, size=32))
+    pairs = itertools.islice(itertools.product(zoo.load_tokenizer().symbols[:256], repeat=2), 48_894)  # as many as CLIP's
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(p) for p in pairs)]) + "\n")
+    small = ["--data", tmp_path / "s", "--tokenizer", tmp_path / "merges.txt", "--batch_size", 8, "--width", 16, "--depth", 2,
+             "--warmup", 1, "--steps", 3]  # fmt: skip
+    done = inside(train_clip, *small, "--out_dir", tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    clip = load_clip(tmp_path / "one/model.safetensors").eval()
+    x, want = torch.randn(2, 3, 32, 32), zoo.load_clip(tmp_path / "one/model.safetensors")
+    assert torch.equal(clip.encode_image(x), want.encode_image(x)) and clip.visual.blocks[0].attn.heads == 4
+    assert torchrun(2, "data_prep/train_clip.py", *small, "--out_dir", tmp_path / "two").returncode == 0
+    for (name, a), b in zip(clip.state_dict().items(), load_clip(tmp_path / "two/model.safetensors").state_dict().values()):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3, msg=name)
+    user_error(inside(train_clip, "--data", tmp_path / "s"), "belong together")
+    user_error(inside(train_clip, *small, "--batch_size", 64), "40 training pictures")
+    user_error(inside(train_clip, *small, "--data", tmp_path / "none"), "none")
+    user_error(inside(train_clip, *small, "--tokenizer", tmp_path / "none"), "none")
 
 
 def test_worlds_of_the_trainers_are_disjoint_from_tests():
