@@ -25,8 +25,8 @@ from torch import nn
 def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
     """|mean_x - mean_y|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)) of features (N, D) and (M, D), in float64.
 
-    The trace of the root is the nuclear norm of Xc Yc^T / sqrt((N - 1)(M - 1)), Xc and Yc centred: no matrix root, and no
-    covariance that would square the condition number. With the R factors of Xc and Yc that product is only D x D."""
+    The trace of the root is the nuclear norm of Rx Ry^T for any Rx^T Rx = Sx, Ry^T Ry = Sy: no matrix root. R is Cholesky's
+    factor of the covariance; where that is singular (few rows, dependent columns), the QR factor of the centred features."""
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"features {tuple(x.shape)} and {tuple(y.shape)}: two rows at least, and equal columns")
     means, roots = [], []
@@ -34,8 +34,23 @@ def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
         f = f.to(torch.float64, copy=True)
         means.append(f.mean(0))
         f -= means[-1]
-        roots.append(torch.linalg.qr(f, mode="r").R / (len(f) - 1) ** 0.5)
-    gap, traces = (means[0] - means[1]).square().sum(), sum(r.square().sum() for r in roots)
+        R, singular = torch.linalg.cholesky_ex(_scatter(f), upper=True)
+        R = torch.linalg.qr(f, mode="r").R if singular else R
+        roots.append(R / (len(f) - 1) ** 0.5)
+    return _frechet(means, roots)
+
+
+def _scatter(f: torch.Tensor, block: int = 256) -> torch.Tensor:
+    """f^T f (D, D): blocks on and right of the diagonal, the others by symmetry, which is half the work."""
+    out = f.new_empty(f.shape[1], f.shape[1])
+    for i in range(0, f.shape[1], block):
+        part = f[:, i : i + block].T @ f[:, i:]
+        out[i : i + block, i:], out[i:, i : i + block] = part, part.T
+    return out
+
+
+def _frechet(means, roots) -> float:
+    gap, traces = (means[0] - means[1]).square().sum(), sum(R.square().sum() for R in roots)
     return (gap + traces - 2 * torch.linalg.svdvals(roots[0] @ roots[1].T).sum()).clamp_min(0).item()
 
 
@@ -133,7 +148,7 @@ class Moments:
     def update(self, x: torch.Tensor) -> Moments:
         x = x.double()
         mean = x.mean(0)
-        return self._add(len(x), mean, (x - mean).T @ (x - mean))
+        return self._add(len(x), mean, _scatter(x - mean))
 
     def _add(self, n, mean, scatter):
         gap, total = mean - self.mean, self.n + n
@@ -150,17 +165,17 @@ class Moments:
         return out
 
     def frechet(self, other: Moments) -> float:
-        """Frechet distance to another set: tr (Sx Sy)^(1/2) is the nuclear norm of Sx^(1/2) Sy^(1/2)."""
+        """Frechet distance to another set, as in frechet_distance()."""
         if min(self.n, other.n) < 2 or self.mean.shape != other.mean.shape:
             raise ValueError(f"moments of {self.n} and {other.n} rows: two rows at least, and equal columns")
-        covs = [m.scatter / (m.n - 1) for m in (self, other)]
         roots = []
-        for S in covs:
-            values, vectors = torch.linalg.eigh(S)
-            roots.append(values.clamp_min(0).sqrt()[:, None] * vectors.T)  # the orthogonal factor does not change the norm
-        gap = (self.mean - other.mean).square().sum()
-        root = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
-        return (gap + sum(S.trace() for S in covs) - 2 * root).clamp_min(0).item()
+        for m in (self, other):
+            R, singular = torch.linalg.cholesky_ex(m.scatter, upper=True)
+            if singular:
+                values, vectors = torch.linalg.eigh(m.scatter)
+                R = values.clamp_min(0).sqrt()[:, None] * vectors.T
+            roots.append(R / (m.n - 1) ** 0.5)
+        return _frechet((self.mean, other.mean), roots)
 
 
 def frechet_infinity(real: torch.Tensor, fake: torch.Tensor, points: int = 15, seed: int = 0) -> float:

@@ -156,6 +156,21 @@ def test_frechet_invariances():
     assert np.isfinite(M.frechet_distance(wide, wide + 1)) and M.frechet_distance(wide, wide) < 1e-9
 
 
+@pytest.mark.parametrize("noise", [1e-3, 1e-6, 1e-9, 0.0])
+def test_frechet_distance_of_nearly_dependent_columns(noise):
+    """Cholesky's way and, for singular covariances, the other: both against singular values of the features themselves."""
+    g = torch.Generator().manual_seed(0)
+    mix = torch.randn(6, 300, generator=g, dtype=torch.float64)
+    x, y = (torch.randn(n, 6, generator=g, dtype=torch.float64) @ mix for n in (900, 700))
+    x, y = (v + noise * torch.randn(v.shape, generator=g, dtype=torch.float64) for v in (x, y))
+    a, b = ((v - v.mean(0)) / (len(v) - 1) ** 0.5 for v in (x, y))
+    want = (
+        (x.mean(0) - y.mean(0)).square().sum() + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum()
+    )
+    assert M.frechet_distance(x, y) == pytest.approx(want.item(), rel=1e-8)
+    assert M.Moments().update(x).frechet(M.Moments().update(y)) == pytest.approx(want.item(), rel=1e-6)
+
+
 def test_frechet_infinity_removes_the_bias_of_few_samples():
     x, y = gauss(4000, 16), gauss(400, 16, seed=1)  # the same distribution: the distance is 0
     biased, limit = M.frechet_distance(x, y), M.frechet_infinity(x, y)
