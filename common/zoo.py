@@ -351,13 +351,12 @@ class Rewriter(nn.Module):
 
     @torch.no_grad()
     def write(self, context, count, stop, generator, temperature=1.0, top_p=0.95, longest=48):
-        """context: list of ids, read once for all -> (count, at most longest) continuations, drawn by nucleus sampling. They
-        may run on behind `stop`, where decode() ends."""
+        """context: list of ids, read once for all -> (count, at most longest) continuations, drawn by nucleus sampling, of the
+        64 likeliest ids at most. They may run on behind `stop`, where decode() ends."""
         cache, ids = {}, torch.zeros(count, 0, dtype=torch.long)
         logits = self.after(torch.tensor([context]), 0, cache).expand(count, -1)
         for place in range(len(context), min(len(context) + longest, self.config["context"])):
-            p = (logits / temperature).softmax(1)
-            values, order = p.sort(1, descending=True)
+            values, order = (logits / temperature).softmax(1).topk(min(64, logits.shape[1]))
             values[values.cumsum(1) - values > top_p] = 0
             pick = torch.multinomial(values, 1, generator=generator)
             ids = torch.cat([ids, order.gather(1, pick)], 1)
