@@ -422,31 +422,47 @@ def test_an_experiment_leaves_the_real_meter_alone(tmp_path):
     assert len((tmp_path / "experiment_ledger_10_8.jsonl").read_text().splitlines()) == 9
 
 
-def test_a_finished_arm_is_not_paid_for_again(tmp_path, monkeypatch):
-    cfg, real, asked = M.Config(**{**M.PRESETS["smoke"], "out_dir": str(tmp_path)}), M.evaluate, []
+def test_no_answer_is_paid_for_twice(tmp_path, monkeypatch):
+    """--secure: stopped between two answers, before a picture is drawn, or drawn again with other settings: eight charges for
+    eight prompts, and the same answers. Others are other prompts', and are not begun if the budget cannot pay for all."""
+    cfg = M.Config(**{**M.PRESETS["smoke"], "out_dir": str(tmp_path), "secure": True})
+    charged = lambda: len((tmp_path / "ledger_10_8.jsonl").read_text().splitlines()) - 1  # noqa: E731
+    retrieve, draw = M.private_retrieve, M.sample
 
-    def killed(*args):
-        asked.append(args[6].name)
-        if len(asked) == 2:
+    def fifth_time_lucky(*args):
+        if (tmp_path / "ledger_10_8.jsonl").exists() and charged() == 5:
             raise KeyboardInterrupt
-        return real(*args)
+        return retrieve(*args)
 
-    monkeypatch.setattr(M, "evaluate", killed)
+    monkeypatch.setattr(M, "private_retrieve", fifth_time_lucky)
     with pytest.raises(KeyboardInterrupt):
         M.run(cfg)
-    result = M.run(cfg)
-    assert asked == ["public only", "not private", "not private", "epsilon 10, 8 queries"]
-    more = M.run(M.replace(cfg, budgets="10,20"))  # one arm more
-    assert asked[4:] == ["epsilon 20, 8 queries"] and result.items() <= more.items()
-    assert M.run(M.replace(cfg, guidance=3.0)) != result and asked[5:] == asked[:1] + asked[2:4]
-    monkeypatch.setattr(M, "digest", lambda bank: "another private set")
-    M.run(M.replace(cfg, guidance=3.0))
-    assert asked[8:] == asked[5:8]
+    (answers,) = tmp_path.glob("answers_*")
+    kept = answers.read_bytes()
+    assert charged() == 5 and len(kept) == 4 * 8 * 96  # the fifth was paid and never given
+    with open(answers, "ab") as file:
+        file.write(b"torn")
+    monkeypatch.setattr(M, "private_retrieve", retrieve)
+    monkeypatch.setattr(M, "sample", lambda *args: 1 / 0 if charged() == 9 else draw(*args))
+    with pytest.raises(ZeroDivisionError):
+        M.run(cfg)
+    monkeypatch.setattr(M, "sample", draw)
+    key = "epsilon 10, 8 queries fd"  # of the other arms the noise is new each time
+    first, other, again = (M.run(c)[key] for c in (cfg, M.replace(cfg, guidance=3.0, memory_gb=2.0), cfg))
+    assert first == again != other
+    M.run(M.replace(cfg, secure=False))
+    assert charged() == 9 and len(answers.read_bytes()) == 8 * 8 * 96 and answers.read_bytes().startswith(kept)
+    with pytest.raises(M.BudgetExceeded):
+        M.run(M.replace(cfg, prompts=7))
+    assert charged() == 9
+    (tmp_path / "ledger_10_8.jsonl").unlink()
+    with pytest.raises(ValueError, match="more answers than"):
+        M.run(cfg)
 
 
 def test_secure_runs_answer_nothing_unmetered(tmp_path):
-    arms = M.make_arms(M.Config(**{**M.PRESETS["smoke"], "secure": True}), 1_000)
-    assert [a.eps for a in arms] == [0.0, 10.0] and math.inf in [a.eps for a in M.make_arms(M.Config(), 12_000)]
+    arms = M.make_arms(M.Config(**{**M.PRESETS["smoke"], "secure": True}), 1_000, 2)
+    assert [a.eps for a in arms] == [0.0, 10.0] and math.inf in [a.eps for a in M.make_arms(M.Config(), 12_000, 9_000)]
 
 
 def test_the_colour_of_an_empty_cell_is_no_right_colour(tmp_path, monkeypatch):
