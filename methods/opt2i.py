@@ -7,17 +7,17 @@ Idea       A text-to-image model ignores parts of a prompt; the same content in 
            their scores, element by element, and ask for better ones. Repeat. Nothing is trained.
 Equations  Sec. 3, loop -> optimise()     its message -> meta_prompt()     decomposed CLIPScore -> dcs()     Davidsonian scene
            graph, DSG: yes-or-no questions about a prompt's parts, some of which depend on others -> dsg_score()
-Read first section 2, meta_prompt() and ChatClient in section 3, then run(); generators and scorers can be replaced
+Read first section 2, meta_prompt() and ChatClient in section 3, then run()
 Symbols    p0 user prompt; f language model, g generator, S score; T iterations, n prompts each, m pictures each, k in history
 Run        python methods/opt2i.py [--preset smoke]                         (CPU, no files; 3.2 min on two quiet cores)
-           python methods/opt2i.py --llm_url URL --image_url URL --score dcs --prompts prompts.tsv
+           python methods/opt2i.py --llm_url URL --image_url URL --score dcs --prompts prompts.tsv --clip ...
            python methods/opt2i.py --replay RUN/exchanges.jsonl --out_dir AGAIN ...     (same options; no language model needed)
 Data       generated prompts (common/scenes.py) with their questions; or PartiPrompts, DrawBench, COCO captions, DSG-1k
 Expect     laptop: +21.5 +- 13.8 DSG points on fresh seeds, paraphrasing +21.4, with as many pictures; 3 seeds, commit fbf1095
 Differs    from the paper: offline, language model, picture model and VQA are small stand-ins for generated captions, the
-           first sees the best prompt and its weakest element only, no message: nothing reproduces the table. Gains on fresh
-           seeds too: the best of many on m seeds flatters itself. Own messages; a server that sends too few prompts is asked
-           again; noun phrases by rule. From the DSG code: parents count transitively; malformed cells and cycles do no harm.
+           first sees the best prompt and its weakest element, no message: nothing reproduces the table. Gains on fresh seeds,
+           too: the best of many on m seeds flatters itself. Own messages; too few prompts are asked for again; a search ends
+           at its first perfect prompt; noun phrases by rule. From the DSG code: parents count transitively; bad cells ignored.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py plot.py resnet.py scenes.py tokenizer.py vae.py
            vit.py zoo.py and weights/   (copy these with this file)
 """
@@ -315,7 +315,8 @@ class ChatClient:
 
     def chat(self, system, user, images=()) -> str:
         """The answer's text; "" if the server sent none. images: PNG bytes shown beside the question."""
-        key = hashlib.blake2b(f"{system}\0{user}\0{len(images)}".encode(), digest_size=12).hexdigest()
+        sent = b"\0".join([system.encode(), user.encode(), f"{len(images)}".encode(), *images])
+        key = hashlib.blake2b(sent, digest_size=12).hexdigest()
         if self.answers is not None:
             kept = self.answers.get(key)
             if not kept:
@@ -410,6 +411,8 @@ class HttpProposer:
         system, user = (meta_prompt(prompt, history, n, c.score, c.conciseness, c.prioritise, c.reasoning, c.structure)
                         if history else paraphrase_prompt(prompt, n))  # fmt: skip
         out = new = parse_candidates(self.client.chat(system, user))
+        if not new:
+            print(f"no prompt in the language model's answer for {prompt[:60]!r}; it stays as it is", file=sys.stderr)
         while new and len(out) < n:
             given = "".join(f"<PROMPT>{p}</PROMPT>\n" for p in out)
             again = f"{user}\n\nYou gave\n{given}Give {n - len(out)} others, between <PROMPT> and </PROMPT>."
@@ -560,9 +563,9 @@ def by_endpoint(client, prompt, seed):
 
 
 class Scorer:
-    """S(p0, pictures) -> (score, elements, score of each picture) of a task, by DSG or dCS."""
+    """S(p0, pictures) -> (score, elements, score of each picture) of a task, by DSG or dCS. log: of a VQA server's answers."""
 
-    def __init__(self, cfg, device):
+    def __init__(self, cfg, device, log=None):
         self.cfg, self.device = cfg, device
         if cfg.score == "dsg" and not cfg.vqa_url:
             self.reader = zoo.load_vqa().to(device)
@@ -570,7 +573,7 @@ class Scorer:
             self.clip = (load_clip(cfg.clip) if cfg.clip else zoo.load_clip()).to(device).eval()
             self.tok = Tokenizer.from_clip(cfg.tokenizer) if cfg.clip else zoo.load_tokenizer()
         self.server = ChatClient(cfg.vqa_url, "", os.environ.get("VQA_API_KEY", ""), cfg.timeout, temperature=0.0,
-                                 max_tokens=16, token_field=cfg.token_field) if cfg.vqa_url else None  # fmt: skip
+                                 max_tokens=16, token_field=cfg.token_field, log=log) if cfg.vqa_url else None  # fmt: skip
 
     def __call__(self, task, images):
         return self.dsg(task, images) if self.cfg.score == "dsg" else self.dcs(task, images)
@@ -714,9 +717,10 @@ def solve_task(i, task, draw, scorer, cfg, out, client) -> dict:
             "fresh_best": math.nan if method == "seeds" else with_fresh_seeds(best.prompt),
             "iterations": len(trace) - 1, "prompts": sum(map(len, trace)), "pictures": len(found.pictures),
             "picture_scores": found.pictures, "curve": [[s.score for s in part] for part in trace],
+            "texts": [[s.prompt for s in part] for part in trace],
             "words": len(best.prompt.split()), "elements": best.elements}  # fmt: skip
         if [method] == searched(cfg)[:1]:
-            draw_sheet(trace[0][0], best, found.shown, out / f"{i:03d}.png")
+            draw_sheet(trace, best, found.shown, out / f"{i:03d}.png")
     write_json(out / f"{i:03d}.json", result)
     return clock
 
@@ -821,6 +825,14 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--temperature {cfg.temperature} must be above 0 for the stand-in language model")
     if cfg.clip and not cfg.tokenizer:
         raise ValueError("--clip needs --tokenizer, CLIP's merges file")
+    if cfg.score == "dcs" and not cfg.prompts.isdigit() and not cfg.clip:
+        raise ValueError(
+            "--score dcs on prompts from a file needs --clip: the stand-in knows the words of generated prompts only"
+        )
+    of_messages = [n for n in ("conciseness", "prioritise", "reasoning", "structure") if getattr(cfg, n) != getattr(Config, n)]
+    if of_messages and not (cfg.llm_url or cfg.replay):
+        raise ValueError(f"--{of_messages[0]} changes the message to a language model, which the stand-in does not read: give "
+                         "--llm_url")  # fmt: skip
     if not cfg.prompts.isdigit() and searched(cfg) and not (cfg.llm_url or cfg.replay):
         raise ValueError("--prompts from a file need a language model: --llm_url or --replay; the stand-in only knows scenes")
     if cfg.prompts.isdigit() == bool(cfg.image_command or cfg.image_url):
@@ -860,11 +872,11 @@ def run(cfg: Config) -> dict:
                             replay=cfg.replay or None)  # fmt: skip
     config = out / "config.json"
     if env.is_main and not (config.exists() and ckpt.same_config(json.loads(config.read_text()), cfg) and cfg.resume):
-        for old in (*out.glob("[0-9]*.json"), *out.glob("exchanges.jsonl")):
+        for old in (*out.glob("[0-9]*.json"), *out.glob("exchanges.jsonl"), *out.glob("vqa.jsonl")):
             old.unlink()  # of other settings
     if env.is_main:
         write_json(config, {**cfg.__dict__, "processes": env.world, "versions": versions()})
-    draw, scorer, began = make_generator(cfg, env.device), Scorer(cfg, env.device), time.monotonic()
+    draw, scorer, began = make_generator(cfg, env.device), Scorer(cfg, env.device, out / "vqa.jsonl"), time.monotonic()
     if env.world > 1:
         torch.distributed.barrier()
     mine = list(enumerate(tasks))[env.rank :: env.world]
@@ -960,15 +972,21 @@ def over_iterations(curve, of) -> list[float]:
     return out
 
 
-def draw_sheet(first, best, shown, path) -> None:
-    """The scored pictures of the user's prompt and of the best one side by side, with prompts and the elements' scores."""
+def draw_sheet(trace, best, shown, path) -> None:
+    """The scored pictures of the user's prompt and of the best one side by side, with prompts and the elements' scores; and the
+    score of every prompt that was tried."""
     panels = []
-    for name, s, images in (("the user's prompt", first, shown[0]), ("the best prompt", best, shown[1])):
+    for name, s, images in (("the user's prompt", trace[0][0], shown[0]), ("the best prompt", best, shown[1])):
         images = list(to_uint8(images)) if isinstance(images, torch.Tensor) else images
         title = f"{name}: {100 * s.score:.0f}"
         sheet = plot.grid(images, min(2, len(images)), None, None, title, 400 // min(2, len(images)))
         lines = plot.wrap(s.prompt, sheet.width - 24, plot.font(14))
         panels.append(plot.below(sheet, [*lines, "", *(f"{100 * v:.0f}   {e}" for e, v in s.elements)]))
+    scores = [100 * s.score for part in trace for s in part]
+    if len(scores) > 2:
+        tried = range(len(scores))
+        curves = {"this prompt": (tried, scores), "best so far": (tried, np.maximum.accumulate(scores))}
+        panels.append(plot.lines(curves, "score, the user's prompt first", x="prompt", size=(420, 420)))
     plot.save(plot.row(panels), path)
 
 
