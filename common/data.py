@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import tarfile
 import threading
@@ -443,13 +444,18 @@ def held_out(folder, prefer=("val", "test")) -> str:
 
 def open_labelled(folder, count: int, seed: int, tested: bool = True):
     """-> training source, test source (split val or test; None if not tested), records and classes of the training samples, and
-    the rows of the first `count` samples of every class (0: all). Classes are [] where nothing has a label."""
+    the rows of the first `count` samples of every class (0: all). Classes are [] where nothing has a label. ValueError for
+    labels outside the classes, missing ones, and a class without a training sample."""
     train, test = Shards(folder, "train"), Shards(folder, held_out(folder)) if tested else None
     found = records(train)
     labels = [r.get("label", -1) for r in found]
-    classes = train.classes if max(labels) >= 0 else []
-    if max(labels) >= len(classes) or classes and any("label" not in r and r["key"] for r in found):
-        raise ValueError(f"{folder}: labels must be 0 to {len(classes) - 1}, one for every sample; prepare the data again")
+    classes, C = (train.classes, len(train.classes)) if max(labels) >= 0 else ([], math.inf)
+    for r in (*found, *(records(test) if tested else ())):
+        if r["key"] and C < math.inf and not 0 <= r.get("label", -1) < C:
+            raise ValueError(f"{folder}: {r['key']} has the label {r.get('label')}; labels must be 0 to {C - 1}, one for every "
+                             "sample: prepare the data again")  # fmt: skip
+    if absent := sorted(set(range(len(classes))) - set(labels)):
+        raise ValueError(f"{folder}: no training sample has the class {classes[absent[0]]!r}; prepare the data without it")
     return train, test, found, classes, pick(labels, count, seed)
 
 

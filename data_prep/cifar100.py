@@ -124,7 +124,7 @@ def from_mosaics(cfg):
 
 
 def of_superclasses(sets, members: str):
-    """Samples of the classes at these places of their superclasses."""
+    """Samples of the classes at these places of their superclasses, counted anew -> sets, and the fine labels that are left."""
     try:
         places = {int(m) for m in members.split(",")} if members else None
     except ValueError:
@@ -137,7 +137,8 @@ def of_superclasses(sets, members: str):
         if not rows:
             raise ValueError(f"--members {members}: no class is there; superclasses have {max(map(len, within.values()))} each")
         out[split] = x[rows], [ys[i] for i in rows], [cs[i] for i in rows]
-    return out
+    left = sorted(set(out["train"][1]))
+    return {split: (x, [left.index(y) for y in ys], cs) for split, (x, ys, cs) in out.items()}, left
 
 
 def run(cfg: Config) -> dict:
@@ -151,7 +152,8 @@ def run(cfg: Config) -> dict:
         if cfg.superclasses or cfg.members:
             if not coarse:
                 raise ValueError("--superclasses and --members are of CIFAR-100; these labels have no superclasses")
-            sets = of_superclasses(sets, cfg.members)
+            sets, left = of_superclasses(sets, cfg.members)
+            fine = [fine[i] for i in left]
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         if isinstance(error, ValueError) and str(error)[:1] in "-/.":  # it names its file already
             raise

@@ -107,7 +107,7 @@ class Config:
     local_scale: str = "0.2,0.5"  # area of a local view; Suave 0.05,0.14
     canvas: int = 0  # pixels of the squares that views are cut from; 0 = image_size; ImageNet: 320
     memory_gb: float = 8.0  # a data set below this size is kept on the device
-    backbone: str = "small"  # small or wide (common/resnet.py), resnet50 (torchvision) or vit
+    backbone: str = "small"  # small or wide (common/resnet.py), resnet18 or resnet50 (torchvision), or vit
     width: int = 16  # small, vit; of wide the factor: 8 for WRN-28-8
     depth: int = 6  # vit; wide: 28
     heads: int = 6  # vit
@@ -253,7 +253,7 @@ def make_body(cfg: Config) -> nn.Module:
         return body
     from common.vision import torchvision
 
-    body = torchvision.models.resnet50()
+    body = getattr(torchvision.models, cfg.backbone)()
     body.out_dim, body.fc = body.fc.in_features, nn.Identity()
     return body
 
@@ -583,6 +583,9 @@ def train(cfg: Config) -> dict:
     length = cfg.queue // max(1, B_u) * B_u  # whole batches
     if cfg.method == "suave" and cfg.queue and B_u and not length:
         raise ValueError(f"--queue {cfg.queue} is shorter than the {B_u} unlabelled pictures of a batch; 0 = none")
+    if cfg.method == "suave" and B_u + length < K:
+        raise ValueError(f"{K} prototypes cannot be balanced over {B_u + length} rows: raise --batch_size or --queue, or lower "
+                         "--ssl_prototypes in phase A")  # fmt: skip
     queue = Queue(2, length, cfg.embed_dim).to(env.device)
     groups = optim.decay_groups(net, cfg.wd)  # biases and norms do not decay
     opt = optim.Lars(groups, cfg.lr) if cfg.optimiser == "lars" else torch.optim.AdamW(groups, cfg.lr, fused=True)
@@ -706,7 +709,7 @@ def phases(arm: str, labels: str, cfg: Config) -> list[Config]:
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
     choices = {"method": tuple(ARMS), "stage": ("all", "ssl", "semi", "finetune"), "optimiser": ("adamw", "lars"),
-               "dtype": ("float32", "bfloat16"), "backbone": ("small", "wide", "resnet50", "vit"),
+               "dtype": ("float32", "bfloat16"), "backbone": ("small", "wide", "resnet18", "resnet50", "vit"),
                "head": ("swav", "dino")}  # fmt: skip
     for field, known in choices.items():
         for value in getattr(cfg, field).split(","):
@@ -803,11 +806,12 @@ def report(cfg, scores):
 # 7. MAIN -----------------------------------------------------------------------------------------------------------------
 PRESETS = {
     "smoke": dict(steps=8, batch_size=16, warmup=2, images=120, width=8, hidden=32, embed_dim=16, log_every=2, save_every=2,
-                  method="sup,ssl,fixmatch,suave,daino", local_crops=2, pretrain=0.5, out_dir="runs/semisup_cluster_smoke"),
+                  method="sup,ssl,fixmatch,suave,daino", local_crops=2, pretrain=0.5, ssl_prototypes=12,
+                  out_dir="runs/semisup_cluster_smoke"),
     "laptop": {},
-    # CIFAR-100 on a CPU: the small ResNet and few updates, for comparison at equal compute only: 20 minutes
+    # CIFAR-100 on a CPU: the small ResNet and few updates, for comparison at equal compute only: 8 minutes on two cores
     "cifar100_cpu": dict(steps=800, batch_size=64, lr=2e-3, warmup=40, labels="25", image_size=32, hidden=256,
-                         ssl_prototypes=100, global_scale="0.2,1", embed_dim=128, method="sup,suave", pretrain=0.5,
+                         ssl_prototypes=100, queue=192, global_scale="0.2,1", embed_dim=128, method="sup,suave", pretrain=0.5,
                          out_dir="runs/semisup_cluster_cifar100_cpu"),
     # CIFAR-100 on a GPU: a ResNet of 2.4 million parameters, 2 to 5 minutes an arm
     "gpu": dict(steps=2_000, batch_size=512, lr=2e-3, wd=1e-4, warmup=100, dtype="bfloat16", labels="4,25", method="sup,suave",

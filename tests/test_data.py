@@ -326,11 +326,21 @@ def test_samples_of_each_class():
 
 def test_labels_that_do_not_fit_the_classes(tmp_path):
     def make(i):
-        return f"k{i}", "png", picture((i, 0, 0)), {"label": i}
+        return f"k{i}", "png", picture((i % 5, 0, 0)), {"label": i}
 
     prepare(tmp_path / "a", {"train": range(4), "test": range(4)}, make, classes=["a", "b", "c"])
     with pytest.raises(ValueError, match="labels must be 0 to 2"):
         D.open_labelled(tmp_path / "a", 0, 0)
+    for i, (train, test) in enumerate(((range(-1, 3), range(3)), (range(3), range(-1, 3)), (range(3), range(2, 4)))):
+        prepare(tmp_path / f"l{i}", {"train": train, "test": test}, make, classes=["a", "b", "c"])
+        with pytest.raises(ValueError, match=r"has the label (-1|3); labels must be 0 to 2"):
+            D.open_labelled(tmp_path / f"l{i}", 0, 0)
+    prepare(tmp_path / "m", {"train": (0, 2), "test": (1, 2)}, make, classes=["a", "b", "c"])
+    with pytest.raises(ValueError, match="no training sample has the class 'b'"):
+        D.open_labelled(tmp_path / "m", 0, 0)
+    prepare(tmp_path / "n", {"train": range(4), "test": range(4)}, make)
+    with pytest.raises(ValueError, match="labels must be"):
+        D.open_labelled(tmp_path / "n", 0, 0)
     prepare(tmp_path / "b", {"train": range(4)}, make, classes=list("abcd"))
     with pytest.raises(ValueError, match="no split val or test"):
         D.open_labelled(tmp_path / "b", 0, 0)

@@ -416,6 +416,39 @@ def test_labelled_shards_and_starting_weights(tmp_path):
     user_error(r, "30 samples a class", "only 15")
 
 
+BACKBONES = {  # with the width of what the projector sees
+    "wide": (dict(width=1, depth=10), 64),
+    "resnet18": ({}, 512),
+    "resnet50": ({}, 2048),
+    "vit": (dict(width=64, depth=2, heads=1, patch=8, head="dino"), 64),
+}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone_trains_and_starts_from_published_files(backbone, tmp_path):
+    """One update with two resolutions; weights in torchvision's, SwAV's or DINO's layout give the backbone, bit for bit."""
+    options, width = BACKBONES[backbone]
+    cfg = M.Config(**M.PRESETS["smoke"] | options | {"backbone": backbone, "method": "daino" if backbone == "vit" else "suave"})
+    cfg = replace(cfg, stage="semi", labels="2", steps=1, warmup=0, image_size=32, out_dir=str(tmp_path / "r"))
+    assert 0 <= M.train(cfg)["prototypes"] <= 100
+    net = M.Net(cfg, 6, 6)
+    x = torch.rand(2, 3, 32, 32)
+    assert net.eval().features([x])[0].shape == (2, width)
+    body = net.body.state_dict()
+    if backbone == "vit":
+        state, names = {k.replace("patch_embed.", "patch_embed.proj."): v for k, v in body.items()}, ["dino.pth"]
+    else:
+        state, names = {f"module.{k}": v for k, v in body.items()}, ["swav.pth.tar", "plain.pth"]
+    for name in names:
+        kept = {"state_dict": state} if name == "swav.pth.tar" else {k.removeprefix("module."): v for k, v in state.items()}
+        torch.save(kept, tmp_path / name)
+        other = M.Net(replace(cfg, seed=1), 6, 6).eval()
+        assert not torch.equal(other.features([x])[0], net.features([x])[0])
+        M.load_init(other, str(tmp_path / name), cfg)
+        assert torch.equal(other.features([x])[0], net.features([x])[0])
+        assert not torch.equal(other.prototypes, net.prototypes)
+
+
 def test_fine_tuning_keeps_prototypes_unless_told(tmp_path):
     cfg = replace(CFG, method="suave", stage="semi")
     old = M.Net(cfg, 9, 9)
@@ -450,6 +483,7 @@ def test_cifar100_splits_have_the_papers_counts():
         (["--data", "nowhere"], ["nowhere", "data_prep/"]),
         (["--init", "nowhere.safetensors"], ["--init nowhere.safetensors"]),
         (["--pretrain", "0.8", "--finetune", "0.4"], ["--pretrain"]),
+        (["--ssl_prototypes", "40", "--method", "ssl"], ["40 prototypes cannot be balanced over 16 rows", "--queue"]),
     ],
 )
 def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
