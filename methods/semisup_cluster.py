@@ -23,8 +23,8 @@ Differs    from the paper: settings for CIFAR-100 are ours, its supplement was n
            smoothing and budget, 2 unlabelled rows a labelled one (there 7), no averaged weights. Phase C has phase B's crops.
            from the released code: a mixed view counts its rows (there 1, --mix_views); fine-tuning keeps the prototypes (there
            random ones, --reset_prototypes); the queue is whole on every process; all networks are in training mode at every
-           step; Sinkhorn works in logarithms; LARS scales no biases; DINO's head has torch's initial weights. Left out: label
-           lists, PAWS, contrastive fine-tuning.
+           step; Sinkhorn works in logarithms; LARS scales no biases; DINO's head has torch's initial weights; equal compute
+           leaves out Daino's teacher. Left out: label lists, PAWS, contrastive fine-tuning, drop path, AutoAugment.
 Uses       common/augment.py ckpt.py cli.py data.py ddp.py log.py metrics.py optim.py plot.py resnet.py scenes.py
            vision.py vit.py   (copy these with this file)
 """

@@ -17,8 +17,8 @@ Run        python methods/xsample.py [--preset smoke]                        (CP
            ... --data data/cc3m --embeddings captions.npy --text_of captions --probe_data data/imagenet --method clip,xclr
 Data       generated (common/scenes.py), or shards by data_prep/imagenet.py, cifar100.py, captions.py, cc12m.py; captions or
            class names encoded by data_prep/cache_text.py, or any .npy / .safetensors with one row a sample or class
-Expect     laptop, 300 a class: class 57 untrained, 67 SimCLR, 82 CLIP, 84 X-CLR, 100 SupCon; colours 16 SupCon (chance 12.5),
-           100 the others; X-CLR over SimCLR +16 +- 13, over CLIP +1 +- 9; 5 seeds. ImageNet, CC3M: not run
+Expect     laptop, 300 a class: class 57 untrained, 67 SimCLR, 82 CLIP, 84 X-CLR, 100 SupCon; colours 80 untrained, 16 SupCon
+           (chance 12.5), 100 the others; X-CLR over SimCLR +16 +- 13, over CLIP +1 +- 9; 5 seeds. ImageNet, CC3M: not run
 Differs    from the paper: no code was published, its body was not at hand; the loss is as its abstract, its reviews and I-Con
            (ICLR 2025) state it, settings are recalled or ours. Crops are cut on the device from a square of --canvas pixels.
            --graph tree: 1 - path length / longest path, ours. The text encoder of generated captions is a bag of content
@@ -516,6 +516,8 @@ def further_tests(model, probe, guess, rows, world, cfg, env) -> dict[str, float
             if (folder := Path(cfg.in9, variant, "val")).is_dir():
                 seen, y = guesses(model, probe, data.Folder(folder), cfg, env)
                 out[f"in9_{variant}"] = in9_accuracy(seen, y, mapping)
+        if {"in9_mixed_same", "in9_mixed_rand"} <= out.keys():
+            out["in9_gap"] = out["in9_mixed_same"] - out["in9_mixed_rand"]
     if cfg.objectnet:
         accepted = objectnet_classes(cfg.objectnet)
         source = data.Folder(Path(cfg.objectnet, "images"))
@@ -691,9 +693,10 @@ def check(cfg: Config) -> None:
         raise ValueError("--probe_data goes with --data; generated pictures have labels of their own")
     if cfg.data and cfg.graph == "text" and "xclr" in cfg.method.split(",") and not cfg.embeddings:
         raise ValueError("--graph text on --data needs --embeddings, of a text encoder (data_prep/cache_text.py)")
-
     if (cfg.real or cfg.in9 or cfg.objectnet) and not cfg.data:
         raise ValueError("--real, --in9 and --objectnet judge models of ImageNet's 1,000 classes: give --data")
+    if cfg.in9 and not all(Path(cfg.in9, name).exists() for name in ("in_to_in9.json", "original/val", "mixed_rand/val")):
+        raise ValueError(f"--in9 {cfg.in9} is not bg_challenge: in_to_in9.json, original/val or mixed_rand/val is missing")
 
 
 def arm_of(cfg, method, count) -> Config:
@@ -747,7 +750,7 @@ SEES = {"untrained": "", "simclr": "pictures", "supcon": "pictures, labels", "cl
 
 def seen_by(method, cfg):
     """What a method is shown; X-CLR: what its graph is made of."""
-    text = "captions" if cfg.text_of == "captions" else "labels, text model"
+    text = ("captions" if cfg.text_of == "captions" else "labels") + (", text model" if cfg.embeddings else "")
     graph = {"text": text, "class": "labels", "tree": "labels, hierarchy", "rand_class": "labels"}.get(cfg.graph, "")
     return f"pictures, {graph}" if method == "xclr" and graph else SEES[method]
 
