@@ -29,6 +29,7 @@ def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
     factor of the covariance; where that is singular (few rows, dependent columns), the QR factor of the centred features."""
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"features {tuple(x.shape)} and {tuple(y.shape)}: two rows at least, and equal columns")
+    _check_features(1, first=x, second=y)
     means, roots = [], []
     for f in (x, y):
         f = f.to(torch.float64, copy=True)
@@ -146,6 +147,8 @@ class Moments:
         self.n, self.mean, self.scatter = 0, 0.0, 0.0
 
     def update(self, x: torch.Tensor) -> Moments:
+        if not len(x):
+            return self
         x = x.double()
         mean = x.mean(0)
         return self._add(len(x), mean, _scatter(x - mean))
@@ -195,6 +198,7 @@ def kernel_distances(x, y, subsets: int = 100, subset_size: int = 1000, seed: in
     g, m = torch.Generator().manual_seed(seed), min(subset_size, len(x), len(y))
     if m < 2:
         raise ValueError(f"features {tuple(x.shape)} and {tuple(y.shape)}: the kernel distance needs two rows at least")
+    _check_features(1, first=x, second=y)
     x, y, out = x.double(), y.double(), []
     for _ in range(subsets):
         a, b = x[torch.randperm(len(x), generator=g)[:m]], y[torch.randperm(len(y), generator=g)[:m]]
@@ -210,6 +214,7 @@ def kernel_distance(x, y, subsets: int = 100, subset_size: int = 1000, seed: int
 
 def cmmd(x: torch.Tensor, y: torch.Tensor, sigma: float = 10.0, scale: float = 1000.0, block: int = 2048) -> float:
     """CMMD (Jayasumana et al. 2024) of CLIP embeddings, normalised here: biased MMD^2, Gaussian kernel, times 1,000."""
+    _check_features(0, first=x, second=y)
     x, y = F.normalize(x.double(), dim=1), F.normalize(y.double(), dim=1)
 
     def mean(a, b):  # |a - b|^2 = 2 - 2 a . b
@@ -344,6 +349,7 @@ def inception_score(logits: torch.Tensor, splits: int = 10, seed: int = 2020) ->
     N, out = len(logits), []
     if N < splits:
         raise ValueError(f"{N} pictures cannot be cut into {splits} splits")
+    _check_features(1, logits=logits)
     logp = logits.double().log_softmax(1)[torch.randperm(N, generator=torch.Generator().manual_seed(seed))]
     for i in range(splits):
         part = logp[i * N // splits : (i + 1) * N // splits]

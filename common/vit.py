@@ -346,6 +346,8 @@ def load_clip(path, act: str = "", trust_torchscript: bool = False) -> CLIP:
     and DataComp weights are gelu. Nor do they tell the number of heads: it is read there too, else it is width / 64, which
     is wrong for the ViTs of width 1280, 1408 and 1664 (H, g, bigG), refused without the file."""
     state, config = read_weights(path, trust_torchscript)
+    if "input_resolution" in state and "context_length" in state:  # OpenAI's own files
+        act = act or "quick_gelu"
     drop = r"input_resolution$|context_length$|vocab_size$|position_ids$|^attn_mask$|^text\.attn_mask$"
     state = {k: v for k, v in state.items() if not re.search(drop, k)}
     vision_cfg, text_cfg, heads = config.get("vision_config", {}), config.get("text_config", {}), {}
@@ -376,8 +378,8 @@ def load_clip(path, act: str = "", trust_torchscript: bool = False) -> CLIP:
             f"vision_model.embeddings.class_embedding (Hugging Face), but {', '.join(list(state)[:4])}, ..."
         )
     if act not in ACTS:
-        raise ValueError(f'{path} does not say its activation; pass act="quick_gelu" (OpenAI, laion400m, metaclip) or '
-                         'act="gelu" (LAION-2B, DataComp)')  # fmt: skip
+        raise ValueError(f'{path} does not say its activation; lay its config.json or open_clip_config.json beside it, or pass '
+                         'act="quick_gelu" (OpenAI, laion400m, metaclip) or act="gelu" (LAION-2B, DataComp)')  # fmt: skip
     for key in ("visual.cls_token", "visual.pos_embed"):
         if key in state:
             state[key] = state[key].reshape(1, -1, state[key].shape[-1])

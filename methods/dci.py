@@ -269,15 +269,21 @@ class Item:
     image: int = 0  # number of the picture in its split
 
 
-def bounds(mask, width, height) -> tuple[int, int, int, int]:
-    """The box of a mask in either published form -> (x0, y0, x1, y1). {topLeft: {x, y}, bottomRight}, or a list of two corners:
-    (x, y) in the documentation, (y, x) in the preprocessing; the picture's sides decide where they can."""
-    b = mask["bounds"]
-    if isinstance(b, dict):
-        return b["topLeft"]["x"], b["topLeft"]["y"], b["bottomRight"]["x"], b["bottomRight"]["y"]
-    (a0, a1), (b0, b1) = b
-    swapped = (b0 > width or b1 > height) and b1 <= width and b0 <= height
-    return (a1, a0, b1, b0) if swapped else (a0, a1, b0, b1)
+def bounds(masks, width, height) -> list[tuple[int, int, int, int]]:
+    """The boxes of a picture's masks in either published form -> (x0, y0, x1, y1). {topLeft: {x, y}, bottomRight}, or a list of
+    two corners: (x, y) in the documentation, (y, x) in the preprocessing. All masks of a file have one order, which the
+    picture's sides decide where a box fits in one way only."""
+    lists = [m["bounds"] for m in masks if not isinstance(m["bounds"], dict)]
+    swapped = (any(b[0] > width or b[1] > height for _, b in lists)
+               and all(b[1] <= width and b[0] <= height for _, b in lists))  # fmt: skip
+
+    def box(b):
+        if isinstance(b, dict):
+            return b["topLeft"]["x"], b["topLeft"]["y"], b["bottomRight"]["x"], b["bottomRight"]["y"]
+        (a0, a1), (b0, b1) = b
+        return (a1, a0, b1, b0) if swapped else (a0, a1, b0, b1)
+
+    return [box(m["bounds"]) for m in masks]
 
 
 def padded(box, width, height, share=0.15) -> tuple[int, int, int, int]:
@@ -340,8 +346,9 @@ def items_of(entry, photo, size, min_side, image=0) -> tuple[list[Item], int]:
         )
 
     out, without = [make(None, "base", whole_caption(entry))], 0
-    for mask in entry["mask_data"].values():
-        x0, y0, x1, y1 = box = bounds(mask, *size)
+    masks = list(entry["mask_data"].values())
+    for mask, box in zip(masks, bounds(masks, *size)):
+        x0, y0, x1, y1 = box
         if min(x1 - x0, y1 - y0) < min_side:  # of the box before padding, inclusive
             continue
         key = f"m-{mask['idx']}-sc"
@@ -691,7 +698,9 @@ def extra_tests(model, tok, items, f, env) -> dict[str, float]:
     base = [r for r, i in enumerate(items) if i.key == "base" and i.long]
     long = text_features(model, tok, [items[r].long for r in base], env.device)
     same = torch.eye(len(base), dtype=torch.bool, device=f.device)
-    recall = [metrics.retrieval_recall(a, b, same, (1,))[1] for a, b in ((f[base], long), (long, f[base])) if base]
+    both = {"image to text": (f[base], long), "text to image": (long, f[base])} if base else {}
+    each = {f"long {way} R@{k}": v for way, (a, b) in both.items()
+            for k, v in metrics.retrieval_recall(a, b, same, (1, 5, 10)).items()}  # fmt: skip
     order = []
     for row, item in enumerate(items):
         rng = np.random.default_rng((7, row))
@@ -700,9 +709,10 @@ def extra_tests(model, tok, items, f, env) -> dict[str, float]:
             scores = f[row] @ text_features(model, tok, [item.captions[0], *sorted(wrong)], env.device).T
             order.append(float(scores[0] > scores[1:].max()))
     cut = [len(tok.encode(items[r].long)) + 2 > model.text.context for r in base]
-    found = {"within": [100 * g for g in gains], "long R@1": recall, "long, cut": [100 * c for c in cut],
+    first = [v for k, v in each.items() if k.endswith("R@1")]
+    found = {"within": [100 * g for g in gains], "long R@1": first, "long, cut": [100 * c for c in cut],
              "order": [100 * o for o in order]}  # fmt: skip
-    return {k: float(np.mean(v)) for k, v in found.items() if v}
+    return {k: float(np.mean(v)) for k, v in found.items() if v} | each
 
 
 def sugarcrepe(model, tok, cfg, env) -> dict[str, float]:
@@ -878,6 +888,8 @@ def train(cfg: Config) -> dict:
             loss, parts = method_loss(wrapped, normalised(batch["image"].to(env.device)), ids, ids_neg, ids_long, cfg)
             (loss / cfg.accum).backward()
             mean_loss += loss.detach() / cfg.accum
+        if cfg.context != 77:
+            model.text.pos_embed.grad[:20] = 0  # Long-CLIP's fixed positions; weight decay is undone below
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)

@@ -463,9 +463,14 @@ class Folders:
 
     def scored(self, point, found):
         """What needs no features and may change without them: prompts and answers."""
-        paths, prompt = self.files(point)
-        said = [self.dsg(paths[i]) for i in found["file"].tolist()] if point else []
-        return {**found, "prompt": prompt[found["file"]], "consistency": torch.tensor(said, dtype=torch.float64)}
+        (paths, prompt), kept = self.files(point), found["file"]
+        said = [self.dsg(paths[i]) for i in kept.tolist()] if point else []
+        found = {**found, "prompt": prompt[kept], "consistency": torch.tensor(said, dtype=torch.float64)}
+        if not point:  # real pictures of a group that are no prompt's lie in a folder of its name
+            groups = sorted({p.group for p in self.prompts if p.group})
+            places = [groups.index(paths[i].parent.name) if paths[i].parent.name in groups else -1 for i in kept.tolist()]
+            found["group"] = torch.tensor(places)
+        return found
 
 
 def beginnings(stem):
@@ -582,7 +587,9 @@ def marginal(fake, real, prompts, count, cfg) -> dict[str, float]:
 
 def halves(prompts, cfg):
     """Random halves of the N prompts. The deviation of a mean over halves equals the standard error of the mean over all:
-    sigma^2 (1 / (N / 2) - 1 / N) = sigma^2 / N."""
+    sigma^2 (1 / (N / 2) - 1 / N) = sigma^2 / N. [] for fewer than four prompts."""
+    if len(prompts) < 4:
+        return []
     g = torch.Generator().manual_seed(cfg.seed)
     return [
         [prompts[i] for i in torch.randperm(len(prompts), generator=g)[: max(2, len(prompts) // 2)]] for _ in range(cfg.halves)
@@ -675,6 +682,10 @@ def cached(source, point, cfg, prompts, folder) -> dict[str, torch.Tensor]:
         out = source.measure(point)
         if not torch.isfinite(out["feature"]).all():
             raise ValueError(f"the features of {where or point or 'the real pictures'} hold NaN or infinity")
+        if not point and (out["feature"] == out["feature"][0]).all():
+            raise ValueError(
+                f"all real pictures have the same features under --extractor {cfg.extractor}: nothing can be compared"
+            )
         ckpt.export(path, out)
     return source.scored(point, out) if where else out
 
@@ -796,7 +807,7 @@ def report(cfg, prompts, real, sets, out) -> dict:
         for p, on in zip(points, fronts(points, [[again[p][a] for a in used] for p in points])):
             spread[p].append(again[p])
             stable[p] += on / cfg.halves
-    error = {p: {k: float(np.std([s[k] for s in spread[p]])) for k in (*AXES, "clip")} for p in points}
+    error = {p: {k: float(np.std([s[k] for s in spread[p]] or [math.nan])) for k in (*AXES, "clip")} for p in points}
     P = [[rows[p][a] for a in used] for p in points]
     front = fronts(points, P)
     write_front(out / "front.csv", cfg, points, rows, error, front, stable)
@@ -909,28 +920,41 @@ def draw_fronts(path, points, rows, error, pairs, names) -> None:
         plot.save(plot.row(panels), path)
 
 
+def real_of_groups(groups, ids, size, real) -> dict:
+    """-> group: its real pictures, as many as the others have: those of its first `size` prompts, equally many each; else those
+    in a folder of its name; else all, which is said."""
+    if (own := real["prompt"] >= 0).any():
+        of = rows_of(real["prompt"], 1 + max(i for some in ids.values() for i in some))
+        least = min(len(of[i]) for g in groups for i in ids[g][:size])
+        rows = {g: torch.cat([of[i][:least] for i in ids[g][:size]]) for g in groups}
+    elif "group" in real and (real["group"] >= 0).any():
+        rows = {g: (real["group"] == n).nonzero()[:, 0] for n, g in enumerate(groups)}
+        least = min(map(len, rows.values()))
+        rows = {g: r[:least] for g, r in rows.items()}
+    else:
+        print("\ngroups are compared with the same real pictures, which are in no folder with a group's name")
+        rows = dict.fromkeys(groups, torch.arange(len(own)))
+    return {g: {k: v[r] for k, v in real.items() if len(v) == len(own)} for g, r in rows.items()}
+
+
 def by_group(cfg, prompts, real, sets, count, out) -> dict:
     """The same for each group's prompts and real pictures alone, equally many prompts, and real pictures of each. Prints worst
-    group and gap of each model, at --at or its last knob; a gap is never negative, so that chance alone makes one. Real
-    pictures of no prompt serve only if none has a prompt."""
+    group and gap of each model, at --at or its last knob; a gap is never negative, so that chance alone makes one."""
     groups = sorted({p.group for p in prompts if p.group})
     if not groups:
         return {}
     ids = {g: [i for i, p in enumerate(prompts) if p.group == g] for g in groups}
     size = min(map(len, ids.values()))
-    kept, own = [p for p in sets if p.knob != "top_m"], real["prompt"] >= 0
-    if own.any():
-        of = rows_of(real["prompt"], len(prompts))
-        least = min(len(of[i]) for g in groups for i in ids[g][:size])
-        keep = torch.cat([rows[:least] for rows in of])
-        real = {k: v[keep] for k, v in real.items() if len(v) == len(own)}
-    reals = len(real["prompt"]) if not own.any() else least * size
-    if min(size * count, reals) <= cfg.k:
-        print(f"\nno table of groups: the smallest has {size} prompts, too few pictures for --k {cfg.k} neighbours")
+    kept, reals, why = [p for p in sets if p.knob != "top_m"], real_of_groups(groups, ids, size, real), ""
+    if empty := [g for g in groups if not len(reals[g]["prompt"])]:
+        why = f"a prompt of {empty[0]!r} has no real picture, and each of them should have as many"
+    elif min(size * count, *(len(reals[g]["prompt"]) for g in groups)) <= cfg.k:
+        why = f"the smallest has {size} prompts, too few pictures for --k {cfg.k} neighbours"
+    if why:
+        print(f"\nno table of groups: {why}")
         return {}
-    tables = {p: axes(sets[p], real, len(prompts)) for p in kept}
-    rows = {(p, g): mean(tables[p][ids[g][:size]]) | marginal(sets[p], real, ids[g][:size], count, cfg)
-            for p in kept for g in groups}  # fmt: skip
+    rows = {(p, g): mean(axes(sets[p], reals[g], len(prompts))[ids[g][:size]])
+            | marginal(sets[p], reals[g], ids[g][:size], count, cfg) for p in kept for g in groups}  # fmt: skip
     at = {p.model: p for p in kept} | {p.model: p for p in kept if p.knob == "guidance" and p.value == cfg.at}
     lines, result = [], {}
     for model, p in at.items():

@@ -67,13 +67,17 @@ def test_chance_levels():
 
 
 def test_negclip_without_negatives_is_clip_and_its_gradient():
-    f, t, n = (F.normalize(torch.randn(4, 6), dim=1).requires_grad_() for _ in range(3))
-    plain = M.clip_pool_loss((10 * f @ t.T)[..., None])
-    far = -1e4 * torch.ones(4, 6)
-    torch.testing.assert_close(M.negclip_loss(f, t, far * f.detach().sign().mean(), 10.0) * 0 + plain, plain)
-    s = torch.cat([10 * f @ t.T, torch.full((4, 4), -torch.inf)], 1)
-    label = torch.arange(4)
-    torch.testing.assert_close((F.cross_entropy(s, label) + F.cross_entropy(10 * t @ f.T, label)) / 2, plain)
+    torch.manual_seed(0)
+    f, t, n = (F.normalize(torch.randn(4, 6) + torch.tensor([2.0, 0, 0, 0, 0, 0]), dim=1).requires_grad_() for _ in range(3))
+    want = 0.0
+    for i in range(4):  # a picture chooses among its caption, those of others and all wrong ones; a caption among pictures
+        to_text = [10 * f[i] @ c for c in (*t, *n)]
+        to_picture = [10 * t[i] @ v for v in f]
+        want -= (to_text[i] - torch.stack(to_text).logsumexp(0) + to_picture[i] - torch.stack(to_picture).logsumexp(0)) / 8
+    torch.testing.assert_close(M.negclip_loss(f, t, n, 10.0), want)
+    far = -f.detach().sum(0).expand(4, 6) * 1e4  # negatives that no picture chooses: CLIP's loss
+    assert (f.detach() @ far[0] < -100).all()
+    torch.testing.assert_close(M.negclip_loss(f, t, far, 10.0), M.clip_pool_loss((10 * f @ t.T)[..., None]))
     # the gradient of a negative comes from the pictures' rows only
     M.negclip_loss(f, t, n, 10.0).backward()
     p = torch.cat([10 * f @ t.T, 10 * f @ n.T], 1).softmax(1)[:, 4:]
@@ -203,7 +207,12 @@ def test_items_size_filter_and_both_forms():
     assert "m-4-sc" not in [i.key for i in M.items_of(e, "p.jpg", (640, 420), 224)[0]]
     e["mask_data"] = {"4": e["mask_data"]["4"] | {"bounds": [[100, 100], [324, 400]]}}
     assert M.items_of(e, "p", (640, 420), 224)[0][1].box == (66, 55, 357, 420)
-    assert M.bounds({"bounds": [[10, 500], [300, 600]]}, 640, 420) == (500, 10, 600, 300)  # (y, x): 600 is no height
+    one = {"bounds": [[10, 500], [300, 600]]}  # (y, x): 600 is no height; so is the file's other mask, which fits both ways
+    other = {"bounds": [[10, 100], [300, 400]]}
+    assert M.bounds([one], 640, 420) == [(500, 10, 600, 300)] and M.bounds([other], 640, 420) == [(10, 100, 300, 400)]
+    assert M.bounds([other, one], 640, 420) == [(100, 10, 400, 300), (500, 10, 600, 300)]
+    corners = {"bounds": {"topLeft": {"x": 1, "y": 2}, "bottomRight": {"x": 3, "y": 4}}}
+    assert M.bounds([corners, one], 640, 420)[0] == (1, 2, 3, 4)
 
 
 def test_padded_crops():
@@ -258,10 +267,10 @@ def test_generated_files_have_the_schema(tmp_path):
     for text in before.values():
         e = json.loads(text)
         assert set(e) == set(entry()) - {"clip_scores"}
-        for m in e["mask_data"].values():
+        for m, box in zip(e["mask_data"].values(), M.bounds(e["mask_data"].values(), 64, 64)):
             png = Image.open(M.io.BytesIO(M.base64.b64decode(m["outer_mask"])))
             assert png.mode == "1" and png.size == (64, 64) and np.asarray(png).sum() == m["area"]
-            x0, y0, x1, y1 = M.bounds(m, 64, 64)
+            x0, y0, x1, y1 = box
             assert np.asarray(png)[y0:y1, x0:x1].sum() == m["area"]  # the box is tight around the mask
             assert all(e["mask_data"][str(c)]["parent"] == m["idx"] for c in m["requirements"])
         for key, texts in e["summaries"].items():
@@ -327,27 +336,43 @@ def test_the_tests_do_not_depend_on_processes_but_on_the_batch(toy, tmp_path):
     assert other["SCM"] > one["SCM"] and other["Neg"] == pytest.approx(one["Neg"])
 
 
-def test_sub_crop_matching_equals_loops(toy, clip):
-    """SCM and Neg of 'all_swaps' written out item by item."""
+def test_the_four_tests_equal_loops(toy, clip):
+    """All six numbers written out item by item: the FIRST five captions, the worst own one against the best of others, the
+    first swapped negative or the hardest, whole pictures alone."""
     model, tok = clip
-    items, right, neg = M.read_dci(toy, "test", 16), 0, 0
+    items = M.read_dci(toy, "test", 16)
     env = M.ddp.Env(0, 1, torch.device("cpu"))
     got = M.official_tests(model.eval(), tok, items, M.picture_features(model, items, env), env)
 
     def vectors(texts):
         return torch.stack([F.normalize(model.encode_text(tok([t])), dim=1)[0] for t in texts])
 
-    with torch.no_grad():
+    def picture(item):
+        img = Image.open(item.photo).convert("RGB")
+        return model.encode_image(M.metrics.clip_input([img.crop(item.box) if item.box else img], 32))[0]
+
+    def both(items, count, wrong):
+        scm = neg = 0
         for start in range(0, len(items), 8):
             part = items[start : start + 8]
-            t = vectors([i.captions[0] for i in part])
+            own = [vectors(i.captions[:count]) for i in part]
             for n, item in enumerate(part):
-                img = Image.open(item.photo).convert("RGB")
-                f = model.encode_image(M.metrics.clip_input([img.crop(item.box) if item.box else img], 32))[0]
-                scores = (t @ f).tolist()
-                right += scores.index(max(scores)) == n
-                neg += scores[n] > (vectors(item.negatives["swaps"][:1]) @ f).item()
-    assert got["SCM"] == pytest.approx(100 * right / len(items)) and got["Neg"] == pytest.approx(100 * neg / len(items))
+                f = picture(item)
+                pooled = [(t @ f).min() if m == n else (t @ f).max() for m, t in enumerate(own)]
+                scm += int(torch.stack(pooled).argmax()) == n
+                neg += bool((own[n] @ f).min() > (vectors(wrong(item)) @ f).max())
+        return 100 * scm / len(items), 100 * neg / len(items)
+
+    def first(item):
+        return item.negatives["swaps"][:1]
+
+    with torch.no_grad():
+        want = dict(zip(("SCM", "Neg"), both(items, 1, first)))
+        want |= dict(zip(("P5-SCM", "P5-Neg"), both([i for i in items if len(i.captions) >= 5], 5, first)))
+        want["Base Neg"] = both([i for i in items if i.key == "base"], 1, first)[1]
+        want["Hard Negs"] = both(items, 1, M.hardest)[1]
+    assert got == pytest.approx(want)
+    assert len({round(v, 3) for v in want.values()}) > 3
 
 
 def _gradients(env, arm, pool):

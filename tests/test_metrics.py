@@ -171,6 +171,33 @@ def test_frechet_distance_of_nearly_dependent_columns(noise):
     assert M.Moments().update(x).frechet(M.Moments().update(y)) == pytest.approx(want.item(), rel=1e-6)
 
 
+def test_the_bias_of_the_distance_follows_its_law():
+    """Two samples of one Gaussian, n rows and d columns each, n >> d: 2 d / n for the means, and a quarter of E |Sx - Sy|^2, which
+    is d (d + 1) / (2 n), for the covariances."""
+    d, n = 16, 4000
+    g = torch.Generator().manual_seed(0)
+    mean = np.mean([M.frechet_distance(*torch.randn(2, n, d, generator=g, dtype=torch.float64)) for _ in range(60)])
+    assert mean == pytest.approx(d * (d + 5) / (2 * n), rel=0.03)
+
+
+def test_nothing_finite_comes_of_nan():
+    x = torch.randn(40, 6)
+    bad = x.clone()
+    bad[3, 2] = math.nan
+    for measure in (M.frechet_distance, M.kernel_distance, M.cmmd):
+        with pytest.raises(ValueError, match="NaN"):
+            measure(x, bad)
+    with pytest.raises(ValueError, match="NaN"):
+        M.inception_score(bad)
+    assert M.Moments().update(x[:0]).update(x).frechet(M.Moments().update(x)) == pytest.approx(0, abs=1e-9)
+
+
+def test_precision_to_coverage_do_not_depend_on_the_order():
+    x, y = gauss(60, 5), gauss(50, 5, seed=1)
+    a = torch.randperm(60, generator=torch.Generator().manual_seed(2))
+    assert M.prdc(x[a], y.flip(0), 4) == pytest.approx(M.prdc(x, y, 4))
+
+
 def test_frechet_infinity_removes_the_bias_of_few_samples():
     x, y = gauss(4000, 16), gauss(400, 16, seed=1)  # the same distribution: the distance is 0
     biased, limit = M.frechet_distance(x, y), M.frechet_infinity(x, y)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common import ddp, scenes
+from common import ddp, scenes, vae
+from common.vit import ViT
 from methods import pareto_eval as M
 from tests.helpers import inside, run, torchrun, user_error
 
@@ -353,6 +354,72 @@ def test_real_pictures_of_no_prompt_leave_two_axes(world):
     assert done.returncode == 0 and "the fronts are without realism" in done.stdout, done.stderr
     rows = list(csv.DictReader(open(world / "out/front.csv")))
     assert any(r["on_front"] == "1" for r in rows) and rows[0]["n_real"] == "13" and rows[0]["realism"] == "nan"
+
+
+def test_real_pictures_of_groups(world):
+    """By prompt, by folder, or all for all, which is said; a group without a picture is named; nobody's label counts twice."""
+    done = inside(M, *flags(world, "--k", 2))
+    assert "per region, 3 prompts each" in done.stdout and "the same real pictures" not in done.stdout, done.stderr
+    for i, path in enumerate(sorted((world / "real").iterdir())):
+        path.rename(world / f"real/photo{i}.png")
+    done = inside(M, *flags(world, "--k", 2))
+    assert "groups are compared with the same real pictures" in done.stdout and "per region" in done.stdout
+    for g in "xy":
+        (world / "real" / g).mkdir()
+    for i in range(13):
+        (world / f"real/photo{i}.png").rename(world / "real" / ("x" if i < 5 else "y") / f"photo{i}.png")
+    done = inside(M, *flags(world, "--k", 2))
+    assert "per region" in done.stdout and "the same real pictures" not in done.stdout
+    shutil.rmtree(world / "real/x")
+    done = inside(M, *flags(world, "--k", 2))
+    assert "no table of groups: a prompt of 'x' has no real picture" in done.stdout, done.stdout
+    real = {"prompt": torch.full((6,), -1), "group": torch.tensor([0, 1, 1, 0, 1, -1]), "feature": torch.arange(6.0)[:, None]}
+    got = M.real_of_groups(["x", "y"], {"x": [0], "y": [1]}, 1, real)
+    assert [got[g]["feature"].flatten().tolist() for g in "xy"] == [[0, 3], [1, 2]]
+    real["prompt"] = torch.tensor([1, 0, 1, 1, 0, -1])
+    got = M.real_of_groups(["x", "y"], {"x": [0], "y": [1]}, 1, real)
+    assert [got[g]["feature"].flatten().tolist() for g in "xy"] == [[1, 4], [0, 2]]
+
+
+def test_group_labels_in_another_order_change_nothing(world):
+    values = []
+    for x, y in (("x", "y"), ("y", "x")):
+        (world / "prompts.csv").write_text(
+            "id,prompt,group\n" + "".join(f'p{i},"a thing, p{i}",{x if i % 2 else y}\n' for i in range(6))
+        )
+        assert inside(M, *flags(world, "--k", 2)).returncode == 0
+        found = json.loads((world / "out/metrics.json").read_text())
+        values.append({k: v for k, v in found.items() if k.endswith(("_gap", "_worst"))})
+    assert values[0] and values[0] == pytest.approx(values[1])
+
+
+@pytest.mark.parametrize("extractor", ["dinov2", "clip"])
+def test_folders_with_other_extractors(extractor, world, tmp_path):
+    torch.manual_seed(0)
+    (world / "points.csv").write_text("model,knob,value,folder\na,guidance,1,a1\n")
+    if extractor == "dinov2":
+        state = ViT(28, 14, 64, 1, 1, layer_scale=True).state_dict()
+        torch.save({k.replace("patch_embed.", "patch_embed.proj."): v for k, v in state.items()}, tmp_path / "w.pth")
+        path, more = tmp_path / "w.pth", []
+    else:
+        path = M.zoo.WEIGHTS / "clip.safetensors"
+        state, meta = vae.read_tensors(path)
+        state = {k: v.float() for k, v in state.items()}
+        path = tmp_path / "clip.safetensors"
+        M.ckpt.export(path, state, act="gelu", heads=dict(visual=4, text=4), **meta)
+        more = []
+    done = inside(M, *flags(world, "--extractor", extractor, "--weights", path, *more))
+    assert done.returncode == 0, done.stderr
+    row = next(csv.DictReader(open(world / "out/front.csv")))
+    assert row["extractor"].startswith(extractor) and 0 < float(row["realism"]) <= 1
+
+
+def test_constant_real_pictures_and_few_prompts(world):
+    grey = Image.fromarray(np.full((40, 48, 3), 128, np.uint8))
+    for path in (world / "real").iterdir():
+        grey.save(path)
+    user_error(inside(M, *flags(world)), "all real pictures have the same features")
+    assert M.halves([0, 1, 2], M.Config()) == [] and len(M.halves([0, 1, 2, 3], M.Config())) == M.Config().halves
 
 
 def test_new_answers_do_not_read_pictures_again(world):
