@@ -111,6 +111,7 @@ TEN = {
         "private retrieval with a provable budget", "dp_rdm_budget.png",
         (Claim("epsilon 10, 10,000 queries, against public retrieval: Frechet distance, lower is better",
                "epsilon 10, 10,000 queries fd", "public only fd", "-3.5 (FID, MS-COCO)"),
+         Claim("... against public records, as many and as noisy", "epsilon 10, 10,000 queries fd", "public, as noisy fd"),
          Claim("its price: the prompt's colour is right, against no privacy, points", "epsilon 10, 10,000 queries colour",
                "not private colour"))),
     "dci": Paper(
