@@ -993,10 +993,10 @@ def report(cfg, scores) -> None:
     luck = {"SCM": chance(8, 1)[0], "Neg": 0.5, "P5-SCM": chance(8, 5)[0], "P5-Neg": chance(8, 5)[1], "Base Neg": 0.5,
             "within": 0.0, "order": 0.2}  # fmt: skip
     official = [c for c in columns if c in ("SCM", "Neg", "P5-SCM", "P5-Neg", "Base Neg", "Hard Negs")]
-    for title, some in (
-        ("the four tests, batches of 8", official),
-        ("further tests", [c for c in columns if c not in official]),
-    ):
+    crepe = [c for c in columns if c.startswith("crepe")]
+    further = [c for c in columns if c not in official + crepe and " to " not in c]  # R@5 and R@10: in metrics.json
+    luck |= dict.fromkeys((c for c in crepe if c != "crepe rows"), 0.5)
+    for title, some in (("the four tests, batches of 8", official), ("further tests", further), ("SugarCrepe", crepe)):
         if some:
             rows = [[arm, *[s.get(c) for c in some]] for arm, s in scores.items()]
             rows.append(["chance", *[100 * luck[c] if c in luck else None for c in some]])
