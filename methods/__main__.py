@@ -130,7 +130,8 @@ TEN = {
 
 def measured(claim: Claim, runs: dict[str, dict]) -> str:
     """'+4.7 ± 4.5 (3 seeds)': mean and 95 % interval over seeds; '' without runs."""
-    values = [r[claim.method] - (r[claim.base] if claim.base else 0.0) for r in runs.values() if claim.method in r]
+    values = [r[claim.method] - (r[claim.base] if claim.base else 0.0) for r in runs.values()
+              if {claim.method, claim.base} - {""} <= r.keys()]  # fmt: skip
     if not values:
         return ""
     text = f"{np.mean(values):+.{claim.digits}f}"

@@ -13,7 +13,7 @@ Run        python methods/opt2i.py [--preset smoke]                         (CPU
            python methods/opt2i.py --llm_url URL --image_url URL --score dcs --prompts prompts.tsv --clip ...
            python methods/opt2i.py --replay RUN/exchanges.jsonl --out_dir AGAIN ...     (same options; no language model needed)
 Data       generated prompts (common/scenes.py) with their questions; or PartiPrompts, DrawBench, COCO captions, DSG-1k
-Expect     laptop: +21.5 +- 13.8 DSG points on fresh seeds, paraphrasing +21.4, with as many pictures; 3 seeds, commit fbf1095
+Expect     laptop: +21.3 +- 12.0 DSG points on fresh seeds, paraphrasing +20.4, with as many pictures; 3 seeds, commit 4b02266
 Differs    from the paper: offline, language model, picture model and VQA are small stand-ins for generated captions, the
            first sees the best prompt and its weakest element, no message: nothing reproduces the table. Gains on fresh seeds,
            too: the best of many on m seeds flatters itself. Own messages; too few prompts are asked for again; a search ends

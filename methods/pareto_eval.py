@@ -842,7 +842,8 @@ def report(cfg, prompts, real, sets, out) -> dict:
     given = [i for i, p in enumerate(points) if p.given == "text"]
     if given and (i := knee([P[j] for j in given])) is not None:
         print(f"knee of the front, nearest to the best of each axis: {points[given[i]].model}, {points[given[i]].label}")
-    print("\n" + table(claims(cfg, rows, spread, names), ["claim", "from", "to", "difference", "reported"]))
+    if found := claims(cfg, rows, spread, names):
+        print("\n" + table(found, ["claim", "from", "to", "difference", "reported"]))
     smallest = min(r["n_gen"] for p, r in rows.items() if p in whole) if whole else 0
     if 0 < smallest <= (dims := real["feature"].shape[1]):
         print(f"fd is dominated by its bias: {smallest} pictures, {dims} features; see kd, the kernel distance, which has none")
