@@ -192,8 +192,8 @@ CFG = replace(M.Config(), images=60, batch_size=8, image_size=16, local_size=8, 
               labels="2", eps=0.05)  # fmt: skip
 
 
-def step(env, method, stage, mix, seed=0, **kw):
-    """One update's loss and gradients on this process."""
+def step(env, method, stage, mix, seed=0, length=0, **kw):
+    """One update's loss and gradients on this process; length: of a full queue."""
     cfg = replace(CFG, method=method, stage=stage, mix=mix, **kw)
     world = M.open_world(cfg, env)
     C = len(world.classes)
@@ -205,7 +205,8 @@ def step(env, method, stage, mix, seed=0, **kw):
     B_u, B_l = M.batch_sizes(cfg)
     u = next(data.endless(world.train, 16, B_u, env)) if B_u else None
     y = next(data.endless(world.labelled[2], 16, B_l, env, 1)) if B_l else None
-    queue = M.Queue(2, 0, cfg.embed_dim)
+    queue = M.Queue(2, length, cfg.embed_dim)
+    queue.z.copy_(F.normalize(torch.randn(2, length, cfg.embed_dim, generator=torch.Generator().manual_seed(1)), dim=2))
     if teacher:
         teacher.register_buffer("center", torch.zeros(1, len(net.prototypes)))
     loss, parts = M.method_loss(wrapped, teacher, queue, u, y, cfg, env, 3, 0.04)
@@ -216,11 +217,19 @@ def step(env, method, stage, mix, seed=0, **kw):
 
 
 @pytest.mark.parametrize(
-    "method,stage", [("suave", "semi"), ("daino", "semi"), ("suave", "ssl"), ("fixmatch", "semi"), ("sup", "semi")]
+    "method,stage,length",
+    [
+        ("suave", "semi", 0),
+        ("suave", "semi", 24),
+        ("daino", "semi", 0),
+        ("suave", "ssl", 0),
+        ("fixmatch", "semi", 0),
+        ("sup", "semi", 0),
+    ],
 )
-def test_two_processes_equal_one(method, stage, tmp_path):
-    one = step(ENV, method, stage, True)
-    two = in_processes(2, step, method, stage, True, path=tmp_path)
+def test_two_processes_equal_one(method, stage, length, tmp_path):
+    one = step(ENV, method, stage, True, 0, length)
+    two = in_processes(2, step, method, stage, True, 0, length, path=tmp_path)
     assert torch.allclose((two[0][0] + two[1][0]) / 2, one[0], atol=1e-5)
     a, b = (torch.cat([g[k].flatten() for k in one[1]]) for g in (one[1], two[0][1]))
     assert (a - b).norm() < 1e-2 * a.norm()  # rounding at a ReLU's kink: 4e-3 for one seed of four; each mixing alone: 0.09
@@ -240,6 +249,8 @@ def test_probes_do_not_teach_the_network():
 def test_no_labels_is_swav_and_no_unlabelled_is_classification():
     loss, _, _, parts = step(ENV, "suave", "ssl", False)
     assert torch.allclose(loss, parts["unlabelled"]) and "labelled" not in parts
+    loss, _, center, parts = step(ENV, "daino", "ssl", False)
+    assert torch.allclose(loss, parts["unlabelled"]) and "labelled" not in parts and center.abs().sum() > 0
     loss, _, _, parts = step(ENV, "sup", "semi", False)
     assert torch.allclose(loss, parts["labelled"] + parts["probes"]) and "unlabelled" not in parts
     loss, _, _, parts = step(ENV, "suave", "semi", True)
@@ -447,6 +458,14 @@ def test_every_backbone_trains_and_starts_from_published_files(backbone, tmp_pat
         M.load_init(other, str(tmp_path / name), cfg)
         assert torch.equal(other.features([x])[0], net.features([x])[0])
         assert not torch.equal(other.prototypes, net.prototypes)
+
+
+def test_a_queue_holds_whole_batches(tmp_path):
+    cfg = replace(M.Config(**M.PRESETS["smoke"]), method="suave", stage="semi", steps=1, warmup=0, queue=40)
+    M.train(replace(cfg, out_dir=str(tmp_path)))
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["queue"]["z"].shape == (2, 32, 16)
+    with pytest.raises(ValueError, match="--queue 15 is shorter than the 16 unlabelled pictures"):
+        M.train(replace(cfg, queue=15, out_dir=str(tmp_path / "b")))
 
 
 def test_fine_tuning_keeps_prototypes_unless_told(tmp_path):
