@@ -113,7 +113,8 @@ def test_files_of_every_layout_give_the_same_output(layout, kind, tmp_path):
         torch.save({"state_dict": state, "epoch": 3}, path)
     loaded = V.load_vae(path)
     x = torch.randn(2, 3, 16, 16)
-    assert torch.equal(loaded.encode(x)[0], vae.encode(x)[0]) and loaded.scale == 0.18215
+    assert all(torch.equal(v, vae.state_dict()[k]) for k, v in loaded.state_dict().items()) and loaded.scale == 0.18215
+    torch.testing.assert_close(loaded.encode(x)[0], vae.encode(x)[0], atol=1e-5, rtol=1e-5)  # of another memory layout
     z = torch.randn(2, 4, 8, 8)
     assert torch.equal(loaded.decode(z), vae.decode(z))
 

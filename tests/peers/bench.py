@@ -168,16 +168,17 @@ def dit(root):
 
 
 def autoencoder(root):
-    """Stable Diffusion's autoencoder at full size, one picture of 256 px, same weights."""
+    """Stable Diffusion's autoencoder at full size, one picture of 256 px, same weights, read from the same file."""
     import diffusers
 
-    from common.vae import VAE
+    from common.vae import load_vae
 
     torch.manual_seed(0)
     levels = (128, 256, 512, 512)
     theirs = diffusers.AutoencoderKL(3, 3, ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4, levels, 2).eval()
-    ours = VAE().eval()
-    ours.load_state_dict(theirs.state_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        theirs, ours = diffusers.AutoencoderKL.from_pretrained(folder).eval(), load_vae(folder)
     x, z = torch.randn(1, 3, 256, 256), torch.randn(1, 4, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(ours.decode(z * ours.scale), theirs.decode(z).sample, rtol=1e-4, atol=1e-4)
