@@ -303,8 +303,11 @@ class Latents:
 
     def read(self, shard: int, row: int) -> dict:
         f, captions = self._shard(shard)
-        out = {k: f.get_slice(k)[row].float() for k in ("mean", "logvar", "controls")}
-        return {**out, "label": int(f.get_slice("label")[row]), "captions": captions[row]}
+        out, label = {k: f.get_slice(k)[row].float() for k in ("mean", "logvar", "controls")}, int(f.get_slice("label")[row])
+        if label >= max(1, len(self.classes)):
+            raise ValueError(f"{self.folder}, {self.shards[shard]['name']}: label {label} is outside {len(self.classes)} "
+                             "classes; encode again with data_prep/cache_latents.py")  # fmt: skip
+        return {**out, "label": label, "captions": captions[row]}
 
     def __getstate__(self):
         return {**self.__dict__, "open": {}}

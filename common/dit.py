@@ -323,7 +323,7 @@ def load_dit(path, size: str = "", input_size: int = 0, learn_sigma: bool = True
             raise ValueError(f"it is not a {size}: {', '.join(differ)}")
         config = {**found, **known, **meta.get("dit", {}), **more}
         if "heads" not in config:
-            raise ValueError(f"the file does not say how many heads it has; pass size, one of {', '.join(SIZES)}")
+            raise ValueError(f"the file does not say how many heads it has, and it has no size of {', '.join(SIZES)}")
         if not learn_sigma and config["learn_sigma"]:
             state, config["learn_sigma"] = without_sigma(state, channels), False
         config["input_size"] = input_size or config["input_size"]
@@ -332,8 +332,9 @@ def load_dit(path, size: str = "", input_size: int = 0, learn_sigma: bool = True
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} cannot be loaded as a DiT: {what}") from error
     want = model.state_dict()
-    if table is None or table.shape != want["pos_embed"].shape:
-        state["pos_embed"] = want["pos_embed"]
+    grid = math.isqrt(table.shape[1]) if table is not None else 0
+    if table is None or table.shape == (1, grid * grid, dim):  # of another side: made anew; else refused below
+        state["pos_embed"] = want["pos_embed"] if table is None or table.shape != want["pos_embed"].shape else table
     missing, extra = sorted(want.keys() - state.keys()), sorted(state.keys() - want.keys())
     wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in want.items()
              if k in state and state[k].shape != v.shape]  # fmt: skip

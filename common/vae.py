@@ -336,6 +336,8 @@ def load_vae(path, scale: float = 0.0, shift: float | None = None) -> VAE:
             beside = json.loads((path.parent / "config.json").read_text("utf-8"))
             names = (("scale", "scaling_factor", float), ("shift", "shift_factor", float), ("groups", "norm_num_groups", int))
             config = {ours: kind(beside[theirs]) for ours, theirs, kind in names if beside.get(theirs) is not None}
+            if beside.get("latents_mean") or beside.get("latents_std"):
+                raise ValueError("its latents have a mean and a deviation for each channel, which are not supported here")
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path.parent / 'config.json'} is not the settings of an autoencoder ({error})") from error
     try:

@@ -197,8 +197,10 @@ def train(cfg: Config) -> dict:
         optim.set_lr(opt, lr)
         x = to_unit(next(batches), env.device)
         side = cfg.size // vae.factor
+        g = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)  # for the global batch, whatever the number of processes
+        noise = torch.randn(cfg.batch_size, vae.z, side, side, generator=g)[env.rank * len(x) :][: len(x)].to(env.device)
         with amp:
-            y, mean, logvar = model(x, torch.randn(len(x), vae.z, side, side, device=env.device))
+            y, mean, logvar = model(x, noise)
         y, mean, logvar = y.float(), mean.float(), logvar.float()
         parts = {"l1": (y - x).abs().mean(), "kl": kl(mean, logvar) / x[0].numel(), "edges": edges(x, y)}
         loss = parts["l1"] + cfg.mse * (y - x).square().mean() + cfg.edges * parts["edges"] + cfg.kl * parts["kl"]
@@ -208,7 +210,8 @@ def train(cfg: Config) -> dict:
         if cfg.gan and step >= cfg.gan_start:
             fool = -critic(y).mean()
             last = vae.decoder.conv_out.weight  # both gradients are balanced at the decoder's last convolution
-            size = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (loss, fool)]
+            grads = [torch.autograd.grad(term, last, retain_graph=True)[0] for term in (loss, fool)]
+            size = [(ddp.all_sum(g) / env.world).norm() for g in grads]
             parts["fool"] = fool
             loss = loss + cfg.gan * (size[0] / (size[1] + 1e-4)).clamp(0, 1e4).detach() * fool
         opt.zero_grad(set_to_none=True)

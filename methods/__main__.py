@@ -248,8 +248,9 @@ def collect(folders: dict) -> None:
                 runs[str(seed)] = {k: round(found[k], 6) for k in sorted(keys & found.keys())}
                 first = next(iter(sorted(folder.rglob("config.json"))), None)
                 commits |= {json.loads(first.read_text())["versions"]["commit"]} if first else set()
-        if len(runs) >= len(results.get(name, {"runs": {}})["runs"]):  # fewer seeds do not replace more
-            results[name] = {"commit": ", ".join(sorted(commits)), "runs": runs}
+        old = results.get(name, {"commit": "", "runs": {}})  # seeds that were not run now stay, with their commits
+        commits |= set(filter(None, old["commit"].split(", "))) if old["runs"].keys() - runs.keys() else set()
+        results[name] = {"commit": ", ".join(sorted(commits)), "runs": {**old["runs"], **runs}}
     write_json(path, {k: results[k] for k in TEN if k in results})
     rewrite(results)
 

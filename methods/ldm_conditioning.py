@@ -384,6 +384,7 @@ class PixArtLayer(DiTLayer):
         self.six = None  # shared by all layers, and given: shared (B, 6, D)
         self.own, self.cross = nn.Parameter(torch.randn(6, dim) / dim**0.5), Attention(dim, heads, cross=True)
         nn.init.zeros_(self.cross.proj.weight)
+        nn.init.zeros_(self.cross.proj.bias)
 
     def forward(self, x, s, shared):
         s1, c1, g1, s2, c2, g2 = (self.own + shared).unbind(1)

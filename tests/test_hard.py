@@ -61,20 +61,36 @@ def results(folder):
     return out, {k: v for k, v in flat.items() if "ms_per" not in k and "mib" not in k and "seconds" not in k}
 
 
+def checkpoints(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("last.pt")}
+
+
+def kill_after(p, folder, saves, seconds):
+    """Waits for so many checkpoints and seconds, then kill -9 -> whether the process was still there."""
+    before, seen, end = checkpoints(folder), 0, time.monotonic() + seconds
+    while p.poll() is None and (seen < saves or time.monotonic() < end):
+        time.sleep(0.005)
+        now = checkpoints(folder)
+        seen, before = seen + (now != before), now
+    alive = p.poll() is None
+    p.kill()
+    p.wait()
+    return alive
+
+
 @hard
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_five_times_at_random_moments_and_resumed(script, tmp_path):
+    """Before the first checkpoint, between two, while one is written; a resumed run has less to do, so that it may end first."""
     began = time.monotonic()
     p = start(script, tmp_path / "whole")
     assert p.wait(400) == 0, p.stderr.read()
-    took, moments = time.monotonic() - began, random.Random(script)
-    for _ in range(5):
+    took, moments, kills = time.monotonic() - began, random.Random(script), []
+    for saves in (0, 1, 0, 1, 1):
         p = start(script, tmp_path / "killed")
-        try:
-            p.wait(moments.uniform(0.2, 0.9) * took)
-        except subprocess.TimeoutExpired:
-            p.kill()
-            p.wait()
+        seconds = 0.0 if saves else moments.uniform(0.1, 0.6) * took
+        kills.append(kill_after(p, tmp_path / "killed", saves, seconds + moments.uniform(0, 0.05)))
+    assert sum(kills) >= 3 and checkpoints(tmp_path / "killed")
     p = start(script, tmp_path / "killed")
     assert p.wait(400) == 0, p.stderr.read()
     assert results(tmp_path / "whole") == results(tmp_path / "killed")
@@ -97,12 +113,16 @@ def test_killed_between_the_last_checkpoint_and_the_results(script, tmp_path):
 
 @hard
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(script, tmp_path):
-    p = start(script, tmp_path / "r", limit=60_000)
+def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(script, tmp_path):
+    assert kill_after(start(script, tmp_path / "r"), tmp_path / "r", 1, 0), "ended before it was killed"
+    before = {p: p.read_bytes() for p in checkpoints(tmp_path / "r")}
+    assert before
+    p = start(script, tmp_path / "r", limit=min(20_000, *(len(v) // 2 for v in before.values())))
     _, text = p.communicate(timeout=400)
     assert p.returncode == 2 and "Traceback" not in text and "error: " in text, text[-2000:]
     assert not list((tmp_path / "r").rglob("*.tmp"))
-    for path in (tmp_path / "r").rglob("*.pt"):
+    for path, blob in before.items():
+        assert path.read_bytes() == blob
         torch.load(path, weights_only=True)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import ddp, vae
+from common import data, ddp, vae
 from common.dit import DiT
 from methods import lpl_ldm as M
 from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
@@ -289,27 +289,28 @@ def test_checkpointing_does_not_change_gradients(decoder):
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-8)
 
 
-def _two_processes(env):
+def _two_processes(env, t):
     torch.manual_seed(0)
     decoder = vae.VAE(8, (1, 2, 2), 1, 4, 4, scale=0.5).eval().requires_grad_(False)
     net = DiT(4, 2, 4, 16, 1, 2, classes=3, learn_sigma=False)
     for p in net.parameters():
         p.data += 0.02 * torch.randn_like(p)
     model = ddp.wrap(net, env)
-    t = torch.tensor([0.2, 0.9, 0.7, 0.95])  # rank 0 has one gated sample, or both ranks an unequal number
+    t = torch.tensor(t)
     rows = slice(env.rank * 4 // env.world, (env.rank + 1) * 4 // env.world)
     cfg = M.Config(weight=0.7, batch_size=4)
     z0, eps, y = latents(4)[rows], latents(4, seed=1)[rows], torch.zeros(4, dtype=torch.long)[rows]
-    if env.rank == 1:
-        t[2] = 0.7
     loss, *_ = M.step_loss(model, decoder, z0, t[rows], eps, y, cfg, True)
     loss.backward()
     return ddp.mean({"loss": loss})["loss"], net.blocks[0].mlp.fc1.weight.grad, net.final_layer.linear.weight.grad
 
 
-def test_two_processes_equal_one(tmp_path):
-    one = _two_processes(ddp.Env(0, 1, torch.device("cpu")))
-    two = in_processes(2, _two_processes, path=tmp_path)
+@pytest.mark.parametrize("t", [[0.2, 0.9, 0.7, 0.95], [0.2, 0.3, 0.7, 0.95], [0.2, 0.3, 0.95, 0.9]])
+def test_two_processes_equal_one(t, tmp_path):
+    """Samples below the gate, sigma / alpha = t / (1 - t) up to 3: one and one, two and one, two and none."""
+    assert [sum(v / (1 - v) <= M.Config().tau for v in part) for part in (t[:2], t[2:])] in ([1, 1], [2, 1], [2, 0])
+    one = _two_processes(ddp.Env(0, 1, torch.device("cpu")), t)
+    two = in_processes(2, _two_processes, t, path=tmp_path)
     for got in two:
         assert got[0] == pytest.approx(one[0], rel=1e-5)
         torch.testing.assert_close(got[1:], one[1:], rtol=1e-4, atol=1e-7)

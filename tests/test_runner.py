@@ -59,7 +59,7 @@ def test_a_failure_is_named(tmp_path):
     user_error(done, "1 of 1 runs failed", "vlm, seed 0", "infonce")
 
 
-def test_fewer_seeds_do_not_replace_more(tmp_path, monkeypatch):
+def test_seeds_that_were_not_run_again_stay(tmp_path, monkeypatch):
     kept = {"dci": {"commit": "a", "runs": {"0": {"dense SCM": 1.0}, "1": {"dense SCM": 2.0}}}}
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods/results.json").write_text(json.dumps(kept))
@@ -68,9 +68,11 @@ def test_fewer_seeds_do_not_replace_more(tmp_path, monkeypatch):
     monkeypatch.setattr(M, "ROOT", tmp_path)
     monkeypatch.setattr(M, "rewrite", lambda results: None)
     M.collect({("dci", 0): tmp_path / "run"})
-    assert json.loads((tmp_path / "methods/results.json").read_text()) == kept
+    found = json.loads((tmp_path / "methods/results.json").read_text())["dci"]
+    assert found == {"commit": "a", "runs": {"0": {"dense SCM": 5.0, "clip SCM": 1.0}, "1": {"dense SCM": 2.0}}}
     M.collect({("dci", s): tmp_path / "run" for s in range(3)})
-    assert len(json.loads((tmp_path / "methods/results.json").read_text())["dci"]["runs"]) == 3
+    found = json.loads((tmp_path / "methods/results.json").read_text())["dci"]
+    assert found["commit"] == "" and list(found["runs"]) == ["0", "1", "2"]  # none of them is of the old commit
 
 
 WRONG = ([["--only", "clip"], ["clip", "vlm"]], [["--seeds", "0"], ["seeds", "1"]], [["--preset", "nope"], ["nope", "smoke"]])
