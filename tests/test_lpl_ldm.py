@@ -440,3 +440,16 @@ def test_init_has_to_predict_what_is_trained(tmp_path):
         (tmp_path / "q" / arm / "metrics.json").unlink()
         (tmp_path / "q" / arm / "last.pt").unlink()
     user_error(inside(M, "--preset", "smoke", "--out_dir", tmp_path / "q"), "no finished phase 1", "--no-resume")
+
+
+def test_labels_beyond_the_classes_of_a_cache(tmp_path):
+    fields = {"mean": torch.zeros(4, 2, 4, 4), "logvar": torch.zeros(4, 2, 4, 4), "controls": torch.zeros(4, 7),
+              "label": torch.tensor([0, 1, 5, 1])}  # fmt: skip
+    M.ckpt.export(tmp_path / "train-00000.safetensors", fields, captions=[[]] * 4)
+    shard = {"name": "train-00000.safetensors", "split": "train", "count": 4}
+    manifest = {"vae": "v", "classes": ["a", "b"], "size": 32, "shards": [shard]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    source = data.Latents(tmp_path, "train", "v")
+    assert source.read(0, 1)["label"] == 1
+    with pytest.raises(ValueError, match="label 5 is outside 2 classes"):
+        source.read(0, 2)
