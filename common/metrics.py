@@ -350,7 +350,7 @@ def inception_score(logits: torch.Tensor, splits: int = 10, seed: int = 2020) ->
     if N < splits:
         raise ValueError(f"{N} pictures cannot be cut into {splits} splits")
     _check_features(1, logits=logits)
-    logp = logits.double().log_softmax(1)[torch.randperm(N, generator=torch.Generator().manual_seed(seed))]
+    logp = logits.double().log_softmax(1)[np.random.RandomState(seed).permutation(N)]  # the published packages' order
     for i in range(splits):
         part = logp[i * N // splits : (i + 1) * N // splits]
         out.append((part.exp() * (part - part.exp().mean(0).log())).nansum(1).mean().exp())  # 0 log 0 = 0

@@ -19,7 +19,7 @@ Run        python methods/pareto_eval.py --preset smoke                      (CP
            python methods/pareto_eval.py --people DIR                        (the DSG score against human ratings)
 Data       generated (common/scenes.py) with the stand-in text-to-image models of common/weights; or any generator's pictures:
            points.csv (model, knob, value, folder beside it[, given: text or picture]), prompts.csv (id, prompt[, group]),
-           folders with files named ID_anything.png (the longest id that fits), several of each prompt
+           folders with files named ID_anything.png (the longest id that fits); real ones of no prompt: GROUP/anything.png
 Expect     laptop: guidance 1 to 8 lifts consistency by 0.01 to 0.12 and costs 0.07 to 0.16 of diversity; 3 seeds, fbf1095
 Differs    from the paper: no code was published and only its abstract is known to us. Grids, sample counts and the conditional
            realism are ours; its DreamSim and Inception features are here those of a classifier of scenes (or --extractor).
@@ -27,7 +27,7 @@ Differs    from the paper: no code was published and only its abstract is known 
            standard error, from random halves of the prompts, of means over prompts; metrics of whole sets have none: half a set
            is another set, and repeated samples break nearest neighbours. From EvalGIM: the front is taken after rows without a
            value are dropped, not before; conditional diversity is there; features are not half-precision; sets are compared at
-           equal sizes, also between groups, and filtered ones not at all; DSG also per group; equal points stay.
+           equal sizes, also between groups and for filtered ones; DSG also per group; equal points stay.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py plot.py resnet.py scenes.py tokenizer.py vae.py vit.py
            zoo.py and weights/   (copy these with this file)
 """
@@ -93,7 +93,7 @@ class Config:
     models: str = "early,middle,late,search,codec"  # three ages of a text-to-image model; search finds real pictures
     guidance: str = "1,1.5,2,3,5,8"  # knob: guidance scales
     sampler_steps: str = "2,4"  # knob: further numbers of sampling steps, at --at
-    top_m: str = "4,2"  # knob: the m best of a prompt by CLIPScore, at --at (stand-ins only); they have no set metrics
+    top_m: str = "4,2"  # knob: the m best of a prompt by CLIPScore, at --at (stand-ins only); their sets are a table apart
     neighbours: str = "6,24,96"  # knob of search: draws from so many real pictures that CLIP finds nearest to the prompt
     bank: int = 4_096  # pictures among which search looks
     levels: str = "2,3,5,9"  # knob of the codec, which compresses real pictures: values a latent number may take
@@ -847,6 +847,7 @@ def report(cfg, prompts, real, sets, out) -> dict:
     smallest = min(r["n_gen"] for p, r in rows.items() if p in whole) if whole else 0
     if 0 < smallest <= (dims := real["feature"].shape[1]):
         print(f"fd is dominated by its bias: {smallest} pictures, {dims} features; see kd, the kernel distance, which has none")
+    result |= filtered_sets(cfg, home, real, sets)
     result |= by_group(cfg, prompts, real, sets, count, out)
     if any("image" in s for s in sets.values()):
         draw_samples(out / "samples.png", prompts, real, sets)
@@ -919,6 +920,22 @@ def draw_fronts(path, points, rows, error, pairs, names) -> None:
         panels.append(plot.scatter(series, paths, edge, f"{y} against {x}", x, (620 if last else 520, 440), legend=last))
     if panels:
         plot.save(plot.row(panels), path)
+
+
+def filtered_sets(cfg, home, real, sets) -> dict:
+    """Set metrics of the m best pictures of each prompt against the first m of the same: other points have more pictures, and
+    set metrics depend on their number."""
+    lines, result = [], {}
+    for p in [p for p in sets if p.knob == "top_m"]:
+        best, all_of = sets[p], sets[Point(p.model, "guidance", cfg.at)]
+        a, b = (marginal(s, real, home, int(p.value), cfg) for s in (all_of, best))
+        lines.append([f"{p.model}, {p.label}", *(f"{a[k]:.3f} -> {b[k]:.3f}" for k in SETS[:4])])
+        result |= {f"{p.model}_top_m_{p.value:g}_{k}": b[k] for k in SETS}
+        result |= {f"{p.model}_first_{p.value:g}_{k}": a[k] for k in SETS}
+    if lines:
+        print("\nsets of the first pictures of each prompt -> of as many that CLIP likes best\n"
+              + table(lines, ["", *SETS[:4]]))  # fmt: skip
+    return result
 
 
 def real_of_groups(groups, ids, size, real) -> dict:

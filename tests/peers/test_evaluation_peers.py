@@ -84,6 +84,27 @@ def test_tensorflows_resizing():
         torch.testing.assert_close(M.resize_299(images, "tf1"), want, atol=1e-5, rtol=0)
 
 
+def test_torch_fidelity_on_features():
+    """Inception score (its order of the pictures, too), KID of whole sets, FD, precision and recall."""
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    logits = 3 * torch.randn(503, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    want = isc_features_to_metric(logits)
+    assert M.inception_score(logits) == pytest.approx(tuple(want.values()), rel=1e-9)
+    a, b = x[:400], y  # as many of both, so that a subset is the set
+    want = kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=400, verbose=False)
+    assert M.kernel_distance(a, b, 1, 400) == pytest.approx(want["kernel_inception_distance_mean"], rel=1e-9)
+    want = fid_statistics_to_metric(*(fid_features_to_statistics(f.float()) for f in (x, y)), False)
+    assert M.frechet_distance(x, y) == pytest.approx(want["frechet_inception_distance"], rel=1e-4)
+    want = prc_features_to_metric(y, x, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False)
+    got = M.prdc(x, y, 3)
+    assert (got["precision"], got["recall"]) == pytest.approx((want["precision"], want["recall"]), abs=1e-6)
+
+
 def test_clean_resizing():
     pytest.importorskip("cleanfid")
     from cleanfid.resize import build_resizer
