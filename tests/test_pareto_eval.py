@@ -72,6 +72,8 @@ def test_dsg_score():
     assert M.dsg_score(chain, {}) == pytest.approx(2 / 3) and M.dsg_score(yes, parents) == 1
     assert M.dsg_score(chain, {3: [2], 2: [1]}) == 0  # children may come before their parents
     assert M.dsg_score({1: True, 2: True}, {1: [2], 2: [1]}) == 1  # a cycle of answered questions
+    ring = {1: [3], 2: [1], 3: [2]}  # one of three failed: all of them, or the next one only
+    assert M.dsg_score(chain, ring) == 0 and M.dsg_score(chain, ring, transitive=False) == pytest.approx(1 / 3)
     assert M.dsg_score({1: False, 2: True}, {1: [1], 2: [2, 9]}) == 0.5  # its own parent; an unknown one
     assert math.isnan(M.dsg_score({}, {}))
     assert M.parse_parents("1,2, 4") == ["1", "2", "4"] == M.parse_parents("1;2;4.0") and M.parse_parents("0") == []

@@ -139,25 +139,25 @@ def test_same_meaning():
         assert not zoo.same_meaning(a, other)
 
 
-def test_rewriter_masks_the_source_and_learns():
+def test_rewriter_masks_the_source_and_overfits_32_pairs():
     tok = zoo.load_tokenizer()
-    pairs = [train_rewriter.pair(i, 0, tok) for i in range(8)]
-    assert pairs == [train_rewriter.pair(i, 0, tok) for i in range(8)]
+    pairs = [train_rewriter.pair(i, 0, tok) for i in range(32)]
+    assert pairs == [train_rewriter.pair(i, 0, tok) for i in range(32)]
     ids, mask = train_rewriter.batch(pairs, 120)
     for row, weight, (c, t) in zip(ids.tolist(), mask.tolist(), pairs):
         assert row[: len(c)] == c and sum(weight) == len(t) and weight.index(1.0) == len(c)
         assert zoo.same_meaning(tok.decode(t), tok.decode(c).split(" ; ")[0])
     torch.manual_seed(0)
-    net = zoo.Rewriter(len(tok), 32, 1, 2)
-    opt = torch.optim.Adam(net.parameters(), 1e-2)
+    net = zoo.Rewriter(len(tok), 48, 2, 2)
+    opt = torch.optim.Adam(net.parameters(), 6e-3)
     losses = []
-    for _ in range(60):
+    for _ in range(150):
         loss = train_rewriter.loss_of(net, ids, mask)
         opt.zero_grad()
         loss.backward()
         opt.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.15 * losses[0], (losses[0], losses[-1])
     draw = [net.write(ids[0, :5].tolist(), 2, tok.end, torch.Generator().manual_seed(3)) for _ in range(2)]
     assert torch.equal(*draw) and len(draw[0]) == 2
 
