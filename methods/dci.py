@@ -429,6 +429,7 @@ def read_boxes(folder, split, min_side, allow_missing=False, max_bad=0.01) -> li
             items, names = [Item(str(path), None, r["captions"], long="\n".join(r["captions"]), image=number)], set()
             for j, b in enumerate(r.get("boxes") or []):
                 x0, y0, x1, y1 = b["box"]
+                # COCO's box is that of its mask, which is all that DCI takes of a mask, too
                 if not b.get("iscrowd") and min(x1 - x0, y1 - y0) >= min_side and b["label"] not in names:
                     text = scenes.articles(f"a photo of a {b['label']}")
                     items.append(Item(str(path), padded(b["box"], w, h), [text], long=text, key=f"m-{j}-sc", image=number))
