@@ -93,7 +93,7 @@ class Config:
     models: str = "early,middle,late,search,codec"  # three ages of a text-to-image model; search finds real pictures
     guidance: str = "1,1.5,2,3,5,8"  # knob: guidance scales
     sampler_steps: str = "2,4"  # knob: further numbers of sampling steps, at --at
-    top_m: str = "4,2"  # knob: the m best of a prompt by CLIPScore, at --at (stand-ins only); their sets are a table apart
+    top_m: str = "4,2"  # knob: the m best of a prompt by CLIPScore, at --at; folders: with --clip; their sets are a table apart
     neighbours: str = "6,24,96"  # knob of search: draws from so many real pictures that CLIP finds nearest to the prompt
     bank: int = 4_096  # pictures among which search looks
     levels: str = "2,3,5,9"  # knob of the codec, which compresses real pictures: values a latent number may take
@@ -767,11 +767,11 @@ def run(cfg: Config) -> dict:
     real, sets = cached(source, None, kept, prompts, cache), {}
     for p in points:
         sets[p] = cached(source, p, kept, prompts, cache)
-        if p.knob == "guidance" and p.value == cfg.at and not cfg.points:
-            for m in numbers(cfg, "top_m"):
+        if p.knob == "guidance" and p.value == cfg.at and not sets[p]["clip"].isnan().any():
+            drawn = min(map(len, rows_of(sets[p]["prompt"], len(prompts))))  # pictures of a prompt
+            for m in [m for m in numbers(cfg, "top_m") if m < drawn]:
                 keep = top_m(sets[p]["clip"], sets[p]["prompt"], int(m))
-                if m < cfg.per_prompt:
-                    sets[Point(p.model, "top_m", m)] = {k: v[keep] for k, v in sets[p].items()}
+                sets[replace(p, knob="top_m", value=m)] = {k: v[keep] for k, v in sets[p].items()}
     result = report(cfg, prompts, real, sets, out)
     write_json(out / "metrics.json", result)
     return result
@@ -927,7 +927,7 @@ def filtered_sets(cfg, home, real, sets) -> dict:
     set metrics depend on their number."""
     lines, result = [], {}
     for p in [p for p in sets if p.knob == "top_m"]:
-        best, all_of = sets[p], sets[Point(p.model, "guidance", cfg.at)]
+        best, all_of = sets[p], sets[replace(p, knob="guidance", value=cfg.at)]
         a, b = (marginal(s, real, home, int(p.value), cfg) for s in (all_of, best))
         lines.append([f"{p.model}, {p.label}", *(f"{a[k]:.3f} -> {b[k]:.3f}" for k in SETS[:4])])
         result |= {f"{p.model}_top_m_{p.value:g}_{k}": b[k] for k in SETS}

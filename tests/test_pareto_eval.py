@@ -1,6 +1,7 @@
 """methods/pareto_eval.py: fronts and volumes against brute force, knobs, groups, folders of other generators, wrong input."""
 
 import csv
+import itertools
 import json
 import math
 import shutil
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from common import ddp, scenes, vae
-from common.vit import ViT
+from common.vit import CLIP, TextTransformer, ViT
 from methods import pareto_eval as M
 from tests.helpers import inside, run, torchrun, user_error
 
@@ -414,6 +415,27 @@ def test_folders_with_other_extractors(extractor, world, tmp_path):
     assert done.returncode == 0, done.stderr
     row = next(csv.DictReader(open(world / "out/front.csv")))
     assert row["extractor"].startswith(extractor) and 0 < float(row["realism"]) <= 1
+
+
+def test_folders_are_filtered_by_clip(world, tmp_path):
+    """The best two of three pictures of the point at --at, for a model that has one; their sets against the first two."""
+    torch.manual_seed(0)
+    sizes = dict(width=16, depth=1, heads=2, out_dim=8)
+    net = CLIP(ViT(32, 8, norm_pre=True, patch_bias=False, eps=1e-5, **sizes), TextTransformer(49408, act="gelu", **sizes))
+    M.ckpt.export(tmp_path / "clip.safetensors", net.state_dict(), act="gelu", heads=dict(visual=2, text=2))
+    pairs = itertools.islice(itertools.product(M.zoo.load_tokenizer().symbols[:256], repeat=2), 48_894)
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(p) for p in pairs)]) + "\n")
+    more = ["--clip", tmp_path / "clip.safetensors", "--tokenizer", tmp_path / "merges.txt", "--at", 7.5, "--k", 2]
+    done = inside(M, *flags(world, *more))
+    assert done.returncode == 0 and "of as many that CLIP likes best" in done.stdout, done.stderr
+    rows = {(r["model"], r["knob"], r["value"]): r for r in csv.DictReader(open(world / "out/front.csv"))}
+    assert [k for k in rows if k[1] == "top_m"] == [("a", "top_m", "2.0")]
+    best, whole = rows["a", "top_m", "2.0"], rows["a", "guidance", "7.5"]
+    assert float(best["clip"]) >= float(whole["clip"]) and best["n_gen"] == "12" and whole["n_gen"] == "18"
+    found = json.loads((world / "out/metrics.json").read_text())
+    assert 0 <= found["a_top_m_2_precision"] <= 1 and 0 <= found["a_first_2_precision"] <= 1
+    done = inside(M, *flags(world, "--at", 7.5))  # no CLIP, no score to filter by
+    assert done.returncode == 0 and "likes best" not in done.stdout
 
 
 def test_constant_real_pictures_and_few_prompts(world):
