@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import os
 import tarfile
 import threading
@@ -452,9 +451,10 @@ def open_labelled(folder, count: int, seed: int, tested: bool = True):
     train, test = Shards(folder, "train"), Shards(folder, held_out(folder)) if tested else None
     found = records(train)
     labels = [r.get("label", -1) for r in found]
-    classes, C = (train.classes, len(train.classes)) if max(labels) >= 0 else ([], math.inf)
-    for r in (*found, *(records(test) if tested else ())):
-        if r["key"] and C < math.inf and not 0 <= r.get("label", -1) < C:
+    labelled, C = max(labels) >= 0, len(train.classes)
+    classes = train.classes if labelled else []
+    for r in (*found, *(records(test) if labelled and tested else ())):
+        if labelled and r["key"] and not 0 <= r.get("label", -1) < C:
             raise ValueError(f"{folder}: {r['key']} has the label {r.get('label')}; labels must be 0 to {C - 1}, one for every "
                              "sample: prepare the data again")  # fmt: skip
     if absent := sorted(set(range(len(classes))) - set(labels)):

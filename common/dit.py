@@ -332,9 +332,9 @@ def load_dit(path, size: str = "", input_size: int = 0, learn_sigma: bool = True
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} cannot be loaded as a DiT: {what}") from error
     want = model.state_dict()
-    grid = math.isqrt(table.shape[1]) if table is not None else 0
-    if table is None or table.shape == (1, grid * grid, dim):  # of another side: made anew; else refused below
-        state["pos_embed"] = want["pos_embed"] if table is None or table.shape != want["pos_embed"].shape else table
+    square = table is not None and table.shape == (1, math.isqrt(table.shape[1]) ** 2, dim)  # what is not is refused below
+    if table is None or square and table.shape != want["pos_embed"].shape:  # of another side: made anew
+        state["pos_embed"] = want["pos_embed"]
     missing, extra = sorted(want.keys() - state.keys()), sorted(state.keys() - want.keys())
     wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in want.items()
              if k in state and state[k].shape != v.shape]  # fmt: skip
