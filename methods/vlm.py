@@ -1108,7 +1108,7 @@ def compositional(score, cfg) -> dict:
 
 
 def sugarcrepe(score, seen, keys, cfg) -> dict:
-    """Rows of the released table whose picture is among the test pictures, by kind."""
+    """Rows of the released table whose picture is among the test pictures, by kind, and all of them before a grey picture."""
     try:
         raw = Path(cfg.sugarcrepe).read_bytes()
         raw = gzip.decompress(raw) if cfg.sugarcrepe.endswith(".gz") else raw
@@ -1123,7 +1123,10 @@ def sugarcrepe(score, seen, keys, cfg) -> dict:
         raise ValueError(f"--sugarcrepe {cfg.sugarcrepe}: none of its pictures, COCO's val2017, is among the test pictures")
     own = seen[[place[Path(r["file"]).stem] for r in rows]]
     a, b, out = score.pairs(own, true), score.pairs(own, wrong), {"SugarCrepe rows": float(len(rows))}
+    blind = [score.pairs(score.blank.expand(len(rows), -1, -1), texts) for texts in (true, wrong)]
     for head in a:
+        if head != "likelihood - blind":
+            out[f"{head}: blind SugarCrepe"] = 100 * prefers(blind[0][head], blind[1][head])[0]
         right, ties = prefers(a[head], b[head])
         out |= {f"{head}: SugarCrepe": 100 * right, f"{head}: SugarCrepe, ties": 100 * ties}
         for kind in sorted(set(kinds)):
@@ -1181,9 +1184,10 @@ def questions(score, test, rows, seen, cfg) -> dict:
         made = pope_questions(objects, test.classes, setting, np.random.default_rng(9))
         if made:
             where, names, truth = zip(*made)
-            best, _ = score.answers(seen[list(where)], [existence(n) for n in names], [("yes", "no")] * len(made))
-            said = pope_score([b == 0 if b >= 0 else not t for b, t in zip(best, truth)], truth)  # a tie is wrong
-            out |= {f"POPE {setting} {k}": 100 * v for k, v in said.items() if k in ("accuracy", "F1", "yes")}
+            for name, pictures in (("POPE", seen[list(where)]), ("POPE blind", score.blank)):
+                best, _ = score.answers(pictures, [existence(n) for n in names], [("yes", "no")] * len(made))
+                said = pope_score([b == 0 if b >= 0 else not t for b, t in zip(best, truth)], truth)  # a tie is wrong
+                out |= {f"{name} {setting} {k}": 100 * v for k, v in said.items() if k in ("accuracy", "F1", "yes")}
     return out
 
 
@@ -1417,11 +1421,12 @@ def report(cfg, scores) -> None:
               "SugarCrepe": 50.0}  # fmt: skip
     columns = [c for c in chance if any(c in h for h in heads.values())]
     rows = [[name, *[h.get(c) for c in columns]] for name, h in heads.items()]
-    rows += [[f"{name}, blind", *[h.get(f"blind {c}") for c in columns]] for name, h in heads.items() if "blind swap" in h]
+    blind = {f"{name}, blind": [h.get(f"blind {c}") for c in columns] for name, h in heads.items()}
+    rows += [[name, *row] for name, row in blind.items() if any(v is not None for v in row)]
     print("\nwhich belongs to which, percent\n" + table([*rows, ["chance", *[chance[c] for c in columns]]], ["", *columns]))
     tables = {"questions, percent": ("VQA, yes/no", "VQA blind, yes/no", "VQA majority, yes/no", "VQA, open", "VQA blind, open",
                                      "VQA majority, open", "VQA free, open", "VQA few-shot, open", "POPE adversarial accuracy",
-                                     "answered at 5 % risk"),
+                                     "POPE blind adversarial accuracy", "answered at 5 % risk"),
               "captions": ("attribute F1", "CIDEr-D", "CHAIR_i", "words", "distinct")}  # fmt: skip
     for title, columns in tables.items():
         rows = [[arm, *[s.get(c) for c in columns]] for arm, s in scores.items() if columns[1] in s]

@@ -550,6 +550,8 @@ def test_smoke_makes_its_files_and_the_table(tmp_path):
     assert all(w in done.stdout for w in ("coca, likelihood - blind", "chance", "VQA blind, yes/no", "attribute F1"))
     flat = json.loads((tmp_path / "r/metrics.json").read_text())
     assert all(isinstance(v, float) for v in flat.values()) and "frozen VQA few-shot, open" in flat
+    # before a grey picture "is there a star?" has one answer, though half of the questions about it are of pictures with one
+    assert abs(flat["coca POPE blind random accuracy"] - 50) < 30 and "POPE blind adversarial accuracy" in done.stdout
     again = inside(M, *SMALL, *arms, "--out_dir", tmp_path / "r")
     assert again.stdout == done.stdout and "step/s" not in again.stderr  # finished arms are kept
     asked = inside(
@@ -654,3 +656,4 @@ def test_sugarcrepe_on_coco(tmp_path, shared):
     assert done.returncode == 0, done.stderr
     flat = json.loads((tmp_path / "r/metrics.json").read_text())
     assert flat["infonce SugarCrepe rows"] == 134 and 20 < flat["infonce cosine: SugarCrepe"] < 80
+    assert 20 < flat["infonce cosine: blind SugarCrepe"] < 80 and "infonce, blind" in done.stdout
