@@ -270,8 +270,8 @@ class Latents:
         try:
             manifest = json.loads(path.read_text("utf-8"))
             made_by, self.classes, self.size = manifest["vae"], manifest["classes"], manifest["size"]
-            self.shards = [s for s in manifest["shards"] if s["split"] == split]
-            self.sizes = [int(s["count"]) for s in self.shards]
+            shards = [s for s in manifest["shards"] if s["split"] == split]
+            self.sizes, self.names = [int(s["count"]) for s in shards], [Path(s["name"]).name for s in shards]
         except FileNotFoundError as error:
             raise ValueError(f"{path} does not exist; make a latent cache with data_prep/cache_latents.py") from error
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -289,7 +289,7 @@ class Latents:
     def _shard(self, shard: int):
         with _LOCK:
             if shard not in self.open:
-                path = self.folder / Path(self.shards[shard]["name"]).name
+                path = self.folder / self.names[shard]
                 try:
                     f = safe_open(path, "pt")
                     captions = json.loads(f.metadata()["meta"])["captions"]
@@ -304,7 +304,7 @@ class Latents:
         f, captions = self._shard(shard)
         out, label = {k: f.get_slice(k)[row].float() for k in ("mean", "logvar", "controls")}, int(f.get_slice("label")[row])
         if label >= max(1, len(self.classes)):
-            raise ValueError(f"{self.folder}, {self.shards[shard]['name']}: label {label} is outside {len(self.classes)} "
+            raise ValueError(f"{self.folder}, {self.names[shard]}: label {label} is outside {len(self.classes)} "
                              "classes; encode again with data_prep/cache_latents.py")  # fmt: skip
         return {**out, "label": label, "captions": captions[row]}
 

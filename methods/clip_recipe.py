@@ -397,16 +397,22 @@ def scene_tests(size):
     return [Test(pairs_of_scenes(1000, 1_000_003, size, "test"), tasks, True)]
 
 
+def read_synonyms(path) -> dict[str, tuple[str, ...]]:
+    """Lines of a word, a tab and its synonyms, separated by commas."""
+    try:
+        rows = [line.split("\t", 1) for line in Path(path).read_text("utf-8").splitlines() if "\t" in line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--synonyms {path} cannot be read ({error})") from error
+    if not rows:
+        raise ValueError(f"--synonyms {path} holds no line of a word, a tab and its synonyms; see data_prep/wordnet.py")
+    return {word: tuple(others.split(",")) for word, others in rows}
+
+
 def open_data(cfg: Config):
     """-> training source, [Test], tokenizer, synonyms"""
     synonyms = scenes.SYNONYMS
     if cfg.synonyms:
-        rows = [line.split("\t", 1) for line in Path(cfg.synonyms).read_text("utf-8").splitlines() if "\t" in line]
-        synonyms = {word: tuple(others.split(",")) for word, others in rows}
-        if not synonyms:
-            raise ValueError(
-                f"--synonyms {cfg.synonyms} holds no line of a word, a tab and its synonyms; see data_prep/wordnet.py"
-            )
+        synonyms = read_synonyms(cfg.synonyms)
     elif cfg.data:
         synonyms = {}  # every edit is a swap or a deletion
     if cfg.data:

@@ -626,11 +626,16 @@ def against_people(folder, transitive=True) -> dict[str, float]:
     """DSG scores of three VQA models' answers against the mean human rating of the same picture (TIFA160)."""
     ratings: dict[tuple, list] = {}
     for r in read_rows(Path(folder, "tifa160_likert.csv.gz"), ("t2i_model", "item_id", "answer")):
-        ratings.setdefault((r["t2i_model"], r["item_id"]), []).append(float(r["answer"]))
+        try:
+            ratings.setdefault((r["t2i_model"], r["item_id"]), []).append(float(r["answer"]))
+        except ValueError:
+            raise ValueError(f"{folder}/tifa160_likert.csv.gz: the rating {r['answer']!r} is not a number") from None
     out = {}
     for vqa in ("mplug", "instructblip", "pali17b"):
         pictures = read_answers(Path(folder, f"vqa_{vqa}_dsg.csv.gz"), ("t2i_model", "item_id"))
         both = sorted(ratings.keys() & pictures.keys())
+        if len(both) < 2:
+            raise ValueError(f"{folder}: fewer than two pictures are both rated by people and answered by {vqa}")
         x, y = [dsg_score(*pictures[k], transitive) for k in both], [np.mean(ratings[k]) for k in both]
         out |= {f"{vqa}_spearman": spearman(x, y), f"{vqa}_kendall": kendall(x, y), "pictures": len(both)}
     return out

@@ -1107,23 +1107,29 @@ def compositional(score, cfg) -> dict:
     return out
 
 
-def sugarcrepe(score, seen, keys, cfg) -> dict:
-    """Rows of the released table whose picture is among the test pictures, by kind, and all of them before a grey picture."""
+def read_sugarcrepe(path, keys) -> tuple[list[int], list[str], list[str], list[str]]:
+    """Rows of the released table whose picture is one of keys -> its place there, true and wrong captions, kinds."""
     try:
-        raw = Path(cfg.sugarcrepe).read_bytes()
-        raw = gzip.decompress(raw) if cfg.sugarcrepe.endswith(".gz") else raw
+        raw = Path(path).read_bytes()
+        raw = gzip.decompress(raw) if str(path).endswith(".gz") else raw
         place = {Path(k).stem: i for i, k in enumerate(keys)}  # file names without their ending
         rows = [r for r in csv.DictReader(raw.decode("utf-8").splitlines()) if Path(r["file"]).stem in place]
         true, wrong, kinds = ([r[k] for r in rows] for k in ("caption", "negative_caption", "kind"))
-    except (ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"--sugarcrepe {cfg.sugarcrepe}: no table of kind, file, caption, negative_caption ({error})"
-        ) from error
+        if None in (*true, *wrong, *kinds):
+            raise ValueError("a row is not whole")
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, csv.Error) as error:
+        raise ValueError(f"--sugarcrepe {path}: no table of kind, file, caption, negative_caption ({error})") from error
     if not rows:
-        raise ValueError(f"--sugarcrepe {cfg.sugarcrepe}: none of its pictures, COCO's val2017, is among the test pictures")
-    own = seen[[place[Path(r["file"]).stem] for r in rows]]
-    a, b, out = score.pairs(own, true), score.pairs(own, wrong), {"SugarCrepe rows": float(len(rows))}
-    blind = [score.pairs(score.blank.expand(len(rows), -1, -1), texts) for texts in (true, wrong)]
+        raise ValueError(f"--sugarcrepe {path}: none of its pictures, COCO's val2017, is among the test pictures")
+    return [place[Path(r["file"]).stem] for r in rows], true, wrong, kinds
+
+
+def sugarcrepe(score, seen, keys, cfg) -> dict:
+    """By kind, and of all rows together before a grey picture, too."""
+    places, true, wrong, kinds = read_sugarcrepe(cfg.sugarcrepe, keys)
+    own = seen[places]
+    a, b, out = score.pairs(own, true), score.pairs(own, wrong), {"SugarCrepe rows": float(len(places))}
+    blind = [score.pairs(score.blank.expand(len(places), -1, -1), texts) for texts in (true, wrong)]
     for head in a:
         if head != "likelihood - blind":
             out[f"{head}: blind SugarCrepe"] = 100 * prefers(blind[0][head], blind[1][head])[0]

@@ -184,6 +184,17 @@ def clip_loss(f_img, f_txt, scale, smoothing=0.0, gather=ddp.gather_rows):  # tw
 
 
 # 3. MODULES: the graphs, a text encoder for captions of the generated world, and the encoder ------------------------------
+def read_tree(path, count):
+    """Text, a line a class in the order of the classes -> their paths from the root."""
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tree {path} cannot be read ({error}); expected a line like animal/dog for each class") from error
+    if len(lines) != count or not all(line.strip().strip("/") for line in lines):
+        raise ValueError(f"--tree {path} has {len(lines)} lines for {count} classes, or an empty one; expected animal/dog each")
+    return lines
+
+
 def tree_similarity(paths):
     """paths: of every class from the root, like "animal/dog" -> (C, C): 1 - (edges between two classes) / (largest number)."""
     nodes = [p.strip().strip("/").split("/") for p in paths]
@@ -282,7 +293,7 @@ def make_graph(cfg, world, device):
     if kind == "rand_class":  # random between classes, still 1 within one
         return of_classes(random_similarity(C, cfg.seed))
     if kind == "tree":
-        S = tree_similarity(Path(cfg.tree).read_text("utf-8").splitlines() if cfg.tree else world.paths)
+        S = tree_similarity(read_tree(cfg.tree, C) if cfg.tree else world.paths)
         if len(S) > 2 and len(S[~torch.eye(len(S), dtype=torch.bool)].unique()) == 1:
             raise ValueError("the classes stand in no hierarchy, their tree would be the class graph; give --tree")
         return of_classes(S)
@@ -467,20 +478,48 @@ def in9_accuracy(guess, super_class, mapping):
     return 100 * float(np.mean([mapping[g] == y for g, y in zip(guess, super_class)]))
 
 
+MALFORMED = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)  # of a file in another form
+
+
+def read_real(path, count=50_000):
+    """ReaL's real.json -> for each of ImageNet's validation pictures, in their order, the list of right classes."""
+    try:
+        lists = json.loads(Path(path).read_text("utf-8"))
+        if len(lists) != count or not all(type(c) is int for some in lists for c in some):
+            raise ValueError(f"not {count:,} lists of classes")
+    except MALFORMED as error:
+        raise ValueError(f"--real {path} is not ReaL's real.json ({type(error).__name__}: {error})") from error
+    return lists
+
+
+def read_in9(folder):
+    """ImageNet-9's in_to_in9.json -> {ImageNet class: one of nine, or -1}."""
+    try:
+        found = json.loads(Path(folder, "in_to_in9.json").read_text("utf-8"))
+        return {int(k): int(v) for k, v in found.items()}
+    except MALFORMED as error:
+        raise ValueError(f"--in9 {folder}: in_to_in9.json cannot be read ({type(error).__name__}: {error})") from error
+
+
 def objectnet_classes(folder):
     """ObjectNet's published mappings -> {image folder: set of ImageNet class numbers}, for the overlapping classes only."""
-
-    def read(name):
-        try:
-            return json.loads(Path(folder, "mappings", name).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--objectnet {folder}: mappings/{name} cannot be read ({error})") from error
-
-    to_label, to_names = read("folder_to_objectnet_label.json"), read("objectnet_to_imagenet_1k.json")
-    number = {int(v): int(k) for k, v in read("pytorch_to_imagenet_2012_id.json").items()}
-    lines = Path(folder, "mappings", "imagenet_to_label_2012_v2").read_text("utf-8").splitlines()
-    by_name = {line.strip(): number[i] for i, line in enumerate(lines) if i in number}
-    return {f: {by_name[n] for n in to_names[label].split("; ")} for f, label in to_label.items() if label in to_names}
+    try:
+        read = [Path(folder, "mappings", f"{name}.json").read_text("utf-8") for name in (
+            "folder_to_objectnet_label", "objectnet_to_imagenet_1k", "pytorch_to_imagenet_2012_id")]  # fmt: skip
+        to_label, to_names, ids = map(json.loads, read)
+        number = {int(v): int(k) for k, v in ids.items()}
+        lines = Path(folder, "mappings", "imagenet_to_label_2012_v2").read_text("utf-8").splitlines()
+        by_name = {line.strip(): number[i] for i, line in enumerate(lines) if i in number}
+        return {f: {by_name[n] for n in to_names[label].split("; ")} for f, label in to_label.items() if label in to_names}
+    except MALFORMED as error:
+        raise ValueError(f"--objectnet {folder}: mappings cannot be read ({type(error).__name__}: {error})") from error
 
 
 class Cropped:
@@ -504,14 +543,13 @@ def further_tests(model, probe, guess, rows, world, cfg, env) -> dict[str, float
     """ReaL, ImageNet-9 and ObjectNet by the probe of the class; MIT-States by probes of its own on a random half."""
     out = {}
     if cfg.real:
-        lists = json.loads(Path(cfg.real).read_text())
-        folder = cfg.probe_data or cfg.data
+        lists, folder = read_real(cfg.real), cfg.probe_data or cfg.data
         found = [re.search(r"val_(\d{8})", r["key"]) for r in data.records(data.Shards(folder, data.held_out(folder)))]
-        if None in found or len(lists) != 50_000:
+        if None in found:
             raise ValueError(f"--real {cfg.real} needs ImageNet's 50,000 validation pictures under their own file names")
         out["real"] = real_accuracy(guess, [lists[int(found[r][1]) - 1] for r in rows])
     if cfg.in9:
-        mapping = {int(k): int(v) for k, v in json.loads(Path(cfg.in9, "in_to_in9.json").read_text()).items()}
+        mapping = read_in9(cfg.in9)
         for variant in ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "no_fg", "only_bg_b", "only_bg_t"):
             if (folder := Path(cfg.in9, variant, "val")).is_dir():
                 seen, y = guesses(model, probe, data.Folder(folder), cfg, env)
