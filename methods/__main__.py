@@ -39,11 +39,13 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 
 @dataclass(frozen=True)
 class Claim:
-    """method - base of metrics.json, paired by seed; without base the value itself. digits: of the printed numbers."""
+    """method - base of metrics.json, paired by seed; without base the value itself. expects: the sign of the paper's effect, 0:
+    none, None: the paper does not say. digits: of the printed numbers."""
 
     text: str
     method: str
     base: str
+    expects: int | None
     paper: str = ""
     digits: int = 1
 
@@ -61,99 +63,119 @@ TEN = {
     "clip_recipe": Paper(
         "Improved baselines for vision-language pre-training", "2305.08675",
         "CLIP with a strong recipe needs no added losses", "clip_recipe_retrieval.png",
-        (Claim("the recipe lifts plain CLIP: zero-shot, points", "rocket_none_zero_shot", "plain_none_zero_shot",
+        (Claim("the recipe lifts plain CLIP: zero-shot, points", "rocket_none_zero_shot", "plain_none_zero_shot", +1,
                "up to 25 % relative"),
-         Claim("an added loss (Barlow) helps the plain recipe", "plain_bar_zero_shot", "plain_none_zero_shot", "it does"),
-         Claim("... and no longer the strong one", "rocket_bar_zero_shot", "rocket_none_zero_shot", "it does not"))),
+         Claim("an added loss (Barlow) helps the plain recipe", "plain_bar_zero_shot", "plain_none_zero_shot", +1, "it does"),
+         Claim("... and no longer the strong one", "rocket_bar_zero_shot", "rocket_none_zero_shot", 0, "it does not"))),
     "lpl_ldm": Paper(
         "Boosting Latent Diffusion with Perceptual Objectives", "2411.04873",
         "a loss on the decoder's own features", "lpl_ldm_samples.png",
-        (Claim("LPL against its control: Frechet distance, lower is better", "lpl_fd_16", "control_fd_16",
+        (Claim("LPL against its control: Frechet distance, lower is better", "lpl_fd_16", "control_fd_16", -1,
                "6 to 20 % lower (FID)"),
-         Claim("... log power of the high band (control: too little)", "lpl_high_16", "control_high_16", "more detail", 2),
-         Claim("... class right, points", "lpl_right_16", "control_right_16"))),
+         Claim("... log power of the high band (control: too little)", "lpl_high_16", "control_high_16", +1, "more detail", 2),
+         Claim("... class right, points", "lpl_right_16", "control_right_16", None))),
     "ldm_conditioning": Paper(
         "On Improved Conditioning Mechanisms and Pre-training Strategies for Diffusion Models", "2411.03177",
         "semantics by attention, control by scheduled adaLN", "ldm_conditioning_size.png",
         (Claim("attn+schedule against adaln-sum: change of the content when only a size is asked for (RMS)",
-               "attn+schedule_swap", "adaln-sum_swap", "less", 4),
-         Claim("... Frechet distance, lower is better", "attn+schedule_fd", "adaln-sum_fd", "7 to 23 % lower (FID)"),
-         Claim("... class right, points", "attn+schedule_right", "adaln-sum_right"))),
+               "attn+schedule_swap", "adaln-sum_swap", -1, "less", 4),
+         Claim("... Frechet distance, lower is better", "attn+schedule_fd", "adaln-sum_fd", -1, "7 to 23 % lower (FID)"),
+         Claim("... class right, points", "attn+schedule_right", "adaln-sum_right", None))),
     "xsample": Paper(
         "X-Sample Contrastive", "2407.18134",
         "the contrastive target is a soft similarity graph", "xsample_xclr.png",
         (Claim("X-CLR against SimCLR, 300 pictures a class: class by linear probe, points", "xclr_300_probe",
-               "simclr_300_probe", "better"),
-         Claim("X-CLR against CLIP on the same captions: class", "xclr_300_probe", "clip_300_probe", "better"),
-         Claim("... on the background of another class", "xclr_300_mixed_rand", "clip_300_mixed_rand", "better"),
-         Claim("X-CLR against SupCon: colour, which is no label", "xclr_300_colour", "supcon_300_colour", "better"))),
+               "simclr_300_probe", +1, "better"),
+         Claim("X-CLR against CLIP on the same captions: class", "xclr_300_probe", "clip_300_probe", +1, "better"),
+         Claim("... on the background of another class", "xclr_300_mixed_rand", "clip_300_mixed_rand", +1, "better"),
+         Claim("X-CLR against SupCon: colour, which is no label", "xclr_300_colour", "supcon_300_colour", +1, "better"))),
     "semisup_cluster": Paper(
         "Semi-supervised learning made simple (Suave, Daino)", "2306.07483",
         "cluster prototypes are class prototypes", "semisup_cluster_prototypes.png",
         (Claim("Suave against supervised only, 2 labels a class: class by prototypes, points", "suave_2_prototypes",
-               "sup_2_prototypes", "better"),
-         Claim("Suave against SwAV, then fine-tuning", "suave_2_prototypes", "ssl+ft_2_prototypes", "better"),
-         Claim("Suave against supervised only, by a probe on the backbone", "suave_2_backbone", "sup_2_backbone", "better"))),
+               "sup_2_prototypes", +1, "better"),
+         Claim("Suave against SwAV, then fine-tuning", "suave_2_prototypes", "ssl+ft_2_prototypes", +1, "better"),
+         Claim("Suave against supervised only, by a probe on the backbone", "suave_2_backbone", "sup_2_backbone", +1,
+               "better"))),
     "pareto_eval": Paper(
         "Consistency-diversity-realism Pareto fronts of conditional image generative models", "2406.10429",
         "sweep a generator's knobs, draw the fronts", "pareto_fronts.png",
         (Claim("guidance 8 against 1, late model: diversity inside a prompt", "late_guidance_8_diversity",
-               "late_guidance_1_diversity", "falls", 3),
-         Claim("... consistency", "late_guidance_8_consistency", "late_guidance_1_consistency", "rises", 3))),
+               "late_guidance_1_diversity", -1, "falls", 3),
+         Claim("... consistency", "late_guidance_8_consistency", "late_guidance_1_consistency", +1, "rises", 3))),
     "opt2i": Paper(
         "Improving Text-to-Image Consistency via Automatic Prompt Optimization (OPT2I)", "2403.17804",
         "a language model rewrites the prompt until the picture agrees", "opt2i_sheet.png",
-        (Claim("OPT2I against the user's prompt, fresh seeds: DSG points", "opt2i_fresh_gain", "",
+        (Claim("OPT2I against the user's prompt, fresh seeds: DSG points", "opt2i_fresh_gain", "", +1,
                "+10.9 to +24.9, its own seeds"),
-         Claim("... against paraphrasing", "opt2i_fresh_gain", "paraphrase_fresh_gain", "a little more"))),
+         Claim("... against paraphrasing", "opt2i_fresh_gain", "paraphrase_fresh_gain", +1, "a little more"))),
     "dp_rdm": Paper(
         "DP-RDM: Adapting Diffusion Models to Private Domains Without Fine-Tuning", "2403.14421",
         "private retrieval with a provable budget", "dp_rdm_budget.png",
         (Claim("epsilon 10, 10,000 queries, against public retrieval: Frechet distance, lower is better",
-               "epsilon 10, 10,000 queries fd", "public only fd", "-3.5 (FID, MS-COCO)"),
-         Claim("... against public records, as many and as noisy", "epsilon 10, 10,000 queries fd", "public, as noisy fd"),
+               "epsilon 10, 10,000 queries fd", "public only fd", -1, "-3.5 (FID, MS-COCO)"),
+         Claim("... against public records, as many and as noisy", "epsilon 10, 10,000 queries fd", "public, as noisy fd",
+               None),
          Claim("its price: the prompt's colour is right, against no privacy, points", "epsilon 10, 10,000 queries colour",
-               "not private colour"))),
+               "not private colour", None))),
     "dci": Paper(
         "A Picture is Worth More Than 77 Text Tokens", "2312.08578",
         "match sub-crops with dense captions", "dci_crops.png",
-        (Claim("dense captions against none: sub-crop matching, points", "dense SCM", "clip SCM", "better"),
-         Claim("the negatives loss on top: negatives", "dense+neg Neg", "dense Neg", "better"))),
+        (Claim("dense captions against none: sub-crop matching, points", "dense SCM", "clip SCM", +1, "better"),
+         Claim("the negatives loss on top: negatives", "dense+neg Neg", "dense Neg", +1, "better"))),
     "vlm": Paper(
         "An Introduction to Vision-Language Modeling", "2405.17247",
         "four training families on one data set", "vlm_answers.png",
-        (Claim("CoCa's open answers against a blind reader, points", "coca VQA, open", "coca VQA blind, open"),
-         Claim("the frozen language model's", "frozen VQA, open", "frozen VQA blind, open"),
-         Claim("hard negatives against InfoNCE: swapped captions, points", "negclip cosine: swap", "infonce cosine: swap"))),
+        (Claim("CoCa's open answers against a blind reader, points", "coca VQA, open", "coca VQA blind, open", None),
+         Claim("the frozen language model's", "frozen VQA, open", "frozen VQA blind, open", None),
+         Claim("hard negatives against InfoNCE: swapped captions, points", "negclip cosine: swap", "infonce cosine: swap",
+               None))),
 }  # fmt: skip
 
 
-def measured(claim: Claim, runs: dict[str, dict]) -> str:
-    """'+4.7 ± 4.5 (3 seeds)': mean and 95 % interval over seeds; '' without runs."""
+def measured(claim: Claim, runs: dict[str, dict]) -> tuple[str, str]:
+    """-> '+4.7 ± 4.5 (3 seeds)', mean and 95 % interval over seeds, '' without runs; whether it is what the paper says."""
     values = [r[claim.method] - (r[claim.base] if claim.base else 0.0) for r in runs.values()
               if {claim.method, claim.base} - {""} <= r.keys()]  # fmt: skip
     if not values:
-        return ""
-    text = f"{np.mean(values):+.{claim.digits}f}"
-    if len(values) > 1:
-        text += f" ± {STUDENT[min(len(values), 10)] * np.std(values, ddof=1) / len(values) ** 0.5:.{claim.digits}f}"
-    return f"{text} ({len(values)} seed{'s' * (len(values) > 1)})"
+        return "", "not run"
+    mean, many = float(np.mean(values)), len(values) > 1
+    text, half = f"{mean:+.{claim.digits}f}", 0.0
+    if many:
+        half = STUDENT[min(len(values), 10)] * float(np.std(values, ddof=1)) / len(values) ** 0.5
+        text += f" ± {half:.{claim.digits}f}"
+    if claim.expects is None or not many:
+        status = "" if many else "one seed"
+    elif claim.expects == 0:
+        status = "no effect seen" if abs(mean) <= half else "an effect"
+    else:
+        status = "not clear" if abs(mean) <= half else "seen" if claim.expects * mean > 0 else "opposite"
+    return f"{text} ({len(values)} seed{'s' * many})", status
+
+
+def minutes(name: str) -> str:
+    """Of the default run on two quiet CPU cores, as the header's Run lines say."""
+    header = ast.get_docstring(ast.parse((ROOT / f"methods/{name}.py").read_text()))
+    return re.search(r"([\d.]+) min on two quiet cores", header)[1]
 
 
 def tables(results: dict) -> tuple[str, str]:
     """-> the README's table of ten, RESULTS.md's table of all claims."""
-    ten = ["| | file and paper | idea | ours, on the generated world | the paper, on its own data |", "|---|---|---|---|---|"]
-    every = ["| file | claim | ours | the paper | commit |", "|---|---|---|---|---|"]
+    ten = ["| | file and paper | idea | smoke, default | ours, on the generated world | the paper, on its own data |",
+           "|---|---|---|---|---|---|"]  # fmt: skip
+    every = ["| file | claim | ours | status | the paper | commit |", "|---|---|---|---|---|---|"]
     for name, paper in TEN.items():
-        found = results.get(name, {"runs": {}, "commit": ""})
+        found = {"runs": {}, "commit": "", **results.get(name, {})}
+        rows = [(c, *measured(c, found["runs"])) for c in paper.claims]
         picture = f'<img src="methods/figures/{paper.figure}" alt="{name}" width="180">'
         link = f"[`{name}.py`](methods/{name}.py), [{paper.title}](https://arxiv.org/abs/{paper.arxiv})"
-        ours = "<br>".join(f"{c.text}: **{measured(c, found['runs']) or 'not run'}**" for c in paper.claims[:2])
-        ten.append(
-            f"| {picture} | {link} | {paper.idea} | {ours} | {'<br>'.join(c.paper for c in paper.claims[:2] if c.paper)} |"
+        runs = (f"{found['smoke_seconds']} s, " if "smoke_seconds" in found else "") + f"{minutes(name)} min"
+        ours = "<br>".join(
+            f"{c.text}: **{value or 'not run'}**" + (f", {status}" if status else "") for c, value, status in rows[:2]
         )
-        for claim in paper.claims:
-            every.append(f"| {name} | {claim.text} | {measured(claim, found['runs'])} | {claim.paper} | {found['commit']} |")
+        theirs = "<br>".join(c.paper for c in paper.claims[:2] if c.paper)
+        ten.append(f"| {picture} | {link} | {paper.idea} | {runs} | {ours} | {theirs} |")
+        every += [f"| {name} | {c.text} | {value} | {status} | {c.paper} | {found['commit']} |" for c, value, status in rows]
     return "\n".join(ten), "\n".join(every)
 
 
@@ -207,6 +229,8 @@ def run_all(cfg: All) -> None:
     print(f"report: {out / 'report.html'}")
     if cfg.preset == "laptop":
         collect(folders)
+    elif cfg.preset == "smoke":
+        collect_times(folders)
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} runs failed: {'; '.join(failed)[:600]}")
 
@@ -250,8 +274,21 @@ def collect(folders: dict) -> None:
                 commits |= {json.loads(first.read_text())["versions"]["commit"]} if first else set()
         old = results.get(name, {"commit": "", "runs": {}})  # seeds that were not run now stay, with their commits
         commits |= set(filter(None, old["commit"].split(", "))) if old["runs"].keys() - runs.keys() else set()
-        results[name] = {"commit": ", ".join(sorted(commits)), "runs": {**old["runs"], **runs}}
+        results[name] = {**old, "commit": ", ".join(sorted(commits)), "runs": {**old["runs"], **runs}}
     write_json(path, {k: results[k] for k in TEN if k in results})
+    rewrite(results)
+
+
+def collect_times(folders: dict) -> None:
+    """How long the smoke runs took, median over seeds, in whole seconds."""
+    path = ROOT / "methods/results.json"
+    results = json.loads(path.read_text())
+    for name in {n for n, _ in folders}:
+        files = [f / "seconds.txt" for (n, _), f in folders.items() if n == name]
+        took = [int(f.read_text()) for f in files if f.exists()]
+        if took and name in results:
+            results[name]["smoke_seconds"] = round(float(np.median(took)))
+    write_json(path, results)
     rewrite(results)
 
 
@@ -288,7 +325,7 @@ def report(folders: dict, preset: str) -> str:
     rows = []
     for name in names:
         runs = {str(s): json.loads((f / "metrics.json").read_text()) for (n, s), f in folders.items() if n == name}
-        cells = [(name, c.text, measured(c, runs), c.paper) for c in TEN[name].claims if measured(c, runs)]
+        cells = [(name, c.text, measured(c, runs)[0], c.paper) for c in TEN[name].claims if measured(c, runs)[0]]
         rows += ["<tr>" + "".join(f"<td>{esc(cell)}" for cell in row) for row in cells]
     page.append(f"<div class=wide><table><tr><th>file<th>claim<th>ours<th>the paper{''.join(rows)}</table></div>")
     for name in names:

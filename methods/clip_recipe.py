@@ -14,7 +14,7 @@ Read first section 2, then RECIPES in section 3, then method_loss() and train();
 Symbols    z weak ("global") and h strong ("local") unit embeddings (B, D); s_z, s_h their scales 1 / temperature;
            A strong views a pair; v projection and p prediction of the added losses; K global batch
 Run        python methods/clip_recipe.py --preset smoke                        (CPU, no data, under 30 s)
-           python methods/clip_recipe.py                                       (CPU, no data, about 5 min)
+           python methods/clip_recipe.py                                       (CPU, no data; 4.3 min on two quiet cores)
            python methods/clip_recipe.py --recipe ladder --extra none          (one step of the recipe after the other)
            torchrun --nproc_per_node=8 methods/clip_recipe.py --preset cc3m --data data/cc3m --eval_data data/imagenet
            --tokenizer MERGES --synonyms data/synonyms.tsv
