@@ -34,13 +34,13 @@ def text_graph(count=N, seed=1):
     return e @ e.T
 
 
-def slow(z, graph, tau, tau_s):
-    """The definition, pair by pair."""
+def slow(z, graph, tau, tau_s, sample=lambda i, n: i % n):
+    """The definition, pair by pair. sample(i, n): which of the n samples row i shows; in two blocks i % n."""
     n, total = len(graph), 0.0
     for i in range(2 * n):
         others = [j for j in range(2 * n) if j != i]
         p = [math.exp(float(z[i] @ z[k]) / tau) for k in others]
-        s = [math.exp(float(graph[i % n, k % n]) / tau_s) for k in others]
+        s = [math.exp(float(graph[sample(i, n), sample(k, n)]) / tau_s) for k in others]
         total -= sum(b / sum(s) * math.log(a / sum(p)) for a, b in zip(p, s)) / (2 * n)
     return total
 
@@ -128,7 +128,9 @@ def test_order_views_and_scales_do_not_matter():
     assert torch.allclose(M.xclr_loss(torch.cat([z[N:], z[:N]]), G, 0.1, 0.2), want)
     assert torch.allclose(M.xclr_loss(z, 3 * G, 0.1, 0.6), want)
     assert torch.allclose(M.xclr_loss(z, G + torch.arange(N)[:, None], 0.1, 0.2), want)  # a constant a row
-    assert not torch.allclose(M.xclr_loss(z[torch.arange(2 * N).view(2, N).T.flatten()], G, 0.1, 0.2), want)  # interleaved rows
+    interleaved = z[torch.arange(2 * N).view(2, N).T.flatten()]  # both views of a sample side by side
+    assert slow(interleaved, G, 0.1, 0.2, lambda i, n: i // 2) == pytest.approx(want.item(), abs=1e-12)
+    assert not torch.allclose(M.xclr_loss(interleaved, G, 0.1, 0.2), want)  # the loss wants two blocks
 
 
 def test_rows_sum_to_one_and_the_corners():
@@ -152,7 +154,11 @@ def part(env, z, G):
     w = torch.cat([z[:N][rows], z[N:][rows]]).requires_grad_()
     loss = M.xclr_loss(w, G[rows], 0.1, 0.1)
     loss.backward()
-    return loss.detach(), w.grad / env.world, M.diagnostics(loss, G[rows], 0.1)  # DDP averages
+    torch.manual_seed(3)
+    head = ddp.wrap(torch.nn.Linear(D, 4, dtype=torch.float64), env)  # a projector, whose gradients DDP averages
+    M.xclr_loss(F.normalize(head(w.detach()), dim=1), G[rows], 0.1, 0.1).backward()
+    of_weights = torch.cat([p.grad.flatten() for p in head.parameters()])
+    return loss.detach(), w.grad / env.world, M.diagnostics(loss, G[rows], 0.1), of_weights
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -162,6 +168,9 @@ def test_two_processes_equal_one(tmp_path):
     assert torch.allclose((two[0][0] + two[1][0]) / 2, one[0], atol=1e-12)
     first, second = (torch.cat([t[1].chunk(2)[v] for t in two]) for v in (0, 1))
     torch.testing.assert_close(torch.cat([first, second]), one[1], atol=1e-10, rtol=0)
+    for rank in two:
+        torch.testing.assert_close(rank[3], one[3], atol=1e-10, rtol=0)
+    assert one[3].abs().max() > 1e-3
     for key in ("kl", "pair", "similar"):
         assert torch.allclose((two[0][2][key] + two[1][2][key]) / 2, one[2][key].double(), atol=1e-6)
     assert two[0][2]["others"] == one[2]["others"] == 10
