@@ -249,6 +249,13 @@ def test_latent_cache(tmp_path):
     assert inside(*base, "--out", tmp_path / "b").returncode == 0
     for f in (tmp_path / "a").glob("*.safetensors"):
         assert f.read_bytes() == (tmp_path / "b" / f.name).read_bytes()
+    done = torchrun(
+        2, "data_prep/cache_latents.py", *base[1:], "--out", tmp_path / "two"
+    )  # every second file by either process
+    assert done.returncode == 0, done.stderr
+    for f in (tmp_path / "a").glob("*.safetensors"):
+        assert f.read_bytes() == (tmp_path / "two" / f.name).read_bytes()
+    assert json.loads((tmp_path / "two/manifest.json").read_text()) == manifest
     user_error(inside(*base, "--out", tmp_path / "b", "--flip", "0"), "other data or settings")
     write.run(write.Config(str(tmp_path / "t"), train=20, val=0, test=0, size=32))
     user_error(inside(cache_latents, "--data", tmp_path / "t", *base[3:], "--out", tmp_path / "b"), "other data or settings")
