@@ -149,10 +149,10 @@ def children(pid, script):
     return [int(c) for c in found if script.encode() in Path(f"/proc/{c}/cmdline").read_bytes()]
 
 
-def wait_for(name, folder, process, seconds=240):
-    """Until a file of this name is anywhere in the folder -> its path."""
+def wait_for(name, folder, process, seconds=240, lines=0):
+    """Until a file of this name with so many lines is anywhere in the folder -> its path."""
     end = time.monotonic() + seconds
-    while not (found := list(folder.rglob(name))):
+    while not (found := [p for p in folder.rglob(name) if not lines or p.read_bytes().count(b"\n") >= lines]):
         assert process.poll() is None and time.monotonic() < end, process.stderr.read()[-3000:]
         time.sleep(0.02)
     return found[0]
@@ -203,9 +203,7 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(script, tmp_path):
     """Between two checkpoints, of which there would be none: the one that is found was written because of the signal."""
     more, train = ["--steps", "30", "--save_every", "1000", "--log_every", "1"], (script, *SCRIPTS[script])
     p = launch(tmp_path / "r", *more, train=train)
-    log = wait_for("log.jsonl", tmp_path / "r", p)
-    while len(log.read_text().splitlines()) < 3:
-        time.sleep(0.02)
+    log = wait_for("log.jsonl", tmp_path / "r", p, lines=3)
     p.terminate()
     _, text = p.communicate(timeout=240)
     saved = torch.load(log.parent / "last.pt", weights_only=True)
