@@ -3,7 +3,7 @@
 python -m methods                          one line a file
 python -m methods all --seeds 3            runs all, one after the other; started again it goes on where it was (a folder
                                            with printed.txt is done: delete it to run it again). Writes
-                                           runs/all/report.html; the preset laptop also rewrites the tables of claims
+                                           runs/report.html; the preset laptop also rewrites the tables of claims
 python -m methods all --only dci,vlm --preset smoke
 python -m methods tables                   the tables of README.md and methods/RESULTS.md again, from methods/results.json
 """
@@ -203,7 +203,7 @@ class All:
     preset: str = "laptop"  # of every method
     seeds: int = 3  # runs of each method, with seeds 0, 1, ...
     only: str = ""  # comma list of methods; "" = all ten
-    out: str = "runs/all"  # folder of the runs and of report.html
+    out: str = "runs"  # folder of the runs, PRESET_METHOD_SEED, and of report.html
 
 
 def run_all(cfg: All) -> None:
@@ -270,8 +270,7 @@ def collect(folders: dict) -> None:
             if n == name:
                 found = json.loads((folder / "metrics.json").read_text())
                 runs[str(seed)] = {k: round(found[k], 6) for k in sorted(keys & found.keys())}
-                first = next(iter(sorted(folder.rglob("config.json"))), None)
-                commits |= {json.loads(first.read_text())["versions"]["commit"]} if first else set()
+                commits |= {json.loads(p.read_text())["versions"]["commit"] for p in folder.rglob("config.json")}
         old = results.get(name, {"commit": "", "runs": {}})  # seeds that were not run now stay, with their commits
         commits |= set(filter(None, old["commit"].split(", "))) if old["runs"].keys() - runs.keys() else set()
         results[name] = {**old, "commit": ", ".join(sorted(commits)), "runs": {**old["runs"], **runs}}
