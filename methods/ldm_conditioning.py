@@ -856,8 +856,10 @@ def show(cfg, scores):
     for key, text in names.items():
         values = [arm[key] * (100 if key.startswith("swap") else 1) for arm in arms if key in arm]
         if values:
-            comparable = len(values) > 1 and values[0] and (not cfg.init or len(values) == 2)  # several arms, each twice: no
-            change = f"{100 * (values[-1] / values[0] - 1):+.1f} %" if comparable else ""
+            comparable = len(values) > 1 and (not cfg.init or len(values) == 2)  # several arms, each twice: no
+            change = f"{values[-1] - values[0]:+.1f}" if comparable and key == "right" else ""
+            if comparable and key != "right" and values[0] >= 0.001:  # a share of next to nothing says nothing
+                change = f"{100 * (values[-1] / values[0] - 1):+.1f} %"
             rows.append([text, *[f"{v:.3f}" for v in values], change, paper.get(key, "") if change else ""])
     head = f"{cfg.objective}, equal updates" + (f" at {cfg.image_size} px, pre-training not counted" if cfg.init else "")
     print("\n" + table(rows, [head, *scores, "difference", "paper"]))
