@@ -80,7 +80,7 @@ def resume(path, cfg, **objects) -> tuple[int, dict]:
         old = dict(data["config"])
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of this project ({type(error).__name__}); move it away") from error
-    new, differ = asdict(cfg), _differences(old, cfg, FREE | TESTED_ON)
+    new, differ = asdict(cfg), differences(old, cfg, FREE | TESTED_ON)
     if differ:
         what = ", ".join(f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in differ[:3])
         raise ValueError(f"{path} holds a run with other settings ({what}); choose another --out_dir or --no-resume")
@@ -92,7 +92,9 @@ def resume(path, cfg, **objects) -> tuple[int, dict]:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); move it away") from error
 
 
-def _differences(old: dict, cfg, free: set) -> list[str]:
+def differences(old: dict, cfg, free: set = FREE) -> list[str]:
+    """Settings of a saved config.json that cfg changes; those in `free` do not count."""
+
     def same(k, a, b):
         if k not in PATHS or not isinstance(a, str) or not isinstance(b, str):
             return a == b
@@ -108,7 +110,7 @@ def _differences(old: dict, cfg, free: set) -> list[str]:
 
 def same_config(old: dict, cfg) -> bool:
     """Whether a saved config.json is the run that cfg describes, tested on the same."""
-    return not _differences(old, cfg, FREE)
+    return not differences(old, cfg)
 
 
 def once(train, cfg) -> dict:

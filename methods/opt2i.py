@@ -11,13 +11,13 @@ Read first section 2, meta_prompt() and ChatClient in section 3, then run()
 Symbols    p0 user prompt; f language model, g generator, S score; T iterations, n prompts each, m pictures each, k in history
 Run        python methods/opt2i.py [--preset smoke]                         (CPU, no files; 3.2 min on two quiet cores)
            python methods/opt2i.py --llm_url URL --image_url URL --score dcs --prompts prompts.tsv --clip ...
-           python methods/opt2i.py --replay RUN/exchanges.jsonl --out_dir AGAIN ...     (same options; no language model needed)
+           python methods/opt2i.py --replay RUN/exchanges.jsonl --out_dir AGAIN ...      (same options and machine, no server)
 Data       generated prompts (common/scenes.py) with their questions; or PartiPrompts, DrawBench, COCO captions, DSG-1k
-Expect     laptop: +21.3 +- 12.0 DSG points on fresh seeds, paraphrasing +20.4, with as many pictures; 3 seeds, commit 4b02266
-Differs    from the paper: offline, language model, picture model and VQA are small stand-ins for generated captions, the
-           first sees the best prompt and its weakest element, no message: nothing reproduces the table. Gains on fresh seeds,
-           too: the best of many on m seeds flatters itself. Own messages; too few prompts are asked for again; a search ends
-           at its first perfect prompt; noun phrases by rule. From the DSG code: parents count transitively; bad cells ignored.
+Expect     laptop: +21.3 DSG points on fresh seeds (+- 12.0, 95 % over 3 seeds); paraphrasing is as good (+0.9 +- 3.6); 4b02266
+Differs    from the paper: all models are small stand-ins, and the language model sees the best prompt and its weakest element,
+           no message: nothing reproduces the table. Gains on fresh seeds, too: the best of many on m seeds was lucky as well.
+           Messages worded by us; a model that sends too few prompts is asked again; a search ends at its first perfect prompt;
+           noun phrases by rule. From the DSG code: a failed parent fails all descendants; cells without a number are ignored.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py plot.py resnet.py scenes.py tokenizer.py vae.py
            vit.py zoo.py and weights/   (copy these with this file)
 """
@@ -132,9 +132,9 @@ def optimise(prompt, generate, score, propose, iterations=30, candidates=5, hist
     """argmax over paraphrases p of p0 of E_{I ~ g(p)} [S(p0, I)], by asking f for better ones.
 
     generate(p) -> pictures, from the same seeds for every p; score(p0, pictures) -> (score, elements), ALWAYS against the
-    user prompt; propose(p0, best k in increasing order, n) -> n new prompts at once. -> (best, trace): the Scored of every
-    iteration, the user prompt alone first. Stops at the first prompt that reaches the target, also within an iteration;
-    there is no patience. The user prompt may leave the history."""
+    user prompt; propose(p0, best k in increasing order, of equal ones the newest last, n) -> n prompts at once; repeats of
+    earlier ones are dropped, not replaced. -> (best, trace): the Scored of every iteration, the user prompt alone first.
+    Stops at the first prompt that reaches the target, also within an iteration. The user prompt may leave the history."""
 
     def evaluate(p):
         return Scored(p, *score(prompt, generate(p)))
@@ -183,8 +183,9 @@ def noun_phrases(text):
     kinds = "photo|picture|image|portrait|painting|drawing"
     text = re.sub(rf"^\s*(an?|the)?\s*({kinds})s?\s+of\s+", "", text.strip(), flags=re.I)
     text = re.sub(r"^\s*(there (is|are)|we see)\s+", "", text, flags=re.I)
-    cut = (r"[,.;:]|\b(?:and|with|on top of|to the (?:left|right) of|next to|in front of|at the|in the|on|in|at|of|by|above|"
-           r"below|over|under|behind|near|from|into|is|are|sits?|standing|sitting|holding|wearing|riding)\b")  # fmt: skip
+    cut = (r"[,.;:](?=\s|$)|(?<![\w-])(?:and|with|on top of|to the (?:left|right) of|next to|in front of|on|in|at|of|"
+           r"by|above|below|over|under|behind|near|from|into|is|are|sits?|standing|sitting|holding|wearing|riding)"
+           r"(?![\w-])")  # fmt: skip
     articles = re.compile(r"^(?:an?|the|some|its|his|her|their)\s+", re.I)
     parts = [articles.sub("", p.strip()) for p in re.split(cut, text, flags=re.I)]
     return list(dict.fromkeys(p for p in parts if re.search(r"\w", p))) or [text]
@@ -235,7 +236,8 @@ def parse_candidates(text, limit=1000) -> list[str]:
     text = re.sub(r"[\0-\x08\x0b-\x1f]", " ", text)
     close = max((m.end() for m in re.finditer(r"</think(?:ing)?>", text, flags=re.I)), default=0)
     text = re.split(r"<think(?:ing)?>", text[close:], maxsplit=1, flags=re.I)[0]  # also of a thought that never ends
-    tags = list(re.finditer(r"<[ \t]{0,3}(/?)[ \t]{0,3}prompt[ \t]{0,3}>?", text, flags=re.I))
+    tag = r"<[ \t]{0,3}(/?)[ \t]{0,3}prompt(?![a-z])(?:[ \t]{0,3}\d{1,4}|[ \t]{1,3}[a-z]{1,9}=[^<>\n]{0,60})?[ \t]{0,3}>?"
+    tags = list(re.finditer(tag, text, flags=re.I))
     ends = [m.start() for m in tags[1:]] + [len(text)]
     found = [re.split(r"\n[ \t]{0,9}(?:\d{1,4}[.)]|\n)", text[m.end() : end], maxsplit=1)[0]
              for m, end in zip(tags[:limit], ends) if not m[1]]  # fmt: skip
@@ -274,8 +276,8 @@ class ChatClient:
     """Any OpenAI-compatible server, by the standard library. chat(system, user) -> text. Every exchange is appended to `log`, a
     JSONL file; replay: such a file, whose answers are given again in order, message by message, without a request.
 
-    429, 5xx, timeouts and broken connections are tried again with growing pauses; 400, 401, 403 and 404 are not, but for a
-    server that refuses the system role: its text then goes before the user's. What the server says is data, never run."""
+    408, 409, 425, 429, 5xx, timeouts and broken connections are tried again with growing pauses, other statuses are errors. A
+    server that refuses the system role gets its text before the user's. What a server says is data, never run."""
 
     def __init__(self, base_url, model="", key="", timeout=120.0, retries=5, pause=1.0, temperature=1.0, max_tokens=1024,
                  token_field="max_tokens", log=None, replay=None):  # fmt: skip
@@ -345,7 +347,7 @@ class ChatClient:
             self.fold = True
             body["messages"] = messages()
             reply = self.request("/chat/completions", body)
-        text = _content(reply)
+        text = _content(reply, whole=bool(images))
         usage = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
         for name in ("prompt_tokens", "completion_tokens"):
             self.usage[name] += usage[name] if isinstance(usage.get(name), int) else 0
@@ -373,9 +375,9 @@ def _start(answer) -> str:
         return "no text"
 
 
-def _content(reply) -> str:
+def _content(reply, whole=False) -> str:
     """choices[0].message.content of any answer, "" where it is missing or not a text. An answer that was cut off ends with its
-    last whole prompt, or with its last whole line."""
+    last whole prompt, or with its last whole line; whole: with what there is, as the yes before a long reason."""
     try:
         text, cut = reply["choices"][0]["message"]["content"], reply["choices"][0].get("finish_reason") == "length"
     except (KeyError, IndexError, TypeError, AttributeError):
@@ -383,7 +385,7 @@ def _content(reply) -> str:
     if not isinstance(text, str):
         return ""
     last = text.lower().rfind("</prompt>")
-    return text if not cut else text[: last + len("</prompt>")] if last >= 0 else text.rpartition("\n")[0]
+    return text if whole or not cut else text[: last + len("</prompt>")] if last >= 0 else text.rpartition("\n")[0]
 
 
 def _read_exchanges(path) -> dict[str, list[str]]:
@@ -473,8 +475,8 @@ class Task:
 
 
 def make_tasks(cfg) -> list[Task]:
-    """Two related objects with the ground first: the picture models were trained on captions that end with it, and agree less
-    with this order: there is something to find. What is named, as questions; "solid" and the objects' places are not named."""
+    """Two related objects, the background named first: the picture models were trained on captions that end with it and
+    follow this order less well, so that a better wording exists. Asked is what the prompt names: not "solid", not places."""
     out = []
     for i in range(int(cfg.prompts)):
         s = scenes.scene(i, cfg.seed * 1000 + 800, (2, 2), grid=2)
@@ -536,11 +538,14 @@ def by_command(cfg, prompt, seed):
         out = Path(folder, "picture.png")
         values = {"{prompt}": prompt, "{seed}": str(seed), "{out}": str(out)}  # in one pass: a prompt may hold such a word
         filled = [re.sub(r"\{prompt\}|\{seed\}|\{out\}", lambda m: values[m[0]], a) for a in shlex.split(cfg.image_command)]
-        try:
-            done = subprocess.run(filled, capture_output=True, text=True, timeout=cfg.timeout)  # no shell: a prompt is data
-        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-            raise ValueError(f"--image_command {filled[0]} cannot be run ({type(error).__name__})") from error
-        if done.returncode or not out.exists():
+        for _ in range(2):  # a failure that is not the prompt's may pass
+            try:
+                done = subprocess.run(filled, capture_output=True, text=True, timeout=cfg.timeout)  # no shell: a prompt is data
+            except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+                raise ValueError(f"--image_command {filled[0]} cannot be run ({type(error).__name__})") from error
+            if not done.returncode and out.exists():
+                break
+        else:
             tail = (done.stderr.strip().splitlines() or [""])[-1]
             raise Refused(f"--image_command {filled[0]} wrote no picture, status {done.returncode}: {tail[:200]}")
         return data.decode_image(out.read_bytes(), str(out))
@@ -697,8 +702,8 @@ def solve_task(i, task, draw, scorer, cfg, out, client) -> dict:
     """All methods on one prompt, with the comparison on fresh seeds; saved as JSON and a sheet of pictures. -> seconds of each
     search: (in the generator and the scorer, all)."""
     result, clock, fresh = {"prompt": task.prompt, "methods": {}}, {}, cfg.seed + 500_000
-    if client:
-        client.task = i
+    for server in filter(None, (client, getattr(scorer, "server", None))):
+        server.task = i
     base = scorer(task, draw(task.prompt, cfg.fresh, fresh))[0]
 
     def with_fresh_seeds(p):
@@ -817,8 +822,7 @@ def check(cfg: Config) -> None:
         if math.prod(iterations_of(method, cfg)) != cfg.steps * cfg.candidates:
             raise ValueError(f"--methods {method}: its prompts must be as many as --steps x --candidates, "
                              f"{cfg.steps * cfg.candidates}, or methods could not be compared")  # fmt: skip
-    cli.within(cfg, "steps", 0)
-    cli.within(cfg, "candidates images history fresh limit", 1)
+    cli.within(cfg, "steps candidates images history fresh limit", 1)
     if cfg.prompts.isdigit() and int(cfg.prompts) < 1:
         raise ValueError(f"--prompts {cfg.prompts} must be at least 1, or a file")
     if not cfg.temperature > 0 and not (cfg.llm_url or cfg.replay):
@@ -843,6 +847,32 @@ def check(cfg: Config) -> None:
                          "nothing else uses --vqa_url")  # fmt: skip
     if cfg.replay and Path(cfg.replay).resolve().parent == Path(cfg.out_dir).resolve():
         raise ValueError(f"--replay {cfg.replay} lies in --out_dir, whose results it would replace; choose another --out_dir")
+
+
+SERVED = {"timeout", "llm_url", "llm_key", "image_url", "vqa_url", "batch_size"}  # how, not what: a run goes on with others
+
+
+def stored(out, i) -> dict:
+    """What a folder has of prompt i, {} if nothing."""
+    path = out / f"{i:03d}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def claim_folder(out, tasks, cfg) -> None:
+    """Results cost servers' time: those of other settings or prompts are refused, and go with --no-resume alone."""
+    config = out / "config.json"
+    old = json.loads(config.read_text()) if config.exists() else {}
+    if not cfg.resume:
+        for name in ("[0-9][0-9][0-9].*", "exchanges.jsonl", "vqa.jsonl", "curves.png", "metrics.json"):
+            for path in out.glob(name):
+                path.unlink()
+        return
+    differ = ckpt.differences(old, cfg, ckpt.FREE | SERVED) if old else []
+    if not differ and any(stored(out, i).get("prompt", t.prompt) != t.prompt for i, t in enumerate(tasks)):
+        differ = ["prompts"]
+    if differ:
+        raise ValueError(f"{out} holds a run with other settings ({', '.join(differ[:3])}); choose another --out_dir, or "
+                         "--no-resume, which throws it away")  # fmt: skip
 
 
 def run(cfg: Config) -> dict:
@@ -870,19 +900,16 @@ def run(cfg: Config) -> dict:
         client = ChatClient(cfg.llm_url, cfg.llm_model, os.environ.get(cfg.llm_key, ""), cfg.timeout, log=log,
                             temperature=cfg.temperature, max_tokens=cfg.max_tokens, token_field=cfg.token_field,
                             replay=cfg.replay or None)  # fmt: skip
-    config = out / "config.json"
-    if env.is_main and not (config.exists() and ckpt.same_config(json.loads(config.read_text()), cfg) and cfg.resume):
-        for old in (*out.glob("[0-9]*.json"), *out.glob("exchanges.jsonl"), *out.glob("vqa.jsonl")):
-            old.unlink()  # of other settings
     if env.is_main:
-        write_json(config, {**cfg.__dict__, "processes": env.world, "versions": versions()})
+        claim_folder(out, tasks, cfg)
+        write_json(out / "config.json", {**cfg.__dict__, "processes": env.world, "versions": versions()})
     draw, scorer, began = make_generator(cfg, env.device), Scorer(cfg, env.device, out / "vqa.jsonl"), time.monotonic()
     if env.world > 1:
         torch.distributed.barrier()
     mine = list(enumerate(tasks))[env.rank :: env.world]
     clocks = []
     for i, task in tqdm(mine, desc="prompts", unit="prompt", disable=not env.is_main, dynamic_ncols=True):
-        if not (out / f"{i:03d}.json").exists():
+        if "methods" not in stored(out, i):  # not there, or refused, which may have been an outage
             try:
                 clocks.append(solve_task(i, task, draw, scorer, cfg, out, client))
             except (Refused, data.BadSample) as error:  # the user prompt itself
@@ -894,7 +921,7 @@ def run(cfg: Config) -> dict:
         torch.distributed.barrier()
     if not env.is_main:
         return {}
-    results = [json.loads((out / f"{i:03d}.json").read_text()) for i in range(len(tasks))]
+    results = [stored(out, i) for i in range(len(tasks))]
     refused = [r for r in results if "refused" in r]
     if len(refused) == len(results):
         raise ValueError(f"no prompt could be drawn: {refused[0]['refused']}")

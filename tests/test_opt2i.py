@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.log import write_json
 from methods import opt2i as M
 from tests.helpers import inside, run, torchrun, user_error
 
@@ -95,6 +96,8 @@ def test_dcs():
     assert M.dcs(f, t.flip(0)).mean().item() == pytest.approx(M.dcs(f, t).mean().item())
     assert M.noun_phrases("a photo of a ginger cat sitting by a window") == ["ginger cat", "window"]
     assert M.noun_phrases("Many electronic wires over a road with few cars") == ["Many electronic wires", "road", "few cars"]
+    assert M.noun_phrases("a built-in oven at 12:30, 3.5 m above a half-open door") == [
+        "built-in oven", "12:30", "3.5 m", "half-open door"]  # fmt: skip
     assert M.noun_phrases("a picture of a dog") == ["dog"] and M.noun_phrases("...") == ["..."]
     assert M.gain(0.0, 0.5, "dsg") == 50 and M.gain(0.2, 0.25, "dcs") == pytest.approx(25)
 
@@ -150,6 +153,8 @@ def test_hostile_answers_cost_little_time():
     for text in ("<PROMPT>" * 50_000, "1. " * 100_000, "<PROMPT>a</PROMPT>\n" * 20_000, "</think>" * 30_000, "\n" * 200_000,
                  "<PROMPT " * 30_000 + ">", "<prompt>x<" + " " * 199_000, "x" * 5_000_000):  # fmt: skip
         M.parse_candidates(text)
+    wrapped = '<prompts><prompt1>a cat</prompt1> <PROMPT id="2">a dog</PROMPT></prompts>'
+    assert M.parse_candidates(wrapped) == ["a cat", "a dog"]
     assert len(M.parse_candidates("".join(f"<PROMPT>cat {i}</PROMPT>" for i in range(5000)))) <= 1000
     assert time.perf_counter() - began < 20
 
@@ -496,6 +501,8 @@ def test_an_answer_that_was_cut_ends_with_a_whole_prompt():
     for reason, want in (("stop", ["a red star", "a red st"]), ("length", ["a red star"])):
         reply = {"choices": [{"finish_reason": reason, "message": {"content": text}}]}
         assert M.parse_candidates(M._content(reply)) == want
+    long = {"choices": [{"finish_reason": "length", "message": {"content": "Yes"}}]}  # a VQA server's answer, cut at 16 tokens
+    assert M._content(long, whole=True) == "Yes" and M._content(long) == ""
     assert M._content({"choices": ["x"]}) == "" == M._content({"choices": [{"message": {"content": 3}}]})
 
 
@@ -615,8 +622,13 @@ def test_smoke_resume_and_two_processes(tmp_path):
     assert run("methods/opt2i.py", *SMALL, "--out_dir", tmp_path / "a", OMP_NUM_THREADS="1").returncode == 0
     assert (tmp_path / "a/000.json").stat().st_mtime_ns == kept
     assert (tmp_path / "a/001.json").read_bytes() == (tmp_path / "b/001.json").read_bytes()
-    assert inside(M, *SMALL, "--score", "dcs", "--prompts", 1, "--out_dir", tmp_path / "a").returncode == 0
-    assert not (tmp_path / "a/001.json").exists()  # of other settings
+    other = [M, *SMALL, "--score", "dcs", "--prompts", 1, "--out_dir", tmp_path / "a"]
+    user_error(inside(*other), "other settings", "--no-resume")
+    assert (tmp_path / "a/001.json").exists()
+    assert inside(*other, "--no-resume").returncode == 0 and not (tmp_path / "a/001.json").exists()
+    assert inside(*other, "--timeout", "9").returncode == 0  # how long to wait for a server is no setting of the results
+    write_json(tmp_path / "a/000.json", {**json.loads((tmp_path / "a/000.json").read_text()), "prompt": "a cat"})
+    user_error(inside(*other), "other settings", "prompts")  # an edited file of prompts
 
 
 def test_a_run_with_a_server_and_its_replay(tmp_path):
