@@ -517,6 +517,10 @@ def read_points(path) -> list[Point]:
             out.append(Point(r["model"], r["knob"], float(r["value"]), folder, given))
         except ValueError:
             raise ValueError(f"{path}: the value {r['value']!r} of {r['model']} is not a number") from None
+        if r["knob"] == "top_m":
+            raise ValueError(f"{path}: the knob top_m is made here, by --top_m and --clip; give {r['model']}'s another name")
+        if any(p.model == r["model"] and p.given != given for p in out):
+            raise ValueError(f"{path}: {r['model']} is given text and pictures; two tasks need two names")
         if given not in ("text", "picture"):
             raise ValueError(f"{path}: {r['model']} is given {given!r}; expected text or picture")
         if (out[-1].model, out[-1].label) in [(p.model, p.label) for p in out[:-1]]:
@@ -529,7 +533,7 @@ def read_answers(path, key=("file",)) -> dict:
     out: dict = {}
     for r in read_rows(path, (*key, "question_id", "answer")):
         answers, parents = out.setdefault(r[key[0]] if len(key) == 1 else tuple(r[k] for k in key), ({}, {}))
-        answers[r["question_id"]] = r["answer"].strip().lower() == "yes"
+        answers[r["question_id"]] = r["answer"].strip().lower().rstrip(".").strip() == "yes"
         parents[r["question_id"]] = parse_parents(r.get("dependency_id"))
     lost = sum(p not in answers for answers, parents in out.values() for some in parents.values() for p in some)
     if lost:
@@ -650,7 +654,9 @@ def plan(cfg) -> list[Point]:
     for model in cfg.models.split(","):
         knobs = {"codec": {"levels": "levels"}, "search": {"neighbours": "neighbours"}}  # of others:
         for knob, field in knobs.get(model, {"guidance": "guidance", "steps": "sampler_steps"}).items():
-            out += [Point(model, knob, v, given="picture" if model == "codec" else "text") for v in numbers(cfg, field)]
+            swept = knob == "steps" and cfg.at in numbers(cfg, "guidance")  # which draws these pictures at --steps
+            values = [v for v in numbers(cfg, field) if not (swept and v == cfg.steps)]
+            out += [Point(model, knob, v, given="picture" if model == "codec" else "text") for v in values]
     return out
 
 
@@ -667,7 +673,8 @@ def numbers(cfg, field) -> list[float]:
 def cached(source, point, cfg, prompts, folder) -> dict[str, torch.Tensor]:
     """measure() of the point, or what an earlier run kept of it."""
     where = point.folder if point else cfg.real
-    said = [asdict(point) if point and not where else where or "real", cfg.extractor, cfg.resize, cfg.clip, zoo_fingerprint()]
+    said = [asdict(point) if point and not where else where or "real", cfg.extractor, cfg.resize, cfg.clip, zoo_fingerprint(),
+            cfg.max_bad]  # fmt: skip
     given = [Path(f) for f in (cfg.weights, cfg.clip, cfg.tokenizer) if f]
     files = [f for g in given for f in (sorted(g.iterdir()) if g.is_dir() else [g]) if f.is_file()]
     files += data.Folder(where).files if where else []  # pictures that were changed are read again
@@ -732,6 +739,8 @@ def check(cfg: Config) -> None:
         raise ValueError(
             f"--prompts {cfg.prompts} names a file; with the stand-in models it must be a number, or pass --points"
         )
+    if not cfg.points and (cfg.real or cfg.answers):
+        raise ValueError(f"--{'real' if cfg.real else 'answers'} belongs to pictures of your own: pass --points, too")
     if cfg.points and not cfg.clip and not cfg.answers:
         raise ValueError("--points needs --answers (of a VQA model) or --clip (weights), or nothing measures the consistency")
     painters = not cfg.points and {"early", "middle", "late"} & {*cfg.models.split(",")}
@@ -746,7 +755,7 @@ def run(cfg: Config) -> dict:
     if cfg.people:
         return show_people(cfg)
     check(cfg)
-    env, out = ddp.start(cfg.seed, timeout_s=7200), Path(cfg.out_dir)
+    env, out = ddp.start(cfg.seed, timeout_s=7 * 86_400), Path(cfg.out_dir)  # processes wait for the slowest at the end
     if cfg.points and cfg.extractor == "judge" and env.is_main:
         print("features are those of a classifier of scenes; for photographs pass --extractor inception --weights FILE",
               file=sys.stderr)  # fmt: skip
@@ -784,9 +793,14 @@ def run(cfg: Config) -> dict:
 
 def report(cfg, prompts, real, sets, out) -> dict:
     """Tables, pictures and files from the measured sets {point: tensors}."""
-    home = [i for i, p in enumerate(prompts) if cfg.points or not p.group]
-    points = list(sets)
-    count = min(len(rows) for p in points if p.knob != "top_m" for rows in rows_of(sets[p]["prompt"], len(prompts)))
+    points, home = list(sets), [i for i, p in enumerate(prompts) if cfg.points or not p.group]
+    drawn = np.array([[len(rows) for rows in rows_of(sets[p]["prompt"], len(prompts))] for p in points if p.knob != "top_m"])
+    if bare := [i for i in home if not drawn[:, i].all()]:  # its only picture was damaged
+        home = [i for i in home if drawn[:, i].all()]
+        print(f"left out: {len(bare)} prompts, of which a model has no picture that can be read, first {prompts[bare[0]].id}")
+    if not home:
+        raise ValueError("every prompt lacks pictures of some model; no two points could be compared")
+    count = int(drawn[:, home].min())
     names = list(dict.fromkeys(p.model for p in points))
     missing = {p: int(s["consistency"].isnan().sum()) for p, s in sets.items()}
     if any(missing.values()):  # one score for all points
@@ -806,8 +820,9 @@ def report(cfg, prompts, real, sets, out) -> dict:
     needs = {"diversity": "two pictures of a prompt", "realism": "real pictures that are named like a prompt's"}
     for a in [a for a in AXES if a not in used]:
         print(f"the fronts are without {a}, which needs {needs.get(a, 'scores')}")
-    spread, stable = {p: [] for p in points}, dict.fromkeys(points, 0.0)
-    for half in halves(home, cfg):
+    parts = halves(home, cfg)
+    spread, stable = {p: [] for p in points}, dict.fromkeys(points, 0.0 if parts else math.nan)
+    for half in parts:
         again = {p: mean(tables[p][half]) for p in points}
         for p, on in zip(points, fronts(points, [[again[p][a] for a in used] for p in points])):
             spread[p].append(again[p])
@@ -853,7 +868,7 @@ def report(cfg, prompts, real, sets, out) -> dict:
     if 0 < smallest <= (dims := real["feature"].shape[1]):
         print(f"fd is dominated by its bias: {smallest} pictures, {dims} features; see kd, the kernel distance, which has none")
     result |= filtered_sets(cfg, home, real, sets)
-    result |= by_group(cfg, prompts, real, sets, count, out)
+    result |= by_group(cfg, prompts, real, sets, count, out, bare)
     if any("image" in s for s in sets.values()):
         draw_samples(out / "samples.png", prompts, real, sets)
     print(f"\npictures and front.csv: {cfg.out_dir}")
@@ -909,8 +924,8 @@ def fronts(points, values) -> list[bool]:
 
 
 def draw_fronts(path, points, rows, error, pairs, names) -> None:
-    """One panel a pair of axes: points in their model's colour, full where no other of their task beats them in the two; thin
-    lines follow a model's first knob; steps: the front of those that are given a text; bars: two standard errors."""
+    """A panel for each pair of axes: a point has its model's colour and is filled where no other of its task beats it on both
+    axes. Thin lines follow a model's first knob, the stair is the front of models given a text; bars: two standard errors."""
     panels, names = [], [n for n in names if any(p.model == n for p in points)]
     for i, (x, y) in enumerate(pairs if names else ()):
         flat = [[rows[p][x], rows[p][y]] for p in points]
@@ -960,13 +975,14 @@ def real_of_groups(groups, ids, size, real) -> dict:
     return {g: {k: v[r] for k, v in real.items() if len(v) == len(own)} for g, r in rows.items()}
 
 
-def by_group(cfg, prompts, real, sets, count, out) -> dict:
-    """The same for each group's prompts and real pictures alone, equally many prompts, and real pictures of each. Prints worst
-    group and gap of each model, at --at or its last knob; a gap is never negative, so that chance alone makes one."""
+def by_group(cfg, prompts, real, sets, count, out, bare) -> dict:
+    """Axes and set metrics of each group alone, with equally many prompts and real pictures. Prints worst group and gap of each
+    model, at --at or its last knob; a gap is never negative, so that chance alone makes one. `search` draws nothing twice, the
+    groups' prompts last: its gaps are partly that order's."""
     groups = sorted({p.group for p in prompts if p.group})
     if not groups:
         return {}
-    ids = {g: [i for i, p in enumerate(prompts) if p.group == g] for g in groups}
+    ids = {g: [i for i, p in enumerate(prompts) if p.group == g and i not in bare] for g in groups}
     size = min(map(len, ids.values()))
     kept, reals, why = [p for p in sets if p.knob != "top_m"], real_of_groups(groups, ids, size, real), ""
     if empty := [g for g in groups if not len(reals[g]["prompt"])]:
