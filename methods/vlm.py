@@ -19,7 +19,7 @@ Expect     laptop: InfoNCE's zero-shot 82.8, swap 57.3 (55.2 negclip); CoCa's op
 Differs    the tutorial has no numbers of its own; everything here is tiny. FLAVA: unimodal losses share the paired batch, codes
            of patches are k-means centres, half of the matching captions are wrong. Frozen are the InfoNCE model's encoder and a
            language model of ours, of text alone. One generator of negatives teaches negclip and makes the tests; mask, coca and
-           frozen are taught answers, too (--asked 0: not). Ties never count as right; yes and no are compared by probabilities.
+           frozen are taught answers, too (--asked 0: not). Ties never count as right; "yes" and "no" are scored by probability.
            Left out: MaskVLM, Chameleon, Bayes, Q-Former, video; POPE's files; BLEU, ROUGE and CLIPScore of captions.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py scenes.py tokenizer.py vae.py
            vision.py vit.py   (copy these with this file)
@@ -120,8 +120,9 @@ class Config:
 # 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
 def infonce(f_img, f_txt, scale, f_neg=None):
     """InfoNCE, CLIP's loss: - log of the pair's share in the batch's Boltzmann distribution exp(-E), E = -scale f_img.f_txt.
-    Its gradient pushes the pair's energy down and that of the others up. f_img, f_txt (b, D) unit rows of this process; f_neg:
-    hard negative captions, further columns for pictures only (NegCLIP). Chance: ln B, without negatives."""
+    Its gradient pushes the pair's energy down and that of the others up. Mean of both directions; equal captions of a batch
+    count as others. f_img, f_txt (b, D) unit rows of this process, scale 1 / temperature; f_neg: hard negatives, more columns
+    for pictures only (NegCLIP). Chance: ln B for a global batch of B, without negatives."""
     label = torch.arange(len(f_img), device=f_img.device) + ddp.rank() * len(f_img)
     texts = ddp.gather_rows(f_txt) if f_neg is None else torch.cat([ddp.gather_rows(f_txt), ddp.gather_rows(f_neg)])
     to_txt, to_img = scale * dots(f_img, texts), scale * dots(f_txt, ddp.gather_rows(f_img))
@@ -144,7 +145,7 @@ def siglip_loss(logits, first=0):
 
 def llip_scores(tokens, keys, f_txt, queries):
     """Llip: every caption mixes a picture's K tokens (b, K, D), keys (b, K, d), by attention of its query (B, d); so each pair
-    has a picture embedding of its own -> cosines (b, B). The usual form; the tutorial gives none."""
+    has a picture embedding of its own -> cosines (b, B). One head, no temperature: ours, the tutorial gives no form."""
     with torch.autocast(tokens.device.type, enabled=False):
         mix = torch.einsum("jd,ikd->ijk", queries, keys).softmax(2)
         return torch.einsum("ijd,jd->ij", F.normalize(torch.einsum("ijk,ikd->ijd", mix, tokens), dim=2), f_txt)
@@ -152,8 +153,8 @@ def llip_scores(tokens, keys, f_txt, queries):
 
 def masked_ce(logits, target):
     """Cross-entropy at the hidden places, target (B, L) with -100 elsewhere; 0, not NaN, if nothing is hidden. The mean is over
-    the hidden places of all processes. In 2.3.3 an encoder keeps Z of X; over ln 2 this is an upper bound, in bits, of the
-    distortion H(X|Z), paid for a rate I(X;Z) that the masks leave."""
+    the hidden places of all processes. In the tutorial's section 2.3.3 an encoder keeps Z of X: over ln 2 this is an upper
+    bound, in bits a token, of what Z leaves open of the hidden ones, the distortion; what the masks leave is the rate."""
     loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=-100, reduction="sum")
     count = ddp.all_sum((target != -100).sum().float().detach())
     return loss * ddp.world_size() / count.clamp(min=1)
@@ -609,8 +610,9 @@ class Pairs:
         return (existence(pool[rng.integers(len(pool))]), "yes" if yes else "no", "object") if pool else None
 
     def negative(self, row, caption, rng):
-        """A caption that is wrong for the picture: exact for generated scenes, two words exchanged in others. It is worded as
-        true ones are, plain once in five times, or its style alone would give it away."""
+        """A caption that is wrong for the picture: exact for generated scenes, two words exchanged in others. It is worded
+        as true ones are, or its style would give it away; not quite: plain 29 times in 100, true ones 20, since a wording that
+        leaves the difference out is replaced by the plain one."""
         if self.scenes:
             wrong = [n["scene"] for n in counterparts(self.scenes[row], int(rng.integers(1 << 30)))]
             other, variant = wrong[rng.integers(len(wrong))], int(rng.integers(1, 1 << 20)) if rng.integers(5) else 0
@@ -662,7 +664,7 @@ def prepared(split, cfg, env) -> Pairs:
     folder = cfg.eval_data if split == "test" and cfg.eval_data else cfg.data
     source = data.Shards(folder, data.held_out(folder, ("test", "val")) if split == "test" else split)
     found = data.records(source)
-    rows = [i for i, r in enumerate(found) if r.get("captions")]
+    rows = [i for i, r in enumerate(found) if any(c.strip() for c in r.get("captions") or [])]
     if not rows:
         raise ValueError(f"{folder}: no picture of the split {split} has a caption; see data_prep/captions.py")
     rows = rows if split == "train" else rows[: cfg.eval_images]
@@ -670,7 +672,7 @@ def prepared(split, cfg, env) -> Pairs:
     pictures = data.load(source, rows, cfg.image_size, env, gb, cfg.workers, cfg.max_bad)
     objects = [sorted({b["label"] for b in r.get("boxes") or []}) for r in found]
     classes = sorted({name for names in objects for name in names})
-    captions = [r.get("captions") or [] for r in found]
+    captions = [[c for c in r.get("captions") or [] if c.strip()] for r in found]
     names = [r.get("source") or r["key"] for r in found]  # the file's own name, which benchmarks know
     return Pairs(pictures, captions, objects, [], classes, names, np.zeros(len(found), bool))
 
@@ -779,13 +781,15 @@ def box_of(s, i, size):
 
 
 def codebook(pairs, cfg, iters=10):
-    """k-means centres (codes, 3 p p) of the training pictures' patches: the discrete codes of MIM, without a tokenizer."""
-    part = pairs.pictures if isinstance(pairs.pictures, dict) else next(data.parts_of(pairs.pictures, cfg.image_size))
-    x = F.unfold(normalised(part["image"][:1000]), cfg.patch, stride=cfg.patch).transpose(1, 2).flatten(0, 1)
+    """k-means centres (codes, 3 p p) of the training pictures' patches: the discrete codes of MIM, without a tokenizer. Of the
+    first 1,000 pictures, at most 20,000 patches, or ten for each centre."""
+    parts = [pairs.pictures] if isinstance(pairs.pictures, dict) else data.parts_of(pairs.pictures, cfg.image_size)
+    images = torch.cat([p["image"] for p in itertools.islice(parts, 4)])[:1000]  # a part of a source has 256
+    x = F.unfold(normalised(images), cfg.patch, stride=cfg.patch).transpose(1, 2).flatten(0, 1)
     if len(x) < cfg.codes:
         raise ValueError(f"--codes {cfg.codes} is more than the {len(x)} patches of the training pictures")
     rng = np.random.default_rng((cfg.seed, 41))
-    x = x[rng.permutation(len(x))[:20_000]]
+    x = x[rng.permutation(len(x))[: max(20_000, 10 * cfg.codes)]]
     centres = x[: cfg.codes].clone()
     for _ in range(iters):
         own = torch.cdist(x, centres).argmin(1)
@@ -1236,6 +1240,8 @@ ARMS = {  # family, arms that are trained first
     "frozen+lora": ("frozen", ("infonce", "lm")),  # ... and low-rank updates of it
     "frozen+all": ("frozen", ("infonce", "lm")),  # ... and all of its weights: only the picture encoder stays frozen
 }
+OPTIONS_OF = {"lam_cap": ["coca"], "mixtures": ["llip"], "drop_tokens": ["flip"], "keep": ["filtered"], "lora": ["frozen+lora"],
+              **dict.fromkeys(("mask_words", "mask_patches", "codes", "wrong"), ["mask", "mask+boxes"])}  # fmt: skip
 
 
 def build(cfg, tok, env, trained=False):
@@ -1283,8 +1289,6 @@ def train(cfg: Config) -> dict:
     """One arm (cfg.arms names it), in cfg.out_dir. Returns its metrics."""
     env, out, family, extra = ddp.start(cfg.seed), Path(cfg.out_dir), ARMS[cfg.arms][0], {}
     pairs, test, tok = open_world(replace(cfg, out_dir="", arms="", steps=0), env)
-    if cfg.arms == "mask+boxes" and not pairs.scenes:
-        raise ValueError("the arm mask+boxes needs generated scenes, whose objects have one name each; leave --data out")
     if cfg.arms == "filtered":
         if not isinstance(pairs.pictures, dict):
             raise ValueError(f"the arm filtered keeps pictures in memory, more than --memory_gb {cfg.memory_gb}")
@@ -1394,6 +1398,8 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--image_size {cfg.image_size} must be a multiple of --patch {cfg.patch}")
     if cfg.eval_data and not cfg.data:
         raise ValueError(f"--eval_data {cfg.eval_data} needs --data: a model of generated scenes knows no photographs")
+    if "mask+boxes" in cfg.arms.split(",") and cfg.data:
+        raise ValueError("the arm mask+boxes needs generated scenes, whose objects have one name each; leave --data out")
     if cfg.sugarcrepe and not (cfg.data and Path(cfg.sugarcrepe).is_file()):
         raise ValueError(f"--sugarcrepe {cfg.sugarcrepe} does not exist, or --data, COCO's val2017, is missing")
 
@@ -1409,7 +1415,8 @@ def run(cfg: Config) -> dict:
         wanted += [a for a in (*ARMS[arm][1], arm) if a not in wanted]
     for arm in wanted:
         steps = min(cfg.steps, 1_000) if arm == "lm" else cfg.steps
-        one = replace(cfg, arms=arm, out_dir=str(out / arm), steps=steps)
+        others = {k: getattr(Config, k) for k, own in OPTIONS_OF.items() if arm not in own}  # not settings of this arm
+        one = replace(cfg, arms=arm, out_dir=str(out / arm), steps=steps, **others)
         scores[arm] = ckpt.once(train, one)  # a trained arm with other tests is evaluated again
     result = {f"{arm} {k}": v for arm, s in scores.items() for k, v in s.items()}
     if ddp.rank() == 0:
@@ -1435,7 +1442,7 @@ def report(cfg, scores) -> None:
                                      "POPE blind adversarial accuracy", "answered at 5 % risk"),
               "captions": ("attribute F1", "CIDEr-D", "CHAIR_i", "words", "distinct")}  # fmt: skip
     for title, columns in tables.items():
-        rows = [[arm, *[s.get(c) for c in columns]] for arm, s in scores.items() if columns[1] in s]
+        rows = [[arm, *[s.get(c) for c in columns]] for arm, s in scores.items() if any(c in s for c in columns)]
         if rows:
             print(f"\n{title}\n" + table(rows, ["", *columns]))
     names = ("kept pairs that are right", "pairs that are right", "box IoU > 0.5")

@@ -554,6 +554,10 @@ def test_smoke_makes_its_files_and_the_table(tmp_path):
     assert abs(flat["coca POPE blind random accuracy"] - 50) < 30 and "POPE blind adversarial accuracy" in done.stdout
     again = inside(M, *SMALL, *arms, "--out_dir", tmp_path / "r")
     assert again.stdout == done.stdout and "step/s" not in again.stderr  # finished arms are kept
+    lora = inside(
+        M, *SMALL, "--arms", "frozen+lora", "--lora", 2, "--codes", 8, "--out_dir", tmp_path / "r"
+    )  # infonce has no rank
+    assert lora.returncode == 0 and "infonce" not in lora.stderr, lora.stderr
     asked = inside(
         M, *SMALL, "--out_dir", tmp_path / "r", "--ask", tmp_path / "r/coca/curves.png", "--question", "Is there a star?"
     )

@@ -225,7 +225,9 @@ def test_what_the_graphs_hold():
     a, b = (set(world.texts[batch["row"][k]].split()) - {"a", "an"} for k in (i, j))
     assert G["text"](batch, 0)[i, j].item() == pytest.approx(len(a & b) / math.sqrt(len(a) * len(b)), abs=1e-6)
     classes = M.make_graph(M.replace(cfg_of(CFG, "text"), text_of="classes"), world, env.device)(batch, 0)
-    assert torch.allclose(classes, torch.where(y[:, None] == y, 1.0, 0.5))  # the template's "photo" is shared: the floor
+    assert torch.allclose(classes, (y[:, None] == y).float())  # names of one word share none
+    twice = {**batch, "row": torch.tensor([0, 1, 1, 2])}  # a sample that a batch holds twice is no negative of itself
+    assert G["identity"](twice, 0).tolist() == [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
     assert M.tree_similarity(["a/b/c", "a/b/d", "e"])[0].tolist() == pytest.approx([1, 0.5, 0])
 
 
