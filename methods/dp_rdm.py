@@ -15,7 +15,7 @@ Run        python methods/dp_rdm.py [--preset smoke]                      (CPU, 
            python methods/dp_rdm.py --plan --records 82800                (epsilon, queries, neighbours as tables)
            python methods/dp_rdm.py --attack                              (a planted record, and whether the bound holds)
 Data       generated: all private things are spotted; or shards (--public, --private) with --vae and --clip
-Expect     laptop: distance 57 public only, 55 as noisy, 46 at epsilon 10, T = 10,000; colour right 69, 56, 59 %; 3 seeds
+Expect     laptop: distance 57 public only, 56 as noisy, 46 at epsilon 10, T = 10,000; colour right 69, 61, 59 %; 3 seeds
 Differs    from the paper: a small DiT, flow and Euler steps for a UNet, eps and DDIM; a learned null token, a KL autoencoder;
            pictures squeezed to squares, the distance's references, too; "public only" is the same model, told the noiseless
            mean of public neighbours (the paper's was trained with separate ones); epsilon and T set k, for q and sigma are
