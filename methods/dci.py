@@ -444,8 +444,11 @@ def read_boxes(folder, split, min_side, allow_missing=False, max_bad=0.01) -> li
         raise ValueError(f"{folder}, {split}: no picture has captions; prepare some with boxes by data_prep/coco.py")
     boxes = [i for i in out if i.key != "base"]
     names = sorted({i.captions[0] for i in boxes})
+    shown: dict[int, set] = {}
+    for item in boxes:
+        shown.setdefault(item.image, set()).add(item.captions[0])
     for n, item in enumerate(boxes):
-        others = [t for t in names if t != item.captions[0]]
+        others = [t for t in names if t not in shown[item.image]]  # a rider's box shows the horse, too
         item.negatives["rule"] = [others[k] for k in np.random.default_rng((1, n)).permutation(len(others))[:3]]
     with_rules([i for i in out if i.key == "base"], 0)
     return out
@@ -469,6 +472,17 @@ STOP = frozenset("a an the of on in at to and with is are it its this that there
                  "while his her their some photo picture".split())  # fmt: skip
 
 
+def exchanged(words, order) -> str:
+    """The words order[0], order[1], ... in these places; punctuation and the first word's capital stay where they are."""
+    parts = [re.fullmatch(r"(\W*)(.*?)(\W*)", w).groups() for w in words]
+    texts = [own for _, own, _ in parts]
+    if capital := texts[0][:1].isupper():
+        texts[0] = texts[0][:1].lower() + texts[0][1:] if texts[0][1:].islower() else texts[0]  # not of "NASA"
+    new = [texts[k] for k in order]
+    new[0] = new[0][:1].upper() + new[0][1:] if capital else new[0]
+    return " ".join(before + text + after for (before, _, after), text in zip(parts, new))
+
+
 def rule_negative(text: str, rng) -> str:
     """Two words exchanged, of one kind (colours, sizes, places, things) where the text has two, else two content words; "" if
     nothing can be exchanged. Not of "top right" or "red and white", which stay as true as they were."""
@@ -482,20 +496,19 @@ def rule_negative(text: str, rng) -> str:
     pairs = pairs or differ([i for i, w in enumerate(bare) if w and w not in STOP])
     if not pairs:
         return ""
-    i, j = pairs[rng.integers(len(pairs))]
-    words[i], words[j] = words[j], words[i]
-    return " ".join(words)
+    order, (i, j) = list(range(len(words))), pairs[rng.integers(len(pairs))]
+    order[i], order[j] = j, i
+    return exchanged(words, order)
 
 
 def shuffled(text: str, rng) -> str:
     """Content words in another order, all else in place: the word-order test."""
     words = text.split()
     places = [i for i, w in enumerate(words) if re.sub(r"\W", "", w).lower() not in STOP]
-    order = rng.permutation(places)
-    out = list(words)
-    for a, b in zip(places, order):
-        out[a] = words[b]
-    return " ".join(out)
+    order = list(range(len(words)))
+    for a, b in zip(places, rng.permutation(places)):
+        order[a] = b
+    return exchanged(words, order)
 
 
 def write_toy(root: Path, count: int, test: int, seed: int, size: int = 64) -> None:
@@ -721,7 +734,8 @@ def sugarcrepe(model, tok, cfg, env) -> dict[str, float]:
 
     def rows_of(path):
         raw = Path(path).read_bytes()
-        return list(csv.DictReader((gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8").splitlines()))
+        text = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8")
+        return list(csv.DictReader(io.StringIO(text, newline="")))  # a cell may hold a line break
 
     tables, found = f"{cfg.sugarcrepe}, {cfg.references or cfg.photos}", {}
     try:

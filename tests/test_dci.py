@@ -573,3 +573,12 @@ def test_sugarcrepe_text_only_and_with_pictures(shared, tmp_path, clip):
 )
 def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
     user_error(inside(M, *SMALL, "--arms", "dense+neg", "--out_dir", tmp_path / "r", *flags), *words)
+
+
+def test_exchanged_words_leave_punctuation_and_capitals_in_place():
+    assert M.rule_negative("A man on a dog.", np.random.default_rng(0)) == "A dog on a man."
+    assert M.exchanged("Dogs bark, cats (often) NASA".split(), [2, 1, 0, 4, 3]) == "Cats bark, dogs (NASA) often"
+    assert M.exchanged(["A", "man"], [0, 1]) == "A man" and M.exchanged(["NASA", "flies"], [1, 0]) == "Flies NASA"
+    words = M.shuffled("Red cats, blue dogs.", np.random.default_rng(1))
+    assert words.endswith(".") and "," in words.split()[1] and words[0].isupper()
+    assert sorted(words.lower().replace(",", "").rstrip(".").split()) == ["blue", "cats", "dogs", "red"]
