@@ -390,7 +390,7 @@ def test_smoke_prints_the_table_and_two_processes_run(tmp_path):
 @pytest.mark.parametrize("method", ["suave", "daino"])
 def test_killed_and_resumed_equals_uninterrupted(method, tmp_path):
     args = [sys.executable, "methods/semisup_cluster.py", *SMALL, "--steps", "40", "--save_every", "3", "--method", method,
-            "--stage", "semi", "--queue", "32"]  # fmt: skip
+            "--pretrain", "0", "--queue", "32"]  # fmt: skip
     subprocess.run([*args, "--out_dir", tmp_path / "a"], cwd=ROOT, check=True, capture_output=True)
     p = subprocess.Popen([*args, "--out_dir", tmp_path / "b"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     last, deadline = tmp_path / f"b/{method}_2_semi/last.pt", time.time() + 120
