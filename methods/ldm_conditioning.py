@@ -19,8 +19,8 @@ Run        python methods/ldm_conditioning.py --preset smoke                   (
            python methods/ldm_conditioning.py --preset transfer                (then: 64 px, with and without the former)
            torchrun --nproc_per_node=8 methods/ldm_conditioning.py --preset paper --data data/imagenet_latents --vae VAE
 Data       generated (common/scenes.py), or latents by data_prep/cache_latents.py, which records crop, size and flip
-Expect     laptop, adaln-sum and attn+schedule: control-swap distance x 100 8.68 +- 1.87 and 0.49 +- 0.61 (a model that ignores
-           sizes has 0), class right 82 +- 2 and 82 +- 1 %, Frechet distance 16.7 +- 4.5 and 19.0 +- 5.0 (worse); 3 seeds
+Expect     laptop, adaln-sum and attn+schedule: control-swap distance x 100 8.68 and 0.49 (by construction: sizes act in
+           the last steps alone), class right 82 and 82 %, Frechet distance 16.7 and 19.0 (+2.3 +- 2.7); 3 seeds, RESULTS.md
 Differs    from the paper: DiT in place of mmDiT, attention to s is a sub-layer of its own, and the baseline's MLPs are wider to
            have as many parameters; class tokens, the formulas of schedule, guidance and noise and the padding's constants are
            recalled or derived, not verified, hence flags; the control-swap distance is L2 in latent space (LPIPS there).
@@ -83,32 +83,32 @@ class Config:
     conditioning: str = "adaln-sum,attn+schedule"  # of adaln-sum, attn, attn+schedule; "attn" tells attention from schedule
     task: str = "class"  # class or text
     objective: str = "flow"  # flow, eps or v; the paper samples with DDIM, so probably trains diffusion; not verified
-    control_power: float = 8.0  # steepness of the schedule; the paper ablates it, its value is not verified
+    control_power: float = 8.0  # exponent of the schedule, the larger, the later sizes act; the paper's is not verified
     control_init: str = "zero"  # last layer of the control embedders: zero or normal
     drop_semantic: float = 0.1  # chance that class or text becomes the null one
     drop_control: float = 0.1  # chance that the controls are left out, drawn independently
-    guidance: float = 2.0  # lambda, of semantics; 1 = none
+    guidance: float = 2.0  # lambda, of semantics; 1 = none; its null branch, without both, is 1 % of training
     control_guidance: float = 1.0  # beta, of controls; 1 = ordinary guidance, 0 = controls ignored
     sample_steps: int = 16  # of DDIM / Euler; the paper: 50 for curves, 250 for its table of controls
-    class_tokens: int = 4  # tokens a class, to be attended to
-    padding: str = "noisy"  # of text slots: zero, replicate or noisy
+    class_tokens: int = 4  # learned tokens of each class, which blocks attend to
+    padding: str = "noisy"  # of text slots: zero (tokens of zeros, attended to as others), replicate or noisy
     beta_txt: float = 0.02  # noise of replicated tokens, in standard deviations of the prompt's tokens
     slots: int = 48  # text tokens that are attended to, longer texts are cut; CLIP's: 77
     text_encoder: str = ""  # folder of a CLIP in Hugging Face's layout, weights and merges; "" = the stand-in for scenes
     # transfer
     init: str = ""  # model.safetensors to start from; each arm is then trained with and without it
     positions: str = "resample"  # at another resolution: resample, extrapolate or interpolate (bicubic)
-    base_size: int = 0  # pixels of which the noise schedule is kept; larger ones are noisier; 0 = of --init, or image_size
+    base_size: int = 0  # side whose pictures have the plain noise schedule, larger ones a noisier; 0 = --init's, or image_size
     # data and model
     image_size: int = 32  # pixels
     images: int = 4_096  # generated training pictures
-    views: int = 2  # random crops of each, encoded once; of generated scenes, as objects, grid, min_crop, crop and flip
+    views: int = 2  # random crops of each picture, encoded once; this and the next five are of generated scenes
     objects: int = 1  # at most so many in a generated scene
     grid: int = 1  # cells a side of generated scenes: 1 close-up, 2, 3
     min_crop: float = 0.8  # smallest crop, as a share of the area; 1 = no crops
-    crop: str = "resize"  # resize: crops made small; direct: of half the side, to be judged after --init at twice the size
+    crop: str = "resize"  # resize: crops made as small as needed; direct: cut out at half the side, for a later --init
     flip: float = 0.5  # chance of a mirrored picture
-    sizes: str = "12,16,24,32,64"  # pixels at which generated pictures are recorded; of all, those of the control-swap distance
+    sizes: str = "12,16,24,32,64"  # sides at which generated pictures are recorded, and that the control-swap distance asks for
     vae: str = ""  # autoencoder; "" = the stand-in of common/weights
     samples: int = 768  # pictures drawn for the Frechet distance
     dim: int = 128  # width
@@ -154,7 +154,8 @@ def replicate_padding(tokens, lengths, slots, beta, noise=None):  # twin: replic
 
 # Transfer to another resolution: everything at index t should look as uncertain as it did where the model was trained.
 def resample_pos_embed(dim, grid, base_grid):  # Fig. 4
-    """Table (1, grid * grid, dim) whose coordinates cover [0, base_grid) more finely: no place the model has not seen."""
+    """Table (1, grid * grid, dim) whose places lie between 0 and base_grid in finer steps, where extrapolation goes on in whole
+    steps to places that the model has never seen. From 0 on, not centred, as "interpolate" is."""
     places = torch.arange(grid, dtype=torch.float64) * base_grid / grid
     return sincos_2d(dim, places, places)
 
@@ -201,7 +202,7 @@ def clean_from(kind, out, zt, alpha, sigma):
 
 
 def diffusion_loss(model, z0, t, eps, kind, k=1.0, **conditions):
-    """Mean squared error of the network's output, float32. z0, eps (B, C, h, w); t (B,), uniform in training, no weights."""
+    """Mean squared error of the network's output, float32. z0, eps (B, C, h, w); t (B,), uniform in training, all equal."""
     alpha, sigma = alpha_sigma(kind, t, k)
     out = model(alpha * z0 + sigma * eps, t, **conditions)
     return (out.float() - target_of(kind, z0, eps, alpha, sigma)).square().mean()
@@ -809,6 +810,10 @@ def check(cfg: Config) -> None:
     cli.within(cfg, "steps sample_steps class_tokens slots images views samples dim depth heads patch image_size", 1)
     cli.within(cfg, "guidance control_guidance beta_txt control_power base_size", 0)
     cli.within(cfg, "drop_semantic drop_control flip decay", 0, 1)
+    if cfg.guidance != 1 and not (cfg.drop_semantic and cfg.drop_control):
+        raise ValueError("--drop_semantic 0 or --drop_control 0 never train the null branch of guidance; add --guidance 1")
+    if not cfg.data and cfg.objects > cfg.grid**2:
+        raise ValueError(f"--objects {cfg.objects} do not fit into {cfg.grid**2} cells; raise --grid")
     if not (1 <= cfg.grid <= 3 and 1 <= cfg.objects <= 3 and 0 < cfg.min_crop <= 1 and cfg.samples >= 16):
         raise ValueError("--grid and --objects must be 1 to 3, --min_crop in (0, 1], --samples at least 16")
     if cfg.data and cfg.crop == "direct":
