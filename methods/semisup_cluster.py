@@ -375,6 +375,10 @@ def open_world(cfg: Config, env) -> World:
     options = dict(size=canvas(cfg), env=env, gb=cfg.memory_gb, workers=cfg.workers, max_bad=cfg.max_bad)
     labels = [r.get("label", -1) for r in records]
     labelled = {n: data.load(source, data.pick(labels, n, cfg.seed), **options) for n in counts}
+    for n, held in labelled.items():  # a tenth of the labels gone would be another experiment
+        if isinstance(held, dict) and len(held["label"]) < n * len(classes):
+            raise ValueError(f"{cfg.data}: {n * len(classes) - len(held['label'])} of the {n * len(classes)} labelled pictures "
+                             "are damaged; prepare them again, or choose others by --seed")  # fmt: skip
     train = data.load(source, np.arange(len(source)), **options)
     return World(train, data.load(other, np.arange(len(other)), **options), classes, labelled)
 

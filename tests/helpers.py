@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import torch
@@ -72,3 +73,25 @@ def in_processes(world, function, *args, path):
     """function(env, *args) in `world` gloo processes -> list of results by rank."""
     mp.start_processes(_worker, (world, free_port(), function, args, str(path)), nprocs=world, start_method="forkserver")
     return [torch.load(f"{path}/{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def damage(folder, share):
+    """Cuts the picture of every n-th sample of the training shards."""
+    seen = broken = 0
+    for path in sorted(folder.glob("train-*.tar")):
+        members = []
+        with tarfile.open(path) as tar:
+            for m in tar.getmembers():
+                blob = tar.extractfile(m).read()
+                if not m.name.endswith(".json"):
+                    seen += 1
+                    if int(seen * share) > broken:
+                        broken += 1
+                        blob = blob[: len(blob) // 2]
+                members.append((m.name, blob))
+        with tarfile.open(path, "w") as tar:
+            for name, blob in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(blob)
+                tar.addfile(info, io.BytesIO(blob))
+    return broken

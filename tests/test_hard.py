@@ -29,7 +29,7 @@ from common.tokenizer import Tokenizer
 from data_prep import captions, cc12m, cifar100, coco, imagenet, wordnet
 from data_prep import scenes as prep_scenes
 from methods import clip_recipe, dci, dp_rdm, opt2i, pareto_eval, vlm, xsample
-from tests.helpers import ROOT, free_port, inside, run, user_error
+from tests.helpers import ROOT, damage, free_port, inside, run, user_error
 
 hard = pytest.mark.hard
 SCRIPTS = {  # script: arguments of a run of some seconds
@@ -217,28 +217,6 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(script, tmp_path):
 
 
 # Damaged data ----------------------------------------------------------------------------------------------------------------
-
-
-def damage(folder, share):
-    """Cuts the picture of every n-th sample of the training shards."""
-    seen = broken = 0
-    for path in sorted(folder.glob("train-*.tar")):
-        members = []
-        with tarfile.open(path) as tar:
-            for m in tar.getmembers():
-                blob = tar.extractfile(m).read()
-                if not m.name.endswith(".json"):
-                    seen += 1
-                    if int(seen * share) > broken:
-                        broken += 1
-                        blob = blob[: len(blob) // 2]
-                members.append((m.name, blob))
-        with tarfile.open(path, "w") as tar:
-            for name, blob in members:
-                info = tarfile.TarInfo(name)
-                info.size = len(blob)
-                tar.addfile(info, io.BytesIO(blob))
-    return broken
 
 
 @pytest.mark.parametrize("share", [0.005, 0.05])

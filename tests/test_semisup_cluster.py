@@ -16,7 +16,7 @@ from PIL import Image
 from common import data, ddp
 from data_prep._write import png, prepare
 from methods import semisup_cluster as M
-from tests.helpers import ROOT, in_processes, inside, torchrun, user_error
+from tests.helpers import ROOT, damage, in_processes, inside, torchrun, user_error
 
 ENV = ddp.Env(0, 1, torch.device("cpu"))
 
@@ -425,6 +425,9 @@ def test_labelled_shards_and_starting_weights(tmp_path):
     user_error(r, "--init", "does not fit")
     r = inside(M, *args[:-4], "--labels", "30", "--out_dir", tmp_path / "d")
     user_error(r, "30 samples a class", "only 15")
+    assert damage(tmp_path / "s", 0.1) == 4
+    r = inside(M, *args[:-4], "--labels", "15", "--out_dir", tmp_path / "e")
+    user_error(r, "4 of the 45 labelled pictures are damaged")
 
 
 BACKBONES = {  # with the width of what the projector sees
