@@ -376,8 +376,8 @@ class Test:
 
 def pairs_of_scenes(count, seed, size, part):
     """Single objects, close up; captions name shape, colour and mostly texture, which strong views leave as they are, and
-    nothing that a crop changes. part: train or test, which have no object in common. As few training pairs as possible have the same
-    description: equal captions would be negatives of each other in a batch."""
+    nothing that a crop changes. part: train or test, which have no object in common. As few training pairs as possible have the
+    same description: equal captions would be negatives of each other in a batch."""
     source = scenes.Source(6 * count if part == "train" else count, seed, size, brief=True, objects=(1, 1), grid=1, part=part)
     if part == "train":
         names = [(t.shape, t.colour, t.texture) for t in (s.things[0] for s in source.scenes)]
