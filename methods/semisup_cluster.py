@@ -17,7 +17,8 @@ Symbols    B_u, B_l unlabelled and labelled pictures of a batch; V views, of whi
 Run        python methods/semisup_cluster.py [--preset smoke]                       (CPU, no data; 4.0 min on two quiet cores)
            torchrun --nproc_per_node=8 methods/semisup_cluster.py --preset paper --data data/imagenet --init SWAV.pth.tar
 Data       generated, or shards by data_prep/cifar100.py, imagenet.py; --labels of each class keep their label
-Expect     EXPECT
+Expect     laptop, prototypes: 52.4 +- 5.5 supervised only, 63.1 +- 5.5 Suave (+10.7 +- 6.0, 8 seeds); but SwAV and a linear probe
+           on its output 86 (3 seeds). CIFAR-100, minutes of a GPU: 18.4 and 23.2 with 4 labels, 37.2 and 32.5 with 25 (one)
 Differs    from the paper: settings for CIFAR-100 are ours, its supplement was not at hand. Crops are cut on the device from a
            square of --canvas pixels, bilinear; tests see whole pictures squeezed to one. FixMatch has our views, network,
            smoothing and budget, 2 unlabelled rows for a labelled one (there 7), no averaged weights. C has B's global crops.
