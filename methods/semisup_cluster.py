@@ -11,17 +11,17 @@ Idea       SwAV and DINO train by cross-entropy between a softmax over prototype
 Equations  Eq. 2 -> cross_entropy()     Eq. 5-6 -> sinkhorn()     Eq. 7 -> teacher_momentum()     Eq. 8 -> dino_targets()
            Eq. 9 -> dino_center_update()     swapped prediction -> unlabelled_loss()     weights -> frequency_weights()
 Read first section 2, then method_loss() and train()
-Symbols    B_u, B_l unlabelled and labelled pictures of a batch; V views, of which 2 are global; C classes; z (B, D) unit
-           embeddings, o = z P^T scores of the K prototypes P (K, D); q assignments; tau temperature, of all rows. Phases: A no
-           labels, K = 4 C; B semi-supervised, a new head, K = C; C the same with weak augmentation (off by default)
+Symbols    B_u, B_l unlabelled and labelled pictures of a batch; V views, 2 of them global; C classes; z (B, D) unit embeddings,
+           o = z P^T scores of the K prototypes P (K, D); q assignments; tau temperature, of all rows. Phases: A no labels,
+           K = 4 C; B semi-supervised, a new head, K = C; C the same with weak augmentation (off by default)
 Run        python methods/semisup_cluster.py [--preset smoke]                       (CPU, no data; 4.0 min on two quiet cores)
            torchrun --nproc_per_node=8 methods/semisup_cluster.py --preset paper --data data/imagenet --init SWAV.pth.tar
 Data       generated, or shards by data_prep/cifar100.py, imagenet.py; --labels of each class keep their label
-Expect     laptop, prototypes: 52.4 +- 5.5 supervised only, 63.1 +- 5.5 Suave (+10.7 +- 6.0, 8 seeds); but SwAV and a linear probe
-           on its output 86 (3 seeds). CIFAR-100, minutes of a GPU: 18.4 and 23.2 with 4 labels, 37.2 and 32.5 with 25 (one)
-Differs    from the paper: settings for CIFAR-100 are ours, its supplement was not at hand. Crops are cut on the device from a
-           square of --canvas pixels, bilinear; tests see whole pictures squeezed to one. FixMatch has our views, network,
-           smoothing and budget, 2 unlabelled rows for a labelled one (there 7), no averaged weights. C has B's global crops.
+Expect     laptop: 52.4 supervised only, 63.1 Suave (+10.7 +- 6.0, 8 seeds), but 86 SwAV and a linear probe on its output (3). On
+           CIFAR-100, minutes of a GPU, one seed: 18.4 and 23.2 with 4 labels a class, 37.2 and 32.5 with 25
+Differs    from the paper: settings for CIFAR-100 are ours. Crops are cut on the device from a square of --canvas pixels; tests
+           see whole pictures squeezed to one. FixMatch has our views, network, smoothing and budget, 2 unlabelled rows for a
+           labelled one (there 7), no averaged weights. Phase C has B's global crops.
            from the released code: a mixed view counts its rows (there 1, --mix_views); fine-tuning keeps the prototypes (there
            random ones, --reset_prototypes); the queue is whole on every process; all networks are in training mode at every
            step; Sinkhorn works in logarithms; LARS scales no biases; DINO's head has torch's initial weights; equal compute is
