@@ -17,11 +17,10 @@ Symbols    B_u, B_l unlabelled and labelled pictures of a batch; V views, 2 of t
 Run        python methods/semisup_cluster.py [--preset smoke]                       (CPU, no data; 4.0 min on two quiet cores)
            torchrun --nproc_per_node=8 methods/semisup_cluster.py --preset paper --data data/imagenet --init SWAV.pth.tar
 Data       generated, or shards by data_prep/cifar100.py, imagenet.py; --labels of each class keep their label
-Expect     laptop: 52.4 supervised only, 63.1 Suave (+10.7 +- 6.0, 8 seeds), but 86 SwAV and a linear probe on its output (3). On
+Expect     laptop: 52.4 supervised only, 63.1 Suave (+10.7 +- 6.0, 8 seeds), but 86 SwAV and a linear probe on its output (3).
            CIFAR-100, minutes of a GPU, one seed: 18.4 and 23.2 with 4 labels a class, 37.2 and 32.5 with 25
-Differs    from the paper: settings for CIFAR-100 are ours. Crops are cut on the device from a square of --canvas pixels; tests
-           see whole pictures squeezed to one. FixMatch has our views, network, smoothing and budget, 2 unlabelled rows for a
-           labelled one (there 7), no averaged weights. Phase C has B's global crops.
+Differs    from the paper: settings for CIFAR-100 are ours. Crops are cut on the device from a square; tests see whole pictures
+           squeezed to one. FixMatch has our views, network, budget, 2 unlabelled rows for a labelled one (there 7), no EMA.
            from the released code: a mixed view counts its rows (there 1, --mix_views); fine-tuning keeps the prototypes (there
            random ones, --reset_prototypes); the queue is whole on every process; all networks are in training mode at every
            step; Sinkhorn works in logarithms; LARS scales no biases; DINO's head has torch's initial weights; equal compute is

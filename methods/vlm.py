@@ -16,11 +16,10 @@ Run        python methods/vlm.py [--preset smoke]                               
            torchrun --nproc_per_node=8 methods/vlm.py --preset paper --data data/coco --tokenizer MERGES
 Data       generated (common/scenes.py), or shards with captions by data_prep/captions.py, cc12m.py or coco.py (with boxes)
 Expect     laptop: InfoNCE's zero-shot 82.8, swap 57.3 (55.2 negclip); CoCa's open answers 74.7, blind 22.9; 3 seeds, fbf1095
-Differs    the tutorial has no numbers of its own; everything here is tiny. FLAVA: unimodal losses share the paired batch, codes
-           of patches are k-means centres, half of the matching captions are wrong. Frozen are the InfoNCE model's encoder and a
-           language model of ours, of text alone. One generator of negatives teaches negclip and makes the tests; mask, coca and
-           frozen are taught answers, too (--asked 0: not). Ties never count as right; "yes" and "no" are scored by probability.
-           Left out: MaskVLM, Chameleon, Bayes, Q-Former, video; POPE's files; BLEU, ROUGE and CLIPScore of captions.
+Differs    everything is tiny. FLAVA: unimodal losses share the paired batch, codes of patches are k-means centres, half of the
+           captions in image-text matching are wrong. Frozen: InfoNCE's encoder, a language model of ours. One generator of
+           negatives teaches negclip and makes the tests; mask, coca and frozen are taught answers (--asked 0 switches it off).
+           Ties are wrong. Left out: MaskVLM, Chameleon, Bayes, Q-Former, video; POPE's files; BLEU, ROUGE, captions' CLIPScore.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py scenes.py tokenizer.py vae.py
            vision.py vit.py   (copy these with this file)
 """
