@@ -15,6 +15,8 @@ import re
 import sys
 from dataclasses import MISSING, fields
 
+from tqdm import tqdm
+
 RANGES = {  # of the fields that all methods share: smallest and largest value
     "seed": (0, 2**31 - 1), "batch_size": (1, math.inf), "accum": (1, math.inf), "lr": (0, math.inf), "wd": (0, math.inf),
     "wd_end": (0, math.inf), "lr_end": (0, math.inf), "warmup": (0, math.inf), "grad_clip": (0, math.inf), "ema_decay": (0, 1),
@@ -80,6 +82,8 @@ def main(run, Config, presets=None, argv=None) -> None:
         text = str(error)
         if isinstance(error, OSError) and error.strerror:
             text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        for bar in list(getattr(tqdm, "_instances", ())):  # the sentence comes last, below the bars
+            bar.close()
         print(f"error: {text}", file=sys.stderr, flush=True)
         sys.exit(2)
     except RuntimeError as error:  # how gloo and NCCL say that another process is gone

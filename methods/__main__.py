@@ -161,7 +161,7 @@ def minutes(name: str) -> str:
 
 def tables(results: dict) -> tuple[str, str]:
     """-> the README's table of ten, RESULTS.md's table of all claims."""
-    ten = ["| | file and paper | idea | smoke, default | ours, on the generated world | the paper, on its own data |",
+    ten = ["| | file and paper | idea | default run | ours, on the generated world | the paper, on its own data |",
            "|---|---|---|---|---|---|"]  # fmt: skip
     every = ["| file | claim | ours | status | the paper | commit |", "|---|---|---|---|---|---|"]
     for name, paper in TEN.items():
@@ -169,12 +169,11 @@ def tables(results: dict) -> tuple[str, str]:
         rows = [(c, *measured(c, found["runs"])) for c in paper.claims]
         picture = f'<img src="methods/figures/{paper.figure}" alt="{name}" width="180">'
         link = f"[`{name}.py`](methods/{name}.py), [{paper.title}](https://arxiv.org/abs/{paper.arxiv})"
-        runs = (f"{found['smoke_seconds']} s, " if "smoke_seconds" in found else "") + f"{minutes(name)} min"
         ours = "<br>".join(
             f"{c.text}: **{value or 'not run'}**" + (f", {status}" if status else "") for c, value, status in rows[:2]
         )
         theirs = "<br>".join(c.paper for c in paper.claims[:2] if c.paper)
-        ten.append(f"| {picture} | {link} | {paper.idea} | {runs} | {ours} | {theirs} |")
+        ten.append(f"| {picture} | {link} | {paper.idea} | {minutes(name)} min | {ours} | {theirs} |")
         every += [f"| {name} | {c.text} | {value} | {status} | {c.paper} | {found['commit']} |" for c, value, status in rows]
     return "\n".join(ten), "\n".join(every)
 
@@ -229,8 +228,6 @@ def run_all(cfg: All) -> None:
     print(f"report: {out / 'report.html'}")
     if cfg.preset == "laptop":
         collect(folders)
-    elif cfg.preset == "smoke":
-        collect_times(folders)
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} runs failed: {'; '.join(failed)[:600]}")
 
@@ -275,19 +272,6 @@ def collect(folders: dict) -> None:
         commits |= set(filter(None, old["commit"].split(", "))) if old["runs"].keys() - runs.keys() else set()
         results[name] = {**old, "commit": ", ".join(sorted(commits)), "runs": {**old["runs"], **runs}}
     write_json(path, {k: results[k] for k in TEN if k in results})
-    rewrite(results)
-
-
-def collect_times(folders: dict) -> None:
-    """How long the smoke runs took, median over seeds, in whole seconds."""
-    path = ROOT / "methods/results.json"
-    results = json.loads(path.read_text())
-    for name in {n for n, _ in folders}:
-        files = [f / "seconds.txt" for (n, _), f in folders.items() if n == name]
-        took = [int(f.read_text()) for f in files if f.exists()]
-        if took and name in results:
-            results[name]["smoke_seconds"] = round(float(np.median(took)))
-    write_json(path, results)
     rewrite(results)
 
 

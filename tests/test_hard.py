@@ -29,7 +29,7 @@ from common.tokenizer import Tokenizer
 from data_prep import captions, cc12m, cifar100, coco, imagenet, wordnet
 from data_prep import scenes as prep_scenes
 from methods import clip_recipe, dci, dp_rdm, opt2i, pareto_eval, vlm, xsample
-from tests.helpers import ROOT, damage, free_port, inside, run, user_error
+from tests.helpers import ROOT, damage, free_port, run, user_error
 
 hard = pytest.mark.hard
 SCRIPTS = {  # script: arguments of a run of some seconds
@@ -219,16 +219,37 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(script, tmp_path):
 # Damaged data ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.005, 0.05])
-def test_damaged_shards(share, tmp_path):
+READ_SHARDS = {  # script: arguments that make it read enough pictures
+    "methods/vlm.py": ["--preset", "smoke", "--arms", "infonce"],
+    "methods/clip_recipe.py": ["--preset", "smoke", "--extra", "none", "--recipe", "plain", "--steps", "80"],
+    "methods/xsample.py": ["--preset", "smoke", "--method", "simclr", "--images_per_class", "0"],
+    "methods/semisup_cluster.py": ["--preset", "smoke", "--method", "sup"],
+    "data_prep/train_vae.py": ["--steps", "25", "--batch_size", "32"],
+    "data_prep/cache_latents.py": ["--size", "32"],
+}
+
+
+def with_damage(script, share, tmp_path):
     prep_scenes.run(prep_scenes.Config(out=str(tmp_path / "d"), train=800, val=1, test=32, size=32))
-    count = damage(tmp_path / "d", share)
-    assert count == int(800 * share)
-    done = inside(vlm, "--preset", "smoke", "--arms", "infonce", "--data", tmp_path / "d", "--out_dir", tmp_path / "r")
+    assert damage(tmp_path / "d", share) == int(800 * share)
+    out = "--out" if "cache" in script else "--out_dir"
+    done = run(script, *READ_SHARDS[script], "--data", tmp_path / "d", out, tmp_path / "r")
     if share < 0.01:
         assert done.returncode == 0, done.stderr
     else:
-        user_error(done, "damaged", "max_bad")
+        user_error(done, "damaged")
+
+
+@pytest.mark.parametrize("share", [0.005, 0.05])
+def test_damaged_shards(share, tmp_path):
+    with_damage("methods/vlm.py", share, tmp_path)
+
+
+@hard
+@pytest.mark.parametrize("script", [s for s in READ_SHARDS if s != "methods/vlm.py"])
+@pytest.mark.parametrize("share", [0.005, 0.05])
+def test_damaged_shards_of_any_script(script, share, tmp_path):
+    with_damage(script, share, tmp_path)
 
 
 def mutations(blob: bytes, count: int, seed: int):

@@ -24,11 +24,16 @@ def test_tables_are_those_of_the_results():
 
 
 def test_measured_by_hand():
-    claim = M.Claim("x", "a", "b")
-    assert M.measured(claim, {}) == "" and M.measured(claim, {"0": {"a": 3.0, "b": 1.0}}) == "+2.0 (1 seed)"
+    claim = M.Claim("x", "a", "b", +1)
+    assert M.measured(claim, {}) == ("", "not run")
+    assert M.measured(claim, {"0": {"a": 3.0, "b": 1.0}}) == ("+2.0 (1 seed)", "one seed")
     runs = {"0": {"a": 3.0, "b": 1.0}, "1": {"a": 4.0, "b": 1.0}, "2": {"a": 2.0, "b": 1.0}}
-    assert M.measured(claim, runs) == "+2.0 ± 2.5 (3 seeds)"  # 4.303 x 1 / sqrt(3)
-    assert M.measured(M.Claim("x", "a", "", digits=2), runs) == "+3.00 ± 2.48 (3 seeds)"
+    assert M.measured(claim, runs) == ("+2.0 ± 2.5 (3 seeds)", "not clear")  # 4.303 x 1 / sqrt(3)
+    clear = {k: {"a": v["a"] + 1, "b": 1.0} for k, v in runs.items()}  # +3.0 ± 2.5
+    for expects, status in ((+1, "seen"), (-1, "opposite"), (0, "an effect"), (None, "")):
+        assert M.measured(M.Claim("x", "a", "b", expects), clear)[1] == status
+    assert M.measured(M.Claim("x", "a", "b", 0), runs)[1] == "no effect seen"
+    assert M.measured(M.Claim("x", "a", "", +1, digits=2), runs) == ("+3.00 ± 2.48 (3 seeds)", "seen")
 
 
 def test_marks():
