@@ -12,6 +12,8 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -164,6 +166,7 @@ def dit(root):
             opt.step()
 
         rows.append((f"{name} training step, batch {batch}", "diffusers", 1.2, *race(step_ours, step_theirs)))
+        rows.append(("... ours by torch.compile", "diffusers", "", *race(partial(step_ours, torch.compile(ours)), step_theirs)))
     return rows
 
 
@@ -354,3 +357,5 @@ if __name__ == "__main__":
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {versions()}"
     )
+    packages = re.findall(r"^([\w-]+)", (ROOT / "tests/peers/requirements.txt").read_text(), re.MULTILINE)
+    print({d.name: d.version for d in metadata.distributions() if d.name in packages})
