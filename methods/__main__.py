@@ -165,7 +165,7 @@ def tables(results: dict) -> tuple[str, str]:
            "|---|---|---|---|---|---|"]  # fmt: skip
     every = ["| file | claim | ours | status | the paper | commit |", "|---|---|---|---|---|---|"]
     for name, paper in TEN.items():
-        found = {"runs": {}, "commit": "", **results.get(name, {})}
+        found = results.get(name, {"runs": {}, "commit": ""})
         rows = [(c, *measured(c, found["runs"])) for c in paper.claims]
         picture = f'<img src="methods/figures/{paper.figure}" alt="{name}" width="180">'
         link = f"[`{name}.py`](methods/{name}.py), [{paper.title}](https://arxiv.org/abs/{paper.arxiv})"
@@ -270,7 +270,7 @@ def collect(folders: dict) -> None:
                 commits |= {json.loads(p.read_text())["versions"]["commit"] for p in folder.rglob("config.json")}
         old = results.get(name, {"commit": "", "runs": {}})  # seeds that were not run now stay, with their commits
         commits |= set(filter(None, old["commit"].split(", "))) if old["runs"].keys() - runs.keys() else set()
-        results[name] = {**old, "commit": ", ".join(sorted(commits)), "runs": {**old["runs"], **runs}}
+        results[name] = {"commit": ", ".join(sorted(commits)), "runs": {**old["runs"], **runs}}
     write_json(path, {k: results[k] for k in TEN if k in results})
     rewrite(results)
 

@@ -18,7 +18,7 @@ Run        python methods/clip_recipe.py --preset smoke                        (
            python methods/clip_recipe.py --recipe ladder --extra none          (one step of the recipe after the other)
            torchrun --nproc_per_node=8 methods/clip_recipe.py --preset cc3m --data data/cc3m --eval_data data/imagenet
            --tokenizer MERGES --synonyms data/synonyms.tsv
-Data       generated, or shards by data_prep/captions.py, coco.py, cc12m.py; --eval_data by imagenet.py, cifar100.py: zero-shot
+Data       generated, or shards by data_prep/captions.py, coco.py, cc12m.py; zero-shot classes by imagenet.py, cifar100.py
 Expect     laptop: zero-shot 71.3 plain, 73.6 rocket (+2.3 +- 1.9); Barlow added -1.9 +- 3.7, -1.3 +- 3.9; 95 %, 6 seeds
 Differs    from the paper: an exact Gaussian blur, its sigma scaled with the picture; synonyms from a table
            (data_prep/wordnet.py), a caption without such a word gets a swap; our own stop-words. The laptop run has a small
@@ -177,8 +177,8 @@ def barlow_loss(v_img, v_txt, pairs, lam=5e-3, weight=0.025):
 def sinkhorn(scores, eps=0.05, iters=3):  # twin: sinkhorn
     """Balanced soft assignment of rows to columns: scores (B, K) of this process's rows -> Q (B, K), rows sum to 1.
 
-    Alternates column and row normalisation over the rows of all processes: rows end exact, columns the closer to equal the
-    more iterations and the larger eps (three at 0.05: within a sixth; at 0.02: within a half or so)."""
+    Alternates column and row normalisation over the rows of all processes: rows end exact, columns nearly equal, the
+    more so the more iterations and the larger eps."""
     Q = scores.float() / eps  # in logarithms: nothing overflows, and no row is lost
     for _ in range(iters):
         top = Q.amax(0)
@@ -381,10 +381,11 @@ def pairs_of_scenes(count, seed, size, part):
     same description: equal captions would be negatives of each other in a batch."""
     source = scenes.Source(6 * count if part == "train" else count, seed, size, brief=True, objects=(1, 1), grid=1, part=part)
     if part == "train":
-        names = [(t.shape, t.colour, t.texture) for t in (s.things[0] for s in source.scenes)]
-        seen: Counter = Counter()
-        earlier = [seen.update([name]) or seen[name] for name in names]  # how often the description has come, this one included
-        rows = np.sort(np.argsort(earlier, kind="stable")[:count])
+        seen, repeats = Counter(), []  # how often each scene's description has come before it
+        for t in (s.things[0] for s in source.scenes):
+            repeats.append(seen[t.shape, t.colour, t.texture])
+            seen[t.shape, t.colour, t.texture] += 1
+        rows = np.sort(np.argsort(repeats, kind="stable")[:count])
         source.images, source.sizes = source.images[rows], [count]
         source.scenes, source.texts = [source.scenes[i] for i in rows], [source.texts[i] for i in rows]
     return source

@@ -6,8 +6,8 @@ Idea       A latent diffusion model is trained by a squared error of latents, bu
            which treats directions of the latent very unequally. So push the one-step estimate of the clean latent and
            the clean latent itself through the frozen decoder, and compare its feature maps too: normalised with shared
            statistics, without the few abnormal activations that decoders have (the stand-in hardly any: `kept` is above 0.99),
-           several depths weighted by resolution. Not where noise leaves nothing to estimate (above t = 0.75 of flow or level
-           475 of 1,000), and only in a second phase after ordinary training. No other network is needed; sampling stays.
+           several depths weighted by resolution. This term is left out where noise leaves nothing to estimate (above t = 0.75
+           of flow, level 475 of 1,000) and before a second phase. No other network is needed, sampling does not change.
 Equations  clean latent from eps, v, x0 or flow -> x0_from()      outlier mask -> outlier_mask()
            Eq. 3, the loss -> latent_perceptual_loss()      the gate -> lpl_term()
 Read first section 2, then step_loss() and train() in section 6; the rest is ordinary

@@ -63,7 +63,7 @@ from common.vit import load_clip, trim
 @dataclass(frozen=True)
 class Config:
     # run: the same names in all ten files
-    out_dir: str = "runs/opt2i"  # one folder a run; one sub-folder a prompt
+    out_dir: str = "runs/opt2i"  # one folder a run; one .json and one .png a prompt
     seed: int = 0  # of prompts, proposals and pictures
     steps: int = 8  # T, iterations; the paper: 30
     batch_size: int = 64  # pictures at once

@@ -146,8 +146,8 @@ def frequency_weights(unlabelled, labelled, mixed, clean):
 def sinkhorn(scores, eps=0.05, iters=3):  # twin: sinkhorn
     """Balanced soft assignment of rows to columns: scores (B, K) of this process's rows -> Q (B, K), rows sum to 1.
 
-    Alternates column and row normalisation over the rows of all processes: rows end exact, columns the closer to equal the
-    more iterations and the larger eps (three at 0.05: within a sixth; at 0.02: within a half or so)."""
+    Alternates column and row normalisation over the rows of all processes: rows end exact, columns nearly equal, the
+    more so the more iterations and the larger eps."""
     Q = scores.float() / eps  # in logarithms: nothing overflows, and no row is lost
     for _ in range(iters):
         top = Q.amax(0)

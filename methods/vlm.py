@@ -1117,8 +1117,8 @@ def read_sugarcrepe(path, keys) -> tuple[list[int], list[str], list[str], list[s
         raw = Path(path).read_bytes()
         raw = gzip.decompress(raw) if str(path).endswith(".gz") else raw
         place = {Path(k).stem: i for i, k in enumerate(keys)}  # file names without their ending
-        rows_ = csv.DictReader(io.StringIO(raw.decode("utf-8"), newline=""))  # a cell may hold a line break
-        rows = [r for r in rows_ if Path(r["file"]).stem in place]
+        every = csv.DictReader(io.StringIO(raw.decode("utf-8"), newline=""))  # a cell may hold a line break
+        rows = [r for r in every if Path(r["file"]).stem in place]
         true, wrong, kinds = ([r[k] for r in rows] for k in ("caption", "negative_caption", "kind"))
         if None in (*true, *wrong, *kinds):
             raise ValueError("a row is not whole")

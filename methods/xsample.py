@@ -23,7 +23,7 @@ Expect     laptop, 300 a class, linear probe, % right: class 57 untrained, 67 Si
 Differs    from the paper, of which we had only the abstract: the loss is as that, its reviews and I-Con (ICLR 2025) state it,
            settings are recalled or ours. Crops are cut on the device from a square of --canvas pixels. --graph tree: 1 - path
            length / longest path, ours. The text encoder of generated captions is a bag of content words.
-           from a public re-implementation: a view is left out of its own softmax and target (it keeps it in one of them, so
+           from a public re-implementation: a view is left out of its own softmax and of its target (there it stays in both, so
            that half of the target cannot be reached, and the limit is not SimCLR). Left out: zero-shot.
 Uses       common/augment.py ckpt.py cli.py data.py ddp.py log.py metrics.py optim.py plot.py resnet.py scenes.py
            tokenizer.py vision.py vit.py   (copy these with this file)
@@ -476,14 +476,7 @@ def in9_accuracy(guess, super_class, mapping):
     return 100 * float(np.mean([mapping[g] == y for g, y in zip(guess, super_class)]))
 
 
-MALFORMED = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-)  # of a file in another form
+MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what an odd file raises
 
 
 def read_real(path, count=50_000):
