@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -106,9 +105,9 @@ def draw_colour(c: Colour, rng) -> np.ndarray:
 
 def draw_colours(u: torch.Tensor, c: Colour) -> torch.Tensor:
     """u (N, 14) uniform in [0, 1) -> (N, 12) rows like those of draw_colour, on u's device."""
-    j = u.new_tensor(c.jitter)
-    row = torch.cat([1 - j[:3] + 2 * j[:3] * u[:, :3], j[3:] * (2 * u[:, 3:4] - 1)], 1)
-    row = torch.where(u[:, 4:5] < c.jitter_p, row, u.new_tensor([1.0, 1, 1, 0]))
+    row = torch.stack([1 - j + 2 * j * u[:, i] for i, j in enumerate(c.jitter)], 1)
+    row[:, 3] -= 1  # hue: a shift around 0, the others: factors around 1
+    row = torch.where(u[:, 4:5] < c.jitter_p, row, (torch.arange(4, device=u.device) < 3).float())
     blur = torch.where(u[:, 5] < c.blur_p, c.blur[0] + (c.blur[1] - c.blur[0]) * u[:, 6], 0.0)
     grey, solarise, flip = ((u[:, i] < p).float() for i, p in ((7, c.grey_p), (8, c.solarise_p), (9, c.flip_p)))
     return torch.cat([row, u[:, 10:].argsort(1).float(), torch.stack([grey, blur, solarise, flip], 1)], 1)
@@ -152,58 +151,61 @@ def cut(x: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
 
 def _grey(x):
     """(B, 3, H, W) -> (B, 1, H, W), ITU-R 601 weights."""
-    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return (0.2989 * x[:, :1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)
 
 
 def _shift_hue(x, shift):
-    """Adds shift (B,) in turns to the hue of x in [0, 1], saturation and value kept: HSV in closed form, no branches."""
+    """Adds shift (B, 1, 1, 1) in turns to the hue of x in [0, 1], saturation and value kept: HSV in closed form."""
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = value - low
-    safe = chroma.clamp_min(1e-12)
-    r, g, b = ((value - x) / safe).unbind(1)  # distance of each channel from the maximum
-    red, green = x[:, :1] == value, x[:, 1:2] == value
-    hue = torch.where(red[:, 0], b - g, torch.where(green[:, 0], 2 + r - b, 4 + g - r)) / 6 + shift.view(-1, 1, 1)
-    k = (hue[:, None] * 6 + x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)) % 6
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+    r, g, b = ((value - x) / chroma.clamp_min(1e-12)).split(1, 1)  # distance of each channel from the maximum
+    hue = torch.where(x[:, :1] == value, b - g, torch.where(x[:, 1:2] == value, 2 + r - b, 4 + g - r)) / 6 + shift
+    k = (hue * 6 + torch.arange(5, 0, -2, device=x.device).view(1, 3, 1, 1)) % 6
+    return value - chroma * (2 - k.sub_(2).abs_()).clamp_(0, 1)
 
 
 def apply_colour(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """x (B, 3, H, W) in [0, 1], rows (B, 12) of draw_colour -> the same shape: jitter in each row's own order, grey, blur,
-    solarise, flip."""
+    solarise, flip. Every row goes the same way, or a GPU would be waited for at each branch: brightness, contrast and
+    saturation are blends, offered at three places before the hue and at three after it; a row without one there has f = 1."""
     rows = rows.to(x.device)
-    for place in range(4):
-        for op in range(4):
-            i = ((rows[:, 4 + op] == place) & (rows[:, op] != (0 if op == 3 else 1))).nonzero()[:, 0]
-            if not len(i):
-                continue
-            y, f = x[i], rows[i, op].view(-1, 1, 1, 1)
-            if op == 0:
-                y = y * f
-            elif op == 1:
-                y = f * y + (1 - f) * _grey(y).mean((1, 2, 3), keepdim=True)
-            elif op == 2:
-                y = f * y + (1 - f) * _grey(y)
-            else:
-                y = _shift_hue(y, f.flatten())
-            x = x.index_copy(0, i, y.clamp(0, 1))
-    grey = rows[:, 8].view(-1, 1, 1, 1)
-    x = torch.where(grey > 0, _grey(x), x)
-    if (i := rows[:, 9].nonzero()[:, 0]).numel():
-        x = x.index_copy(0, i, _blur(x[i], rows[i, 9]))
-    x = torch.where((rows[:, 10].view(-1, 1, 1, 1) > 0) & (x >= 0.5), 1 - x, x)
-    return torch.where(rows[:, 11].view(-1, 1, 1, 1) > 0, x.flip(-1), x)
+    place, hue = rows[:, 4:7], rows[:, 7:8]
+    each = rows[..., None, None, None]  # (B, 12, 1, 1, 1)
+
+    def blend(x, here):  # here (B, 3): the rows' operation, if any
+        grey, f = _grey(x), torch.where(here, rows[:, :3], 1.0).prod(1).view(-1, 1, 1, 1)
+        contrast, saturation = here[:, 1:].float()[..., None, None, None].unbind(1)
+        other = contrast * grey.mean((1, 2, 3), keepdim=True) + saturation * grey  # of brightness: black
+        return torch.lerp(other, x, f).clamp_(0, 1)
+
+    for i in range(3):
+        x = blend(x, (place == i) & (hue > i))
+    x = torch.where(each[:, 3] != 0, _shift_hue(x, each[:, 3]).clamp(0, 1), x)
+    for i in range(1, 4):
+        x = blend(x, (place == i) & (hue < i))
+    x = torch.where(each[:, 8] > 0, _grey(x), x)
+    x = _blur(x, rows[:, 9])
+    x = torch.where((each[:, 10] > 0) & (x >= 0.5), 1 - x, x)
+    return torch.where(each[:, 11] > 0, x.flip(-1), x)
 
 
 def _blur(x, sigma):
-    """True Gaussian, separable, its own sigma (B,) for every image; edges reflected."""
-    B, C, H, W = x.shape
-    radius = min(math.ceil(3 * float(sigma.max())), min(H, W) - 1)
-    t = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.exp(-0.5 * (t / sigma[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(C, 0)  # (B * C, K)
-    x = F.pad(x, [radius] * 4, mode="reflect").reshape(1, B * C, H + 2 * radius, W + 2 * radius)
-    x = F.conv2d(x, kernel[:, None, :, None], groups=B * C)
-    return F.conv2d(x, kernel[:, None, None, :], groups=B * C).view(B, C, H, W)
+    """Gaussian, cut off at three sigmas, its own sigma (B,) for every picture (0: none), edges reflected: like a crop two small
+    matrix products."""
+    sigma = sigma.view(-1, 1, 1, 1)
+
+    def weights(n):  # (B, n, n): of input pixel j in output pixel i, directly and by way of the two mirrors
+        j = torch.arange(n, device=x.device)
+        i = j[:, None]
+        offset = torch.stack([j - i, -j - i, 2 * (n - 1) - j - i])
+        once = torch.stack([j >= 0, j > 0, j < n - 1])[:, None]  # a pixel on the edge is not mirrored
+        near = once & (offset.abs() <= (3 * sigma).ceil())
+        w = torch.where(near, -0.5 * (offset / sigma.clamp_min(1e-3)) ** 2, -math.inf).exp().sum(1)
+        return w / w.sum(-1, keepdim=True)
+
+    rows = weights(x.shape[2])
+    cols = rows if x.shape[2] == x.shape[3] else weights(x.shape[3])
+    return rows[:, None] @ x @ cols[:, None].transpose(2, 3)
 
 
 NUMBERS = 54  # uniform numbers that a view takes
@@ -222,8 +224,7 @@ def to_float(x: torch.Tensor) -> torch.Tensor:
 
 
 def normalise(x: torch.Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> torch.Tensor:
-    mean, std = x.new_tensor(mean).view(1, 3, 1, 1), x.new_tensor(std).view(1, 3, 1, 1)
-    return (x - mean) / std
+    return torch.stack([(x[:, i] - mean[i]) / std[i] for i in range(3)], 1)
 
 
 # Captions ---------------------------------------------------------------------------------------------------------------

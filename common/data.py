@@ -513,7 +513,8 @@ class InMemory:
     Each epoch is the whole batches of a new permutation, a pure function of (seed, epoch)."""
 
     def __init__(self, fields: dict[str, torch.Tensor], batch_size, env, seed=0, start=0):
-        self.fields, self.total, self.seed, self.epochs, self.bad = fields, len(next(iter(fields.values()))), seed, {}, 0
+        self.fields, self.seed, self.epoch, self.order, self.bad = fields, seed, None, None, 0
+        self.total, self.device = len(next(iter(fields.values()))), next(iter(fields.values())).device
         self.local, self.length = env.share(batch_size), whole_batches(self.total, batch_size)
         self.first, self.stride = start * batch_size + env.rank * self.local, batch_size
 
@@ -521,13 +522,16 @@ class InMemory:
         return self
 
     def __next__(self):
-        epoch, place = np.divmod(np.arange(self.first, self.first + self.local), self.length)
-        for e in set(epoch.tolist()) - self.epochs.keys():
-            self.epochs = {k: v for k, v in self.epochs.items() if k >= epoch[0]}
-            self.epochs[e] = np.random.default_rng((self.seed, e)).permutation(self.total)
-        rows = torch.from_numpy(np.array([self.epochs[e][p] for e, p in zip(epoch.tolist(), place.tolist())]))
-        self.first += self.stride
-        return {k: v[rows.to(v.device)] for k, v in self.fields.items()}
+        parts, place, end = [], self.first, self.first + self.local
+        while place < end:
+            epoch, at = divmod(place, self.length)
+            if epoch != self.epoch:  # the order lies on the device: rows sent there at each step would be waited for
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.total)
+                self.epoch, self.order = epoch, torch.from_numpy(order).to(self.device)
+            parts.append(self.order[at : min(at + end - place, self.length)])
+            place += len(parts[-1])
+        self.first, rows = self.first + self.stride, torch.cat(parts)
+        return {k: v[rows] for k, v in self.fields.items()}
 
 
 class _Collate:

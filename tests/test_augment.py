@@ -21,13 +21,13 @@ def test_equal_to_torchvision_per_image():
 
     torch.manual_seed(0)
     x, r = torch.rand(40, 3, 24, 24), rows(40, A.Colour(solarise_p=0.3))
-    k = 2 * math.ceil(3 * float(r[:, 9].max())) + 1
 
     def one(img, p):
         ops = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
         for i in p[4:8].argsort().tolist():
             img = ops[i](img, float(p[i]))
         img = TF.rgb_to_grayscale(img, 3) if p[8] else img
+        k = 2 * math.ceil(3 * float(p[9])) + 1
         img = TF.gaussian_blur(img, [k, k], [float(p[9])] * 2) if p[9] else img
         img = TF.solarize(img, 0.5) if p[10] else img
         return TF.horizontal_flip(img) if p[11] else img
