@@ -369,7 +369,8 @@ def test_clusters_become_classes(tmp_path, monkeypatch):
     lines = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines() if "pseudo" in x]
     first, last = (np.mean([x["pseudo"] for x in part]) for part in (lines[:2], lines[-3:]))
     assert last > first + 8 and score["prototypes"] > 55, (first, last, score)  # chance: 33; another processor, another run
-    assert min(x["spread"] for x in lines) > 0.65  # ln 2 / ln 3 = 0.63 would be: one prototype of three is never used
+    spread = [x["spread"] for x in lines]  # each of one batch
+    assert np.mean(spread) > 0.9 and min(spread) > 0.75, spread  # ln 2 / ln 3 = 0.63: one prototype of three is never used
 
 
 def test_smoke_prints_the_table_and_two_processes_run(tmp_path):
