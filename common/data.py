@@ -477,7 +477,7 @@ def pick(labels, count: int, seed: int) -> np.ndarray:
 
 
 def load(source, rows, size: int, env, gb: float, workers: int = 0, max_bad: float = 0.01):
-    """Rows of a source as tensors on the device, {image, side, label, row}, if they take less than gb; else a Subset."""
+    """Rows of Shards as tensors on the device, {image, side, label, row}, if they take less than gb; else a Subset."""
     subset = Subset(source, rows)
     if len(rows) * 3 * size * size > gb * 2**30:
         return subset
@@ -488,7 +488,8 @@ def load(source, rows, size: int, env, gb: float, workers: int = 0, max_bad: flo
             held[k][count : count + len(v)] = v
         count += len(part["row"])
     if len(rows) - count > max_bad * max(len(rows), 1000) or not count:
-        raise ValueError(f"{len(rows) - count} of {len(rows)} pictures are damaged, more than --max_bad {max_bad}")
+        bad = f"{len(rows) - count} of {len(rows)} pictures are damaged"
+        raise ValueError(f"{source.folder}: {bad}, more than --max_bad {max_bad}; prepare them again")
     return {k: v[:count].to(env.device) for k, v in held.items()}
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import socket
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+
+from common import zoo
 
 mp.set_forkserver_preload(["torch", "tests.helpers"])  # processes of `in_processes` start from one that has read torch
 
@@ -73,6 +76,12 @@ def in_processes(world, function, *args, path):
     """function(env, *args) in `world` gloo processes -> list of results by rank."""
     mp.start_processes(_worker, (world, free_port(), function, args, str(path)), nprocs=world, start_method="forkserver")
     return [torch.load(f"{path}/{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def clip_merges(path):
+    """A file of as many merges as CLIP's, of pairs of bytes."""
+    pairs = itertools.islice(itertools.product(zoo.load_tokenizer().symbols[:256], repeat=2), 48_894)
+    path.write_text("\n".join(["#version: 0.2", *(" ".join(p) for p in pairs)]) + "\n")
 
 
 def damage(folder, share):

@@ -29,7 +29,7 @@ from common.tokenizer import Tokenizer
 from data_prep import captions, cc12m, cifar100, coco, imagenet, wordnet
 from data_prep import scenes as prep_scenes
 from methods import clip_recipe, dci, dp_rdm, opt2i, pareto_eval, vlm, xsample
-from tests.helpers import ROOT, damage, free_port, run, user_error
+from tests.helpers import ROOT, clip_merges, damage, free_port, run, user_error
 
 hard = pytest.mark.hard
 SCRIPTS = {  # script: arguments of a run of some seconds
@@ -226,14 +226,19 @@ READ_SHARDS = {  # script: arguments that make it read enough pictures
     "methods/semisup_cluster.py": ["--preset", "smoke", "--method", "sup"],
     "data_prep/train_vae.py": ["--steps", "25", "--batch_size", "32"],
     "data_prep/cache_latents.py": ["--size", "32"],
+    "methods/dci.py": ["--preset", "smoke", "--arms", "dense"],
+    "methods/dp_rdm.py": ["--preset", "smoke", "--public", "DATA", "--private", "DATA"],
+    "data_prep/train_clip.py": ["--batch_size", "8", "--width", "16", "--depth", "2", "--steps", "3", "--tokenizer", "MERGES"],
 }
 
 
 def with_damage(script, share, tmp_path):
     prep_scenes.run(prep_scenes.Config(out=str(tmp_path / "d"), train=800, val=1, test=32, size=32))
     assert damage(tmp_path / "d", share) == int(800 * share)
-    out = "--out" if "cache" in script else "--out_dir"
-    done = run(script, *READ_SHARDS[script], "--data", tmp_path / "d", out, tmp_path / "r")
+    out, named = "--out" if "cache" in script else "--out_dir", {"DATA": tmp_path / "d", "MERGES": tmp_path / "merges.txt"}
+    clip_merges(named["MERGES"])
+    more = [] if "DATA" in READ_SHARDS[script] else ["--data", tmp_path / "d"]
+    done = run(script, *[named.get(a, a) for a in READ_SHARDS[script]], *more, out, tmp_path / "r")
     if share < 0.01:
         assert done.returncode == 0, done.stderr
     else:

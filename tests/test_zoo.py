@@ -1,7 +1,6 @@
 """common/zoo.py and the scripts that train the stand-ins: what they claim holds, and they resume."""
 
 import importlib
-import itertools
 import json
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from common import scenes, zoo
 from common.vit import load_clip
 from data_prep import cache_latents, train_clip, train_judge, train_reader, train_rewriter, train_vae, train_vqa
-from tests.helpers import inside, torchrun, user_error
+from tests.helpers import clip_merges, inside, torchrun, user_error
 
 
 def pictures(world, size=32):
@@ -196,8 +195,7 @@ def test_a_clip_of_your_own_pictures(tmp_path):
     """Classes by templates or captions; the weights are read as published ones are; one process and two agree."""
     write = importlib.import_module("data_prep.scenes")
     write.run(write.Config(str(tmp_path / "s"), train=40, val=12, test=0, size=32))
-    pairs = itertools.islice(itertools.product(zoo.load_tokenizer().symbols[:256], repeat=2), 48_894)  # as many as CLIP's
-    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(p) for p in pairs)]) + "\n")
+    clip_merges(tmp_path / "merges.txt")
     small = ["--data", tmp_path / "s", "--tokenizer", tmp_path / "merges.txt", "--batch_size", 8, "--width", 16, "--depth", 2,
              "--warmup", 1, "--steps", 3]  # fmt: skip
     done = inside(train_clip, *small, "--out_dir", tmp_path / "one")
