@@ -14,8 +14,7 @@ Equations  strength of a control over time -> control_schedule()      three cond
 Read first section 2, Model in section 3, then train(); five published conditionings follow in section 3
 Symbols    z0 clean latent, zt noisy one, eps noise, t in [0, 1] (1 = pure noise), zt = alpha z0 + sigma eps; s semantic
            tokens (B, L, D), c controls (B, 7) = crop box, flip | size; lambda, beta guidance of s and c; k = s' / s
-Run        python methods/ldm_conditioning.py --preset smoke                   (CPU, no data, under 30 s)
-           python methods/ldm_conditioning.py                                  (CPU, no data; 4.6 min on two quiet cores)
+Run        python methods/ldm_conditioning.py [--preset smoke]                 (CPU, no data; 4.6 min on two quiet cores)
            python methods/ldm_conditioning.py --preset transfer                (then: 64 px, with and without the former)
            torchrun --nproc_per_node=8 methods/ldm_conditioning.py --preset paper --data data/imagenet_latents --vae VAE
 Data       generated (common/scenes.py), or latents by data_prep/cache_latents.py, which records crop, size and flip
@@ -24,7 +23,7 @@ Expect     laptop, adaln-sum and attn+schedule: control-swap distance x 100 8.68
 Differs    from the paper: DiT in place of mmDiT, attention to s is a sub-layer of its own, and the baseline's MLPs are wider to
            have as many parameters; class tokens, the formulas of schedule, guidance and noise and the padding's constants are
            recalled or derived, not verified, hence flags; the control-swap distance is L2 in latent space (LPIPS there).
-           Left out: aspect ratio and colour as controls, recaptioned CC12M, FID on ImageNet. No code was published.
+           Left out: aspect ratio and colour as controls, recaptioned CC12M. No code was published.
 Uses       common/augment.py ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py
            tokenizer.py vae.py vit.py zoo.py and weights/   (copy these with this file)
 """
@@ -111,6 +110,7 @@ class Config:
     sizes: str = "12,16,24,32,64"  # sides at which generated pictures are recorded, and that the control-swap distance asks for
     vae: str = ""  # autoencoder; "" = the stand-in of common/weights
     samples: int = 768  # pictures drawn for the Frechet distance
+    inception: str = ""  # of --data: FID's Inception, for the distance to reconstructions; "" = not measured
     dim: int = 128  # width
     depth: int = 6  # blocks
     heads: int = 4  # of attention
@@ -510,11 +510,20 @@ class World:
     val: object
     kinds: object  # number of classes, or the text encoder
     tok: object  # its tokenizer, or None
-    asked: list  # scenes, or labels
-    real: torch.Tensor | None  # (N, 3, S, S) in [-1, 1]
+    asked: list  # scenes, labels or captions
+    eye: object  # for the Frechet distance: the judge of scenes, FID's Inception, or None
+    real: torch.Tensor | None  # features of the real pictures
+
+
+def features(eye, images, device, grid=1):  # twin: features
+    """What the Frechet distance compares, of pictures (N, 3, S, S) in [-1, 1]: FID's Inception, or of scenes the judge."""
+    if isinstance(eye, metrics.FidInception):
+        return torch.cat([eye(((x.to(device).clamp(-1, 1) + 1) * 127.5).round().byte()) for x in images.split(64)])
+    return torch.cat([eye.features(x.to(device), grid) for x in images.split(256)])
 
 
 @lru_cache(maxsize=1)  # the arms of a run share it
+@torch.no_grad()
 def open_world(cfg: Config, device) -> tuple[nn.Module, World]:
     """The autoencoder, and all that is read."""
     vae = (load_vae(cfg.vae) if cfg.vae else zoo.load_vae()).to(device)
@@ -524,8 +533,9 @@ def open_world(cfg: Config, device) -> tuple[nn.Module, World]:
         train = scene_latents(cfg, vae, device, cfg.images, 3 * cfg.seed)
         val = scene_latents(replace(cfg, views=1), vae, device, min(512, cfg.samples), 3 * cfg.seed + 1)
         asked = make_scenes(cfg, cfg.samples, 3 * cfg.seed + 2)
-        real = to_unit(scenes.render(asked, cfg.image_size), "cpu")
-        return vae, World(train, val, *semantics(cfg, len(scenes.COLOURS) * len(scenes.SHAPES), device), asked, real)
+        eye = zoo.load_judge().to(device)
+        real = features(eye, to_unit(scenes.render(asked, cfg.image_size), "cpu"), device, cfg.grid)
+        return vae, World(train, val, *semantics(cfg, len(scenes.COLOURS) * len(scenes.SHAPES), device), asked, eye, real)
     train, val = (data.Latents(cfg.data, split, vae.fingerprint()) for split in ("train", "val"))
     if train.size != cfg.image_size:
         raise ValueError(f"{cfg.data} holds latents of {train.size} px, --image_size is {cfg.image_size}")
@@ -533,14 +543,19 @@ def open_world(cfg: Config, device) -> tuple[nn.Module, World]:
         raise ValueError(f"{cfg.data} has no classes; prepare labelled pictures, or use --task text")
     if sum(val.sizes) < ddp.world_size():
         raise ValueError(f"{cfg.data}: the split val has {sum(val.sizes)} pictures, fewer than processes")
+    rows = [(s, r) for s, n in enumerate(val.sizes) for r in range(n)][: cfg.samples]
     if cfg.task == "class":
         asked = list(range(len(train.classes)))
-    else:  # the first caption of each picture of a shard that has one
-        asked = [c[0] for c in (val.read(0, row).get("captions") for row in range(min(64, val.sizes[0]))) if c]
+    else:  # the first caption of each picture that has one
+        asked = [c[0] for c in (val.read(*row).get("captions") for row in rows) if c]
         if not asked:
             raise ValueError(f"{cfg.data} has no captions; use --task class")
-    asked = asked * -(-ddp.world_size() // len(asked))  # at least one for each process
-    return vae, World(train, val, *semantics(cfg, len(train.classes), device), asked, None)
+    asked, real = (asked * -(-cfg.samples // len(asked)))[: cfg.samples], None
+    if eye := metrics.inception_features(cfg.inception).to(device) if cfg.inception else None:
+        mine = rows[ddp.rank() : len(rows) // ddp.world_size() * ddp.world_size() : ddp.world_size()]
+        images = decode(vae, vae.to_latent(torch.stack([val.read(*row)["mean"] for row in mine])), device)
+        real = ddp.gather_rows(features(eye, images, device))
+    return vae, World(train, val, *semantics(cfg, len(train.classes), device), asked, eye, real)
 
 
 def semantics(cfg, classes, device):
@@ -594,10 +609,10 @@ EVALUATION = 1_000_003  # the seed of its noise, far from training's
 
 
 @torch.no_grad()
-def evaluate(model, vae, judge, world, items, cfg, env) -> dict[str, float]:
+def evaluate(model, vae, world, items, cfg, env) -> dict[str, float]:
     """Validation loss, and how far the picture moves when only the requested size changes. A model that ignores sizes does not
-    move at all, so `heeds` says by how many percent the loss at low noise rises when told the next of --sizes. For scenes also
-    the Frechet distance to real ones, and whether the right thing is drawn. The work is divided over the processes."""
+    move at all, so `heeds` says by how many percent the loss at low noise rises when told the next of --sizes. Also the
+    Frechet distance to real pictures; for scenes, is the right thing drawn? The work is divided over the processes."""
     out, device, total, recorded = {}, env.device, torch.zeros(4), set()
     sizes = torch.tensor([float(s) for s in cfg.sizes.split(",")], device=device)
     used = min(sum(world.val.sizes), cfg.samples) // env.world * env.world
@@ -627,15 +642,16 @@ def evaluate(model, vae, judge, world, items, cfg, env) -> dict[str, float]:
         few = world.asked[: max(1, min(64, len(world.asked)) // env.world) * env.world]
         zs = torch.stack([pictures(model, vae, items, cfg, device, few, s, 7, mine) for s in sizes.tolist()])
         out.update(ddp.mean({"swap": spread(zs), "swap_hr": spread(zs[-3:])}))  # all sizes, and the three largest
-    if cfg.data:
+    if not world.eye:
         return out
     asked = world.asked[: len(world.asked) // env.world * env.world]
     images = decode(vae, pictures(model, vae, items, cfg, device, asked, rows=mine), device)
-    fake = ddp.gather_rows(torch.cat([judge.features(x.to(device), cfg.grid) for x in images.split(256)]))
-    real = torch.cat([judge.features(x.to(device), cfg.grid) for x in world.real.split(256)])
-    out["fd"] = metrics.frechet_distance(fake, real)
+    fake = ddp.gather_rows(features(world.eye, images, device, cfg.grid))
+    out["fd"] = metrics.frechet_distance(fake, world.real)
+    if cfg.data:
+        return out
     told = asked[mine] if cfg.task == "text" else [replace(s, things=s.things[:1]) for s in asked[mine]]  # a class: one thing
-    seen = ddp.gather_lists([zoo.verify(judge, images.to(device), told)])  # one dict of every process
+    seen = ddp.gather_lists([zoo.verify(world.eye, images.to(device), told)])  # one dict of every process
     right = {k: [x for part in seen for x in part.get(k, [])] for k in seen[0]}
     if cfg.task == "class":  # its colour and shape, nothing else
         right = {k: right[k] for k in ("shape", "colour")} | {"all": [a and b for a, b in zip(right["shape"], right["colour"])]}
@@ -691,7 +707,6 @@ def train(cfg: Config) -> dict:
     """Trains one arm in cfg.out_dir and returns its metrics."""
     env, out = ddp.start(cfg.seed), Path(cfg.out_dir)
     vae, world = open_world(replace(cfg, out_dir="", conditioning="", init=""), env.device)
-    judge = None if cfg.data else zoo.load_judge().to(env.device)
     items = Items(cfg, world.tok, getattr(world.kinds, "context", 0))
     ddp.reseed(cfg.seed, 0, 0)  # the same initial weights on every process
     model = build(cfg, vae, world, env.device)
@@ -708,7 +723,7 @@ def train(cfg: Config) -> dict:
 
     def report(step):
         shown.load_state_dict({**model.state_dict(), **ema.shadow})
-        result = evaluate(shown, vae, judge, world, items, cfg, env)
+        result = evaluate(shown, vae, world, items, cfg, env)
         log.write(step, **result)
         return result
 
@@ -816,6 +831,8 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--objects {cfg.objects} do not fit into {cfg.grid**2} cells; raise --grid")
     if not (1 <= cfg.grid <= 3 and 1 <= cfg.objects <= 3 and 0 < cfg.min_crop <= 1 and cfg.samples >= 16):
         raise ValueError("--grid and --objects must be 1 to 3, --min_crop in (0, 1], --samples at least 16")
+    if cfg.inception and not cfg.data:
+        raise ValueError("--inception is for --data: generated scenes have a judge of their own")
     if cfg.data and cfg.crop == "direct":
         raise ValueError("--crop direct acts on generated scenes; data_prep/cache_latents.py makes those of real ones")
     sizes = [int(s) if s.isdigit() else 0 for s in cfg.sizes.split(",")]
@@ -851,8 +868,9 @@ def run(cfg: Config) -> dict:
 
 def show(cfg, scores):
     """One table on the terminal: every arm, the last against the first, the paper's words beside it."""
-    names = {"val_loss": "validation loss", "fd": "Frechet distance to full frames (judge)", "right": "drawn as named, %",
-             "swap": "control-swap distance x 100", "swap_hr": "... the three largest sizes",
+    names = {"val_loss": "validation loss",
+             "fd": f"Frechet distance to full frames ({'Inception' if cfg.data else 'judge'})",
+             "right": "drawn as named, %", "swap": "control-swap distance x 100", "swap_hr": "... the three largest sizes",
              "heeds": "loss with another size, low noise, + %"}  # fmt: skip
     paper = (
         {"fd": "converges faster"} if cfg.init else {"fd": "7 to 23 % better (FID)", "swap": "content stays (Fig. 2: schedule)"}
@@ -896,6 +914,7 @@ PRESETS = {
     "paper": dict(data="data/imagenet_latents", steps=600_000, batch_size=256, lr=1e-4, warmup=0, decay=0.0, grad_clip=0.0,
                   ema_decay=0.9999, dtype="bfloat16", workers=12, objective="eps", image_size=256,
                   sizes="64,128,256,512,1024", dim=1152, depth=28, heads=16, sample_steps=250,
+                  samples=10_000, inception="data/pt_inception-2015-12-05-6726825d.pth",
                   log_every=100, save_every=5_000, out_dir="runs/ldm_conditioning_in1k"),
 }  # fmt: skip
 

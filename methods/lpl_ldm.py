@@ -37,7 +37,6 @@ Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.p
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import sys
 import time
@@ -102,6 +101,7 @@ class Config:
     images: int = 4_096  # generated training pictures
     vae: str = ""  # autoencoder; "" = the stand-in of common/weights
     samples: int = 768  # pictures drawn for the evaluation
+    inception: str = ""  # of --data: FID's Inception, for the Frechet distance to reconstructions; "" = not measured
     dim: int = 128  # width
     depth: int = 6  # blocks
     heads: int = 4  # of attention
@@ -274,13 +274,22 @@ class World:
     val: object
     classes: list  # names
     power: torch.Tensor  # spectrum of real pictures; with --data of their reconstructions
-    real: torch.Tensor | None = None  # (N, 3, S, S) in [-1, 1], generated scenes only
-    asked: list | None = None  # their scenes, whose classes are drawn for the evaluation
+    eye: object  # for the Frechet distance: the judge of scenes, FID's Inception, or None
+    real: torch.Tensor | None  # features of the real pictures
+    asked: list | None = None  # generated scenes: those whose classes are drawn for the evaluation
 
 
+def features(eye, images, device, grid=1):  # twin: features
+    """What the Frechet distance compares, of pictures (N, 3, S, S) in [-1, 1]: FID's Inception, or of scenes the judge."""
+    if isinstance(eye, metrics.FidInception):
+        return torch.cat([eye(((x.to(device).clamp(-1, 1) + 1) * 127.5).round().byte()) for x in images.split(64)])
+    return torch.cat([eye.features(x.to(device), grid) for x in images.split(256)])
+
+
+@torch.no_grad()
 def open_world(cfg: Config, vae, device) -> World:
     if not cfg.data:
-        part = {}
+        part, eye = {}, zoo.load_judge().to(device)
         for i, (name, n) in enumerate((("train", cfg.images), ("val", min(512, cfg.samples)), ("real", cfg.samples))):
             world = [scenes.scene(j, 3 * cfg.seed + i, (1, 1), grid=1) for j in range(n)]
             images = np.concatenate([scenes.render(world[j : j + 256], cfg.image_size) for j in range(0, n, 256)])
@@ -288,7 +297,8 @@ def open_world(cfg: Config, vae, device) -> World:
             part[name] = data.Table(mean=mean, logvar=logvar, label=[label(s) for s in world]), images, world
         classes = [f"{c} {s}" for c in scenes.COLOURS for s in scenes.SHAPES]
         real = to_unit(part["real"][1], "cpu")
-        return World(part["train"][0], part["val"][0], classes, spectrum(real), real, part["real"][2])
+        return World(part["train"][0], part["val"][0], classes, spectrum(real), eye, features(eye, real, device),
+                     part["real"][2])  # fmt: skip
     train, val = (data.Latents(cfg.data, split, vae.fingerprint()) for split in ("train", "val"))
     if train.size != cfg.image_size:
         raise ValueError(f"{cfg.data} holds latents of {train.size} px, --image_size is {cfg.image_size}")
@@ -296,10 +306,17 @@ def open_world(cfg: Config, vae, device) -> World:
         raise ValueError(f"{cfg.data} has no classes; prepare labelled pictures with data_prep/")
     if len(val) < ddp.world_size():
         raise ValueError(f"{cfg.data} has {len(val)} pictures to validate with, fewer than processes")
-    rows = itertools.islice(((s, r) for s, n in enumerate(val.sizes) for r in range(n)), min(cfg.samples, 1_000))
-    with torch.no_grad():  # the cache holds no pictures: the spectrum is compared with reconstructions
-        powers = [spectrum(vae.decode(vae.to_latent(val.read(*row)["mean"][None].to(device))).cpu()) for row in rows]
-    return World(train, val, train.classes, torch.stack(powers).mean(0))
+    # The cache holds no pictures: those drawn are compared with reconstructions
+    count = min(cfg.samples, len(val)) // ddp.world_size() * ddp.world_size()
+    rows = [(s, r) for s, n in enumerate(val.sizes) for r in range(n)][ddp.rank() : count : ddp.world_size()]
+    power, real, eye = 0, [], metrics.inception_features(cfg.inception).to(device) if cfg.inception else None
+    for i in range(0, len(rows), 64):
+        mean = torch.stack([val.read(*row)["mean"] for row in rows[i : i + 64]])
+        images = vae.decode(vae.to_latent(mean.to(device))).cpu()
+        power = power + len(images) * spectrum(images)
+        real += [features(eye, images, device)] if eye else []
+    power = ddp.all_sum(power.to(device)).cpu() / count
+    return World(train, val, train.classes, power, eye, ddp.gather_rows(torch.cat(real)) if eye else None)
 
 
 # 5. EVALUATE ------------------------------------------------------------------------------------------------------------
@@ -334,7 +351,7 @@ EVALUATION = 1_000_003  # the seed of its noise, far from training's
 
 
 @torch.no_grad()
-def evaluate(model, vae, judge, world, cfg, env):
+def evaluate(model, vae, world, cfg, env):
     """-> (metrics, spectrum of the generated pictures). The work is divided over the processes."""
     out, total, used = {}, torch.zeros(2), min(sum(world.val.sizes), cfg.samples) // env.world * env.world
     part = slice(env.rank, used, env.world)
@@ -353,16 +370,15 @@ def evaluate(model, vae, judge, world, cfg, env):
     count = cfg.samples // env.world * env.world
     y = torch.tensor([label(s) for s in world.asked[:count]] if world.asked else [i % len(world.classes) for i in range(count)])
     mine = slice(env.rank, None, env.world)
-    if judge is not None:
-        real = torch.cat([judge.features(x.to(env.device), 1) for x in world.real.split(256)])
     for steps in map(int, cfg.sample_steps.split(",")):
         images = generate(model, vae, y, cfg, steps, env.device, EVALUATION + 1, mine)
         fake = ddp.all_sum(spectrum(images).to(env.device)).cpu() / env.world
         out[f"low_{steps}"], out[f"high_{steps}"] = spectrum_error(fake, world.power)
-        if judge is not None:
-            f = ddp.gather_rows(torch.cat([judge.features(x.to(env.device), 1) for x in images.split(256)]))
-            out[f"fd_{steps}"] = metrics.frechet_distance(f, real)
-            seen = zoo.verify(judge, images.to(env.device), world.asked[:count][mine])
+        if world.eye:
+            fake_f = ddp.gather_rows(features(world.eye, images, env.device))
+            out[f"fd_{steps}"] = metrics.frechet_distance(fake_f, world.real)
+        if world.asked:
+            seen = zoo.verify(world.eye, images.to(env.device), world.asked[:count][mine])
             right = [a and b for a, b in zip(seen["shape"], seen["colour"])]
             out[f"right_{steps}"] = ddp.mean({"right": 100 * float(np.mean(right))})["right"]
     return out, fake
@@ -448,11 +464,10 @@ def train(cfg: Config, arm: str) -> dict:
     local = env.share(cfg.batch_size, accum=cfg.accum)  # samples of this process in a micro-batch
     batches = data.Batches(world.train, item, collate, cfg.batch_size // cfg.accum, env, cfg.seed, start * cfg.accum,
                            cfg.workers, cfg.max_bad)  # fmt: skip
-    judge = zoo.load_judge().to(env.device) if world.asked else None
 
     def report(step):
         shown.load_state_dict({**model.state_dict(), **ema.shadow})
-        result, curve = evaluate(shown, vae, judge, world, cfg, env)
+        result, curve = evaluate(shown, vae, world, cfg, env)
         log.write(step, **result)
         return result, curve
 
@@ -560,6 +575,8 @@ def check(cfg: Config) -> None:
     cli.within(cfg, "drop", 0, 1)
     if not cfg.tau >= 0 or cfg.lpl_start >= cfg.steps:  # tau may be infinite: no gate
         raise ValueError(f"--tau {cfg.tau} must not be negative, --lpl_start {cfg.lpl_start} below --steps {cfg.steps}")
+    if cfg.inception and not cfg.data:
+        raise ValueError("--inception is for --data: generated scenes have a judge of their own")
     if not all(s.isdecimal() and int(s) for s in cfg.sample_steps.split(",")):
         raise ValueError(f"--sample_steps {cfg.sample_steps} must be a comma list of numbers of steps")
     if not cfg.drop and cfg.guidance != 1 and not cfg.init:
@@ -592,7 +609,7 @@ def show(cfg, scores):
     a, b = scores["control"], scores["lpl"]
     rows, last = [], int(cfg.sample_steps.split(",")[-1])
     for steps in map(int, cfg.sample_steps.split(",")):
-        for key, text, paper in (("fd", "Frechet distance (judge's features)", "6 to 20 % better (FID)"),
+        for key, text, paper in (("fd", f"Frechet distance ({'Inception' if cfg.data else 'judge'})", "6 to 20 % better (FID)"),
                                  ("right", "class right, %", ""), ("low", "log spectrum error, low band", "a little worse"),
                                  ("high", "log spectrum error, high band", "better")):  # fmt: skip
             if f"{key}_{steps}" in a:
@@ -628,7 +645,8 @@ PRESETS = {
     # people's code, or ours (set the weight by the logged share, 0.3 to 0.5)
     "paper": dict(data="data/imagenet_latents", pretrain=600_000, steps=200_000, batch_size=256, lr=1e-4, warmup=0, weight=1.0,
                   grad_clip=0.0, ema_decay=0.9999, dtype="bfloat16", workers=12, image_size=256, dim=1152, depth=28, heads=16,
-                  sample_steps="5,50", samples=10_000, log_every=100, save_every=5_000, out_dir="runs/lpl_ldm_in1k"),
+                  sample_steps="5,50", samples=10_000, inception="data/pt_inception-2015-12-05-6726825d.pth", log_every=100,
+                  save_every=5_000, out_dir="runs/lpl_ldm_in1k"),
 }  # fmt: skip
 
 if __name__ == "__main__":

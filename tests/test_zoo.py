@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import scenes, zoo
+from common import metrics, scenes, zoo
 from common.vit import load_clip
 from data_prep import cache_latents, train_clip, train_judge, train_reader, train_rewriter, train_vae, train_vqa
 from tests.helpers import clip_merges, inside, torchrun, user_error
@@ -262,17 +263,21 @@ def test_latent_cache(tmp_path):
     user_error(inside(*base, "--out", tmp_path / "c", "--size", "30"), "--size 30", "multiple of")
     with pytest.raises(ValueError, match="encoded by another autoencoder"):
         data.Latents(tmp_path / "a", "train", "0" * 16)
+    torch.save(metrics.FidInception().state_dict(), tmp_path / "fid.pth")
+    more = ["--preset", "smoke", "--data", tmp_path / "a", "--inception", tmp_path / "fid.pth"]
     for method in ("lpl_ldm", "ldm_conditioning"):
-        done = inside(
-            importlib.import_module(f"methods.{method}"),
-            "--preset",
-            "smoke",
-            "--data",
-            tmp_path / "a",
-            "--out_dir",
-            tmp_path / method,
-        )
+        M = importlib.import_module(f"methods.{method}")
+        done = inside(M, *more, "--out_dir", tmp_path / method)
         assert done.returncode == 0 and "validation loss" in done.stdout, done.stderr
+        assert re.search(r"Frechet distance .*\(Inception\)", done.stdout)
+        scores = json.loads((tmp_path / method / "metrics.json").read_text())
+        assert len([v for k, v in scores.items() if "_fd" in k and v > 0]) == 2  # of either arm
+        user_error(inside(M, "--preset", "smoke", "--inception", tmp_path / "fid.pth"), "--inception is for --data")
+    cfg = M.Config(**M.PRESETS["smoke"] | {"data": str(tmp_path / "a"), "inception": str(tmp_path / "fid.pth")})
+    world = M.open_world(cfg, torch.device("cpu"))[1]  # its real pictures: what the autoencoder gives back
+    mean = torch.stack([val.read(s, r)["mean"] for s, n in enumerate(val.sizes) for r in range(n)])
+    seen = ((vae.decode(vae.to_latent(mean)).clamp(-1, 1) + 1) * 127.5).round().byte()
+    torch.testing.assert_close(world.real, metrics.inception_features(tmp_path / "fid.pth")(seen))
     user_error(inside(importlib.import_module("methods.lpl_ldm"), "--preset", "smoke", "--data", tmp_path / "a", "--image_size", "64", "--out_dir", tmp_path / "x"),
                "holds latents of 32 px")  # fmt: skip
 
