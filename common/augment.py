@@ -107,7 +107,8 @@ def draw_colours(u: torch.Tensor, c: Colour) -> torch.Tensor:
     """u (N, 14) uniform in [0, 1) -> (N, 12) rows like those of draw_colour, on u's device."""
     row = torch.stack([1 - j + 2 * j * u[:, i] for i, j in enumerate(c.jitter)], 1)
     row[:, 3] -= 1  # hue: a shift around 0, the others: factors around 1
-    row = torch.where(u[:, 4:5] < c.jitter_p, row, (torch.arange(4, device=u.device) < 3).float())
+    none = (torch.arange(4, device=u.device) < 3).float()  # 1, 1, 1, 0: numbers sent to a GPU would be waited for
+    row = torch.where(u[:, 4:5] < c.jitter_p, row, none)
     blur = torch.where(u[:, 5] < c.blur_p, c.blur[0] + (c.blur[1] - c.blur[0]) * u[:, 6], 0.0)
     grey, solarise, flip = ((u[:, i] < p).float() for i, p in ((7, c.grey_p), (8, c.solarise_p), (9, c.flip_p)))
     return torch.cat([row, u[:, 10:].argsort(1).float(), torch.stack([grey, blur, solarise, flip], 1)], 1)
@@ -168,8 +169,10 @@ def apply_colour(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """x (B, 3, H, W) in [0, 1], rows (B, 12) of draw_colour -> the same shape: jitter in each row's own order, grey, blur,
     solarise, flip. Every row goes the same way, or a GPU would be waited for at each branch: brightness, contrast and
     saturation are blends, offered at three places before the hue and at three after it; a row without one there has f = 1."""
-    rows = rows.to(x.device)
-    place, hue = rows[:, 4:7], rows[:, 7:8]
+    jitter = rows.is_cuda or bool((rows[:, :3] != 1).any() or rows[:, 3].any())  # a CPU may look
+    blur = rows.is_cuda or bool(rows[:, 9].any())
+    rows = rows.to(x.device, non_blocking=True)
+    place, hue_place = rows[:, 4:7], rows[:, 7:8]
     each = rows[..., None, None, None]  # (B, 12, 1, 1, 1)
 
     def blend(x, here):  # here (B, 3): the rows' operation, if any
@@ -178,13 +181,14 @@ def apply_colour(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         other = contrast * grey.mean((1, 2, 3), keepdim=True) + saturation * grey  # of brightness: black
         return torch.lerp(other, x, f).clamp_(0, 1)
 
-    for i in range(3):
-        x = blend(x, (place == i) & (hue > i))
-    x = torch.where(each[:, 3] != 0, _shift_hue(x, each[:, 3]).clamp(0, 1), x)
-    for i in range(1, 4):
-        x = blend(x, (place == i) & (hue < i))
+    if jitter:
+        for i in range(3):
+            x = blend(x, (place == i) & (hue_place > i))
+        x = torch.where(each[:, 3] != 0, _shift_hue(x, each[:, 3]).clamp(0, 1), x)
+        for i in range(1, 4):
+            x = blend(x, (place == i) & (hue_place < i))
     x = torch.where(each[:, 8] > 0, _grey(x), x)
-    x = _blur(x, rows[:, 9])
+    x = _blur(x, rows[:, 9]) if blur else x
     x = torch.where((each[:, 10] > 0) & (x >= 0.5), 1 - x, x)
     return torch.where(each[:, 11] > 0, x.flip(-1), x)
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 # model is tested on; and paths, of which so many last parts are compared: folders may move.
 FREE = {"out_dir", "workers", "log_every", "save_every", "resume", "max_bad", "ask", "question"}
 TESTED_ON = {"eval_data", "sugarcrepe", "photos", "references", "probe_data", "probe", "probe_l2", "probe_steps", "real",
-             "in9", "objectnet", "mit_states", "eval_images", "shots"}  # fmt: skip
+             "in9", "objectnet", "mit_states", "eval_images", "shots", "inception"}  # fmt: skip
 PATHS = {**dict.fromkeys((*TESTED_ON, "data", "after"), 1), **dict.fromkeys(("embeddings", "tree", "tokenizer"), 2), "init": 3}
 
 

@@ -524,7 +524,7 @@ class InMemory:
 
     def __next__(self):
         parts, place, end = [], self.first, self.first + self.local
-        while place < end:
+        while place < end:  # a set smaller than a batch: several epochs in one
             epoch, at = divmod(place, self.length)
             if epoch != self.epoch:  # the order lies on the device: rows sent there at each step would be waited for
                 order = np.random.default_rng((self.seed, epoch)).permutation(self.total)

@@ -58,7 +58,7 @@ class RunLog:
         (self.dir / "metrics.json").unlink(missing_ok=True)  # not done any more
         write_json(self.dir / "config.json", {**asdict(cfg), "processes": env.world, "versions": versions()})
         path = self.dir / "log.jsonl"
-        lines = self._lines(path)
+        lines = _lines(path)
         with open(f"{path}.tmp", "w") as f:  # a resumed run goes on after its checkpoint; later lines are written again
             f.writelines(json.dumps(line) + "\n" for line in lines if line["step"] < start)
         os.replace(f"{path}.tmp", path)
@@ -67,28 +67,6 @@ class RunLog:
             torch.cuda.reset_peak_memory_stats()  # several runs may share a process
         pause = 0.5 if sys.stderr.isatty() else 20  # seconds; a log file wants few lines
         self.bar = tqdm(total=self.total, initial=start, desc=name, unit="step", dynamic_ncols=True, mininterval=pause)
-
-    @staticmethod
-    def _lines(path) -> list[dict]:
-        out = []
-        if os.path.exists(path):
-            for line in Path(path).read_text().splitlines():
-                try:
-                    line = json.loads(line)
-                    out.append({**line, "step": int(line["step"])})
-                except (ValueError, TypeError, KeyError):  # the line that a kill cut short
-                    break
-        return out
-
-    def history(self, *keys) -> dict[str, tuple[list, list]]:
-        """key -> (steps, values), as far as logged: for the curves. All keys, or those asked for."""
-        out: dict[str, tuple[list, list]] = {}
-        for line in self._lines(self.dir / "log.jsonl"):
-            for key in line.keys() & set(keys) if keys else line.keys() - {"step"}:
-                xs, ys = out.setdefault(key, ([], []))
-                xs.append(line["step"])
-                ys.append(line[key])
-        return out
 
     def tick(self, step: int) -> None:
         """Once a step, after it: moves the bar. What follows the last one, without steps, is the evaluation."""
@@ -126,6 +104,24 @@ class RunLog:
             write_json(self.dir / "metrics.json", metrics)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
+
+
+def _lines(path) -> list[dict]:
+    out = []
+    if os.path.exists(path):
+        for line in Path(path).read_text().splitlines():
+            try:
+                line = json.loads(line)
+                out.append({**line, "step": int(line["step"])})
+            except (ValueError, TypeError, KeyError):  # the line that a kill cut short
+                break
+    return out
+
+
+def history(folder, *keys) -> dict[str, tuple[list, list]]:
+    """key -> (steps, values) of a run's log.jsonl, as far as written: for the curves."""
+    lines = _lines(Path(folder, "log.jsonl"))
+    return {k: ([x["step"] for x in lines if k in x], [x[k] for x in lines if k in x]) for k in keys}
 
 
 def table(rows: list[list], head: list[str]) -> str:

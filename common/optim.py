@@ -62,17 +62,13 @@ class Lars(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            grads, scaled = [p.grad for p in params], [i for i, p in enumerate(params) if p.ndim != 1]
-            if scaled:
-                w = [params[i] for i in scaled]
-                g = torch._foreach_add([grads[i] for i in scaled], w, alpha=group["weight_decay"])
-                for i, x, a, b in zip(scaled, g, torch._foreach_norm(w), torch._foreach_norm(g)):
-                    grads[i] = x * torch.where((a > 0) & (b > 0), self.trust * a / b, 1.0)
-            for p in params:
+            for p in (p for p in group["params"] if p.grad is not None):
+                g = p.grad
+                if p.ndim != 1:
+                    g = g + group["weight_decay"] * p
+                    w, u = p.norm(), g.norm()
+                    g = g * torch.where((w > 0) & (u > 0), self.trust * w / u, 1.0)
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-            momenta = [self.state[p]["momentum"] for p in params]
-            torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, grads)
-            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+                m = self.state[p]["momentum"].mul_(group["momentum"]).add_(g)
+                p.sub_(m, alpha=group["lr"])

@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 import sys
 from collections import Counter
@@ -53,7 +52,7 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, torchrun and python -m all find common/
 
 from common import augment, ckpt, cli, data, ddp, metrics, optim, plot, scenes
-from common.log import RunLog, table, write_json
+from common.log import RunLog, history, table, write_json
 from common.resnet import ResNet
 from common.tokenizer import Tokenizer
 from common.vit import TextTransformer, ViT, trim
@@ -617,7 +616,7 @@ def train(cfg: Config) -> dict:
     if env.is_main:
         ckpt.export(out / "model.safetensors", model.state_dict(), recipe=cfg.recipe, extra=extra)
         tok.save(out / "merges.txt")
-        plot.save(plot.lines(log.history("loss", "weak", "strong", "extra"), log.name, y="loss"), out / "curves.png")
+        plot.save(plot.lines(history(log.dir, "loss", "weak", "strong", "extra"), log.name, y="loss"), out / "curves.png")
         draw_views(source, views, out / "samples" / "views.png")
         if tests[0].retrieval:
             draw_retrieval(model, tests[0], tok, cfg, env.device, out / "samples" / "retrieval.png")
@@ -713,11 +712,7 @@ def report(cfg, recipes, extras, scores):
                 rows.append([words, one, mean, f"{mean - one:+.1f}", paper])
     if rows:
         print("\n" + table(rows, [f"claim ({key.replace('_', '-')})", "baseline", "method", "difference", "paper"]))
-    curves = {}
-    for r, e in scores:
-        lines = map(json.loads, (Path(cfg.out_dir) / f"{r}_{e}" / "log.jsonl").read_text().splitlines())
-        points = [(line["step"], line["weak"]) for line in lines if "weak" in line]
-        curves[f"{r} + {e}" if e != "none" else r] = tuple(map(list, zip(*points)))
+    curves = {f"{r} + {e}" if e != "none" else r: history(f"{cfg.out_dir}/{r}_{e}", "weak")["weak"] for r, e in scores}
     plot.save(plot.lines(curves, "contrastive loss of the weak pairs (training)"), Path(cfg.out_dir, "curves.png"))
     print(f"\npictures, curves and weights: {cfg.out_dir}")
 

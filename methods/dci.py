@@ -56,7 +56,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, 
 
 from common import ckpt, cli, data, ddp, metrics, optim, plot, scenes, zoo
 from common.dit import read_tensors
-from common.log import RunLog, table, write_json
+from common.log import RunLog, history, table, write_json
 from common.tokenizer import Tokenizer
 from common.vit import ACTS, CLIP, load_clip, trim
 
@@ -937,7 +937,7 @@ def train(cfg: Config) -> dict:
         act = next(name for name, f in ACTS.items() if f is model.visual.blocks[0].mlp.act)
         heads = {name: getattr(model, name).blocks[0].attn.heads for name in ("visual", "text")}
         ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms, act=act, heads=heads, **model.sizes)
-        plot.save(plot.lines(log.history("loss"), cfg.arms, y="loss"), out / "curves.png")
+        plot.save(plot.lines(history(log.dir, "loss"), cfg.arms, y="loss"), out / "curves.png")
     log.finish(result)
     return result
 

@@ -51,7 +51,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, 
 
 from common import ckpt, cli, data, ddp, metrics, optim, plot, scenes, zoo
 from common.dit import DiT
-from common.log import RunLog, table, write_json
+from common.log import RunLog, history, table, write_json
 from common.tokenizer import Tokenizer
 from common.vae import load_vae
 from common.vit import load_clip, trim
@@ -946,7 +946,7 @@ def train(cfg, env, vae, world):
     shown.load_state_dict({**model.state_dict(), **ema.shadow})
     if env.is_main:
         ckpt.export(out / "model.safetensors", shown.state_dict())
-        plot.save(plot.lines(log.history("loss"), "public model", y="loss"), out / "curves.png")
+        plot.save(plot.lines(history(log.dir, "loss"), "public model", y="loss"), out / "curves.png")
     log.close()
     return shown
 

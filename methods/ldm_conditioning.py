@@ -31,7 +31,6 @@ Uses       common/augment.py ckpt.py cli.py data.py ddp.py dit.py log.py metrics
 from __future__ import annotations
 
 import copy
-import json
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -48,7 +47,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, 
 
 from common import augment, ckpt, cli, data, ddp, metrics, optim, plot, scenes, zoo
 from common.dit import Attention, DiT, Mlp, modulate, read_tensors, sincos_2d, time_features
-from common.log import RunLog, table, write_json
+from common.log import RunLog, history, table, write_json
 from common.tokenizer import Tokenizer
 from common.vae import load_vae
 from common.vit import load_clip, trim
@@ -774,7 +773,7 @@ def train(cfg: Config) -> dict:
         kept = {k: getattr(cfg, k) for k in ("conditioning", "task", "objective", "control_power", "slots", "beta_txt")}
         kept |= {"base_size": cfg.base_size or cfg.image_size, "extent": model.extent}
         ckpt.export(out / "model.safetensors", shown.state_dict(), dit=model.dit.config, vae=vae.fingerprint(), config=kept)
-        plot.save(plot.lines(log.history("loss", "val_loss"), out.name, y="loss"), out / "curves.png")
+        plot.save(plot.lines(history(log.dir, "loss", "val_loss"), out.name, y="loss"), out / "curves.png")
         draw(shown, vae, world, items, cfg, env.device, out / "samples")
     log.finish(result)
     return result
@@ -887,10 +886,7 @@ def show(cfg, scores):
     head = f"{cfg.objective}, equal updates" + (f" at {cfg.image_size} px, pre-training not counted" if cfg.init else "")
     print("\n" + table(rows, [head, *scores, "difference", "paper"]))
     if cfg.eval_every and "fd" in arms[0]:
-        curves = {}
-        for name in scores:
-            lines = map(json.loads, Path(cfg.out_dir, name.replace(" ", "_"), "log.jsonl").read_text().splitlines())
-            curves[name] = tuple(map(list, zip(*[(line["step"] + 1, line["fd"]) for line in lines if "fd" in line])))
+        curves = {name: history(Path(cfg.out_dir, name.replace(" ", "_")), "fd")["fd"] for name in scores}
         plot.save(plot.lines(curves, "Frechet distance by updates"), Path(cfg.out_dir, "fd.png"))
     print(f"\npictures, curves and weights: {cfg.out_dir}")
 

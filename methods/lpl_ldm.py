@@ -29,7 +29,7 @@ Differs    from the paper: a class-conditional DiT in place of mmDiT, no text; p
            script for SDXL, "timestep < 200", far tighter). Statistics are the prediction's, of each channel over all its
            pixels (there, --norm cross: the target's norm over channels); outliers count in them, not in the error. Constant
            and tiny maps give no NaN. With several processes the mean is over all gated samples.
-           Left out: L1 distance, separate statistics, FID and CLIPScore on real data.
+           Left out: L1 distance, separate statistics, CLIPScore on real data.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
            vae.py vit.py zoo.py and weights/   (copy these with this file)
 """
@@ -53,7 +53,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, 
 
 from common import ckpt, cli, data, ddp, metrics, optim, plot, scenes, zoo
 from common.dit import DiT, load_dit
-from common.log import RunLog, table, write_json
+from common.log import RunLog, history, table, write_json
 from common.vae import load_vae, read_tensors
 
 
@@ -529,7 +529,7 @@ def train(cfg: Config, arm: str) -> dict:
                             rows_of_text=1), out / "samples" / "samples.png")  # fmt: skip
     if env.is_main:
         keys = ("loss", "diffusion", "lpl") if arm == "lpl" else ("loss",)
-        plot.save(plot.lines(log.history(*keys), arm, y="loss"), out / "curves.png")
+        plot.save(plot.lines(history(log.dir, *keys), arm, y="loss"), out / "curves.png")
     log.finish(result)
     return result
 
@@ -538,7 +538,7 @@ def phase_one(cfg: Config) -> Config:
     """The settings that phase 1 depends on, so that runs with other arms may start from it (--after)."""
     plain = Config()
     method = ("after", "weight", "lpl_start", "tau", "norm", "detach_stats", "mask", "depth_weights", "recompute", "guidance",
-              "sample_steps", "samples", "eval_every")  # fmt: skip
+              "sample_steps", "samples", "inception", "eval_every")  # fmt: skip
     return replace(
         cfg, out_dir=str(Path(cfg.out_dir, "pretrain")), steps=cfg.pretrain, **{k: getattr(plain, k) for k in method}
     )

@@ -46,7 +46,7 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, torchrun and python -m all find common/
 
 from common import augment, ckpt, cli, data, ddp, metrics, optim, plot, scenes
-from common.log import RunLog, table, write_json
+from common.log import RunLog, history, table, write_json
 from common.resnet import ResNet, WideResNet
 from common.vit import ViT, load_dino
 
@@ -658,7 +658,7 @@ def train(cfg: Config) -> dict:
     log.write(cfg.steps - 1, **result)
     if env.is_main:
         ckpt.export(out / "model.safetensors", net.state_dict(), method=cfg.method, stage=cfg.stage, classes=world.classes)
-        plot.save(plot.lines(log.history("loss", "labelled", "unlabelled"), log.name, y="loss"), out / "curves.png")
+        plot.save(plot.lines(history(log.dir, "loss", "labelled", "unlabelled"), log.name, y="loss"), out / "curves.png")
         if isinstance(world.test, dict):
             draw_clusters(scores, y, world, cfg, out / "samples" / "clusters.png")
     log.finish(result)

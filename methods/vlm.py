@@ -50,7 +50,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, 
 
 from common import ckpt, cli, data, ddp, metrics, optim, plot, scenes, vae
 from common.dit import sincos_2d
-from common.log import RunLog, table, write_json
+from common.log import RunLog, history, table, write_json
 from common.tokenizer import Tokenizer
 from common.vision import torchvision
 from common.vit import Block, TextTransformer, ViT
@@ -1346,8 +1346,7 @@ def train(cfg: Config) -> dict:
         tok.save(out / "merges.txt")
         ckpt.export(out / "model.safetensors", model.state_dict(), arm=cfg.arms)
         names = ("loss", "contrastive", "caption", "qa", "gc", "itm", "mim", "mlm", "mmm_img", "mmm_txt", "box")
-        found = log.history(*names)
-        plot.save(plot.lines({n: found[n] for n in names if n in found}, cfg.arms), out / "curves.png")
+        plot.save(plot.lines(history(log.dir, *names), cfg.arms), out / "curves.png")
         if hasattr(model, "caches"):
             draw_answers(model, tok, test, cfg, env, out / "samples" / "answers.png")
     log.finish(result)

@@ -48,7 +48,7 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, torchrun and python -m all find common/
 
 from common import augment, ckpt, cli, data, ddp, metrics, optim, plot, scenes
-from common.log import RunLog, table, write_json
+from common.log import RunLog, history, table, write_json
 from common.resnet import ResNet
 from common.tokenizer import Tokenizer
 from common.vit import TextTransformer, trim
@@ -666,7 +666,7 @@ def train(cfg: Config) -> dict:
     if env.is_main:
         ckpt.export(out / "model.safetensors", model.state_dict(), method=cfg.method, graph=cfg.graph)
         if cfg.steps:
-            plot.save(plot.lines(log.history("loss", "kl"), log.name, y="loss"), out / "curves.png")
+            plot.save(plot.lines(history(log.dir, "loss", "kl"), log.name, y="loss"), out / "curves.png")
         if isinstance(world.tests["test"], dict):
             draw_neighbours(model, world, cfg, env, out / "samples" / "neighbours.png")
     log.finish(result)
@@ -811,12 +811,7 @@ def report(cfg, scores):
         rows = [[text, x, y, f"{y - x:+.1f}", paper] for x, y, text, paper in pairs]
         if rows:
             print("\n" + table(rows, ["claim", "baseline", "X-CLR", "difference", "paper"]))
-    curves = {}
-    for m, c in scores:
-        lines = map(json.loads, Path(arm_of(cfg, m, c).out_dir, "log.jsonl").read_text().splitlines())
-        points = [(line["step"], line["kl"]) for line in lines if "kl" in line]
-        if points:
-            curves[f"{m}, {c}"] = tuple(map(list, zip(*points)))
+    curves = {f"{m}, {c}": history(arm_of(cfg, m, c).out_dir, "kl")["kl"] for m, c in scores}
     plot.save(plot.lines(curves, "loss above its floor (training)", y="KL"), Path(cfg.out_dir, "curves.png"))
     print(f"\npictures, curves and weights: {cfg.out_dir}")
 

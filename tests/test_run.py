@@ -10,7 +10,7 @@ from torch import nn
 
 from common import ckpt, cli, plot
 from common.ddp import Env
-from common.log import RunLog, table
+from common.log import RunLog, history, table
 
 ENV = Env(0, 1, torch.device("cpu"))
 
@@ -166,7 +166,7 @@ def test_log_is_one_json_object_a_line_and_resumes(tmp_path):
     log.finish({"a": 1.0})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(x["step"], x["loss"]) for x in lines] == [(0, 0.0), (1, 1.0), (2, 9.0)] and "items_per_s" in lines[0]
-    assert log.history("loss")["loss"] == ([0, 1, 2], [0.0, 1.0, 9.0])
+    assert history(log.dir, "loss")["loss"] == ([0, 1, 2], [0.0, 1.0, 9.0])
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["lr"] == 0.1 and saved["versions"]["torch"] == torch.__version__
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"a": 1.0}
