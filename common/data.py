@@ -11,12 +11,15 @@ cut the same global batch into parts, and augmentation seeded by the position is
 
 from __future__ import annotations
 
+import csv
+import gzip
 import hashlib
 import io
 import json
 import os
 import tarfile
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -310,6 +313,29 @@ class Latents:
 
     def __getstate__(self):
         return {**self.__dict__, "open": {}}
+
+
+def read_rows(path, needed=()) -> list[dict[str, str]]:
+    """Rows of a csv or tsv (or .gz) that has these columns, in each row; one sentence for anything else."""
+    form = f"a table with the columns {', '.join(needed)}" if needed else "a table"
+    try:
+        raw = Path(path).read_bytes()
+        text = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; expected {form}") from None
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read as a text table ({type(error).__name__})") from error
+    tabs = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if str(path).removesuffix(".gz").endswith(".tsv") else {}
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), **tabs))
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a table ({error})") from error
+    if any(None in r for r in rows):
+        raise ValueError(f"{path} has a row with more cells than columns; put cells with commas into quotes")
+    missing = [c for c in needed if not rows or any(r.get(c) is None for r in rows)]
+    if missing:
+        raise ValueError(f"{path} needs the columns {', '.join(needed)}; {missing[0]} is missing, or there are no rows")
+    return rows
 
 
 # Order and batches --------------------------------------------------------------------------------------------------

@@ -557,7 +557,7 @@ def _normalised(images, kind):
     return (x - mean) / std
 
 
-def _short_side(img, size, crop):
+def short_side(img, size, crop):
     """Resize and CenterCrop of torchvision: the long side is rounded down, the crop's place to the nearest even."""
     img = img.resize([size * s // min(img.size) for s in img.size], Image.BICUBIC)
     left, top = (round((s - crop) / 2) for s in img.size)
@@ -567,10 +567,10 @@ def _short_side(img, size, crop):
 def dino_input(images, crop: bool = False, size: int = 224) -> torch.Tensor:
     """PIL images -> (B, 3, size, size) for DINOv2. FD-DINOv2's code squashes to a square; crop: DINOv2's own transform,
     short side to 256 of 224, then the centre. Bicubic with antialiasing. Numbers of the two differ."""
-    how = (lambda i: _short_side(i, size * 8 // 7, size)) if crop else lambda i: i.resize((size, size), Image.BICUBIC)
+    how = (lambda i: short_side(i, size * 8 // 7, size)) if crop else lambda i: i.resize((size, size), Image.BICUBIC)
     return _normalised([how(i.convert("RGB")) for i in images], "dino")
 
 
 def clip_input(images, size: int = 224) -> torch.Tensor:
     """PIL images -> (B, 3, size, size) for CLIP: short side to `size`, bicubic, then the centre."""
-    return _normalised([_short_side(i.convert("RGB"), size, size) for i in images], "clip")
+    return _normalised([short_side(i.convert("RGB"), size, size) for i in images], "clip")

@@ -34,8 +34,6 @@ Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.p
 from __future__ import annotations
 
 import base64
-import csv
-import gzip
 import hashlib
 import io
 import json
@@ -408,8 +406,8 @@ def read_boxes(folder, split, min_side, allow_missing=False, max_bad=0.01) -> li
     """Shards with captions and boxes (data_prep/coco.py): the picture with its captions, one box of each class with its name;
     negatives exchange words, or the name for that of another class. Damaged pictures of the test split are refused."""
     source, out, number, damaged, mute = data.Shards(folder, split), [], 0, 0, 0
-    seen = hashlib.blake2b(repr(source.manifest["shards"]).encode(), digest_size=6).hexdigest()  # other shards, other pictures
-    pictures = Path(folder, ".pictures", seen)
+    seen = hashlib.blake2b(repr(source.manifest.get("shards", source.names)).encode(), digest_size=6).hexdigest()
+    pictures = Path(folder, ".pictures", seen)  # other shards, other pictures
     pictures.mkdir(parents=True, exist_ok=True)
     for shard, size in enumerate(source.sizes):
         for row in range(size):
@@ -588,15 +586,8 @@ class Crops:
         return {"image": img.crop(item.box) if item.box else img, "row": row}
 
     def view(self, sample, rng=None):
-        """What the model sees of it; every time the same."""
-        return {**sample, "image": square(sample["image"], self.size)}
-
-
-def square(img, size):
-    """CLIP's view, (size, size, 3) uint8: short side to size, bicubic, then the centre; long crops lose their ends."""
-    img = img.resize([size * v // min(img.size) for v in img.size], Image.BICUBIC)
-    x, y = (round((v - size) / 2) for v in img.size)
-    return np.asarray(img.crop((x, y, x + size, y + size)))
+        """What CLIP sees of it, every time the same: short side to size, then the centre; long crops lose their ends."""
+        return {**sample, "image": np.asarray(metrics.short_side(sample["image"], self.size, self.size))}
 
 
 def collate(parts):
@@ -647,8 +638,7 @@ def picture_features(model, items, env, part=64):
             raise ValueError(f"{error}; the test needs every photo") from error
         f = F.normalize(model.encode_image(normalised(collate(rows)["image"].to(env.device))).float(), dim=1)
         out.append((i, f.cpu()))
-    out = ddp.gather_lists(out) if env.world > 1 else out
-    return torch.cat([f for _, f in sorted(out, key=lambda x: x[0])]).to(env.device)
+    return torch.cat([f for _, f in sorted(ddp.gather_lists(out), key=lambda x: x[0])]).to(env.device)
 
 
 TESTS = {  # official name: items, captions of each, negatives -> columns; "": not reported
@@ -677,14 +667,11 @@ def official_tests(model, tok, items, features, env, batch=8) -> dict[str, float
             scores = (f @ texts.T).view(len(part), len(part), count)
             sums += torch.tensor([subcrop_matching(scores) * len(part), len(part), 0, 0])
             wrong = [hardest(i) if negative == "hardest" else (i.negatives.get(kind) or [])[:1] for i in part]
-            ends = np.cumsum([0, *map(len, wrong)])
-            f_wrong = text_features(model, tok, [t for texts in wrong for t in texts], env.device)
-            for row, (i, j) in enumerate(zip(ends[:-1], ends[1:])):
-                if j > i:
-                    t = f[row : row + 1] @ f_wrong[i:j].T
-                    sums += torch.tensor([0, 0, beats_negatives(scores[row, row][None], t), 1])
-        if env.world > 1:
-            torch.distributed.all_reduce(sums := sums.to(env.device))
+            f_wrong = text_features(model, tok, [t for texts in wrong for t in texts], env.device).split([*map(len, wrong)])
+            for row, t in enumerate(f_wrong):
+                if len(t):
+                    sums += torch.tensor([0, 0, beats_negatives(scores[row, row][None], f[row : row + 1] @ t.T), 1])
+        sums = ddp.all_sum(sums.to(env.device))
         for name, right, total in ((columns[0], sums[0], sums[1]), (columns[1], sums[2], sums[3])):
             if name and total:
                 out[name] = 100 * (right / total).item()
@@ -731,29 +718,18 @@ def extra_tests(model, tok, items, f, env) -> dict[str, float]:
 
 def sugarcrepe(model, tok, cfg, env) -> dict[str, float]:
     """Percent right by kind: the picture (text only: another caption of it) is nearer to the caption than to the negative."""
-
-    def rows_of(path):
-        raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8")
-        return list(csv.DictReader(io.StringIO(text, newline="")))  # a cell may hold a line break
-
-    tables, found = f"{cfg.sugarcrepe}, {cfg.references or cfg.photos}", {}
-    try:
-        rows = rows_of(cfg.sugarcrepe)
-        if not rows or {"kind", "file", "caption", "negative_caption"} - rows[0].keys():
-            raise ValueError("expected the columns kind, file, caption, negative_caption")
-        if cfg.photos:
-            files = {p.name: p for p in Path(cfg.photos).rglob("*.jpg")}
-            rows = [r for r in rows if r["file"] in files]
-        else:  # a row's picture is stood for by the first of its captions that is not the row's own
-            for r in rows_of(cfg.references):
-                found.setdefault(int(r["image_id"]), []).append(r["caption"])
-            other = [next((c for c in found.get(int(Path(r["file"]).stem), []) if c != r["caption"]), "") for r in rows]
-            rows, other = [r for r, c in zip(rows, other) if c], [c for c in other if c]
-        if not rows:
-            raise ValueError("no row has its picture there")
-    except (KeyError, ValueError, EOFError, TypeError) as error:
-        raise ValueError(f"{tables}: not the expected tables and pictures ({error})") from error
+    rows = data.read_rows(cfg.sugarcrepe, ("kind", "file", "caption", "negative_caption"))
+    if cfg.photos:
+        files = {p.name: p for p in Path(cfg.photos).rglob("*.jpg")}
+        rows = [r for r in rows if r["file"] in files]
+    else:  # a row's picture is stood for by the first of its captions that is not the row's own
+        found: dict[str, list[str]] = {}
+        for r in data.read_rows(cfg.references, ("image_id", "caption")):
+            found.setdefault(r["image_id"].lstrip("0"), []).append(r["caption"])
+        other = [next((c for c in found.get(Path(r["file"]).stem.lstrip("0"), []) if c != r["caption"]), "") for r in rows]
+        rows, other = [r for r, c in zip(rows, other) if c], [c for c in other if c]
+    if not rows:
+        raise ValueError(f"{cfg.sugarcrepe}, {cfg.photos or cfg.references}: no row has its picture there")
     if cfg.photos:
         names = sorted({r["file"] for r in rows})
         place = {n: i for i, n in enumerate(names)}
@@ -1035,7 +1011,7 @@ def draw_items(items, path) -> None:
     cut = {i.image for i in items if i.key != "base"}
     chosen = [i for i in items if i.image in cut][:8]
     pictures = [data.decode_image(Path(i.photo).read_bytes(), i.photo) for i in chosen]
-    shown = [square(p.crop(i.box) if i.box else p, 128) for p, i in zip(pictures, chosen)]
+    shown = [np.asarray(metrics.short_side(p.crop(i.box) if i.box else p, 128, 128)) for p, i in zip(pictures, chosen)]
     wrong = [next((t for k in ("swaps", "rule") for t in i.negatives.get(k, [])), "") for i in chosen]
     texts = [f"{i.captions[0]}  NOT: {w}" if w else i.captions[0] for i, w in zip(chosen, wrong)]
     plot.save(plot.grid(shown, 4, texts, None, "crops, captions and negatives", 210, 6), path)

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -315,12 +316,9 @@ def solve(f, target, low, high, tolerance=1e-4, limit=200):
 
 
 def first(fits, most=1 << 50):
-    """The smallest whole number from 1 on that fits, by doubling and halving, where all larger ones fit, too; None: none up to
-    most."""
+    """The smallest whole number from 1 on that fits, by doubling and halving, where all larger ones fit, too; or most."""
     high = 1
-    while not fits(high):
-        if high >= most:
-            return None
+    while high < most and not fits(high):
         high *= 2
     low = high // 2
     while high - low > 1:
@@ -332,9 +330,7 @@ def first(fits, most=1 << 50):
 def reachable(eps, delta):
     """ValueError for an epsilon that no amount of noise gives: to_epsilon() of nothing at all is above 0."""
     if to_epsilon(ORDERS, np.zeros(len(ORDERS)), delta)[0] >= eps:
-        raise ValueError(
-            f"epsilon {eps:g} is below what these orders certify at delta {delta:.2g}, whatever the noise; raise it"
-        )
+        raise ValueError(f"epsilon {eps:g} is below what these orders certify at delta {delta:.2g} with any noise: raise it")
 
 
 def whole_k(eps, q, sigma, steps, delta):
@@ -360,9 +356,8 @@ def find_q(eps, k, sigma, steps, delta):
 
 
 def find_queries(eps, q, z, delta):
-    """Largest number of queries whose epsilon is at most eps; 2^50 if it is larger still."""
-    too_many = first(lambda T: epsilon(q, z, T, delta) > eps)
-    return too_many - 1 if too_many else 1 << 50
+    """Largest number of queries below 2^50 whose epsilon is at most eps."""
+    return first(lambda T: epsilon(q, z, T, delta) > eps) - 1
 
 
 class Random:
@@ -414,7 +409,8 @@ class Ledger:
     def __init__(self, path, budget: float, delta: float, bank: str = ""):
         if not budget > 0 or not 0 < delta < 1:
             raise ValueError(f"budget {budget} must be above 0 and delta {delta} in (0, 1)")
-        self.path, self.budget, self.delta, self.cache = Path(path), float(budget), float(delta), {}
+        self.path, self.budget, self.delta = Path(path), float(budget), float(delta)
+        self.rdp = functools.cache(lambda q, z: rdp(q, z, ORDERS))
         self.head = {"budget": self.budget, "delta": self.delta, "bank": bank}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked():
@@ -451,10 +447,10 @@ class Ledger:
             for line in lines[1:]:
                 c = json.loads(line)
                 key, queries = (float(c["q"]), float(c["z"])), int(c["queries"])
-                if not (0 < key[0] <= 1 and key[1] > 0 and queries > 0 and queries == c["queries"]):
+                if not (0 < key[0] <= 1 and 0 < key[1] < math.inf and 0 < queries == c["queries"]):
                     raise ValueError(f"impossible charge {line}")
                 charges[key] = charges.get(key, 0) + queries
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{self.path} is damaged ({error}); without it the spent budget is unknown: restore it") from error
         if differ:
             what = ", ".join(differ)  # no values: the fingerprint is private
@@ -466,20 +462,13 @@ class Ledger:
         file.flush()
         os.fsync(file.fileno())
 
-    def _rdp(self, q, z):
-        if (q, z) not in self.cache:
-            self.cache[q, z] = rdp(q, z, ORDERS)
-        return self.cache[q, z]
-
     def _epsilon(self, charges):
-        total = sum((n * self._rdp(q, z) for (q, z), n in charges.items()), np.zeros(len(ORDERS)))
+        total = sum((n * self.rdp(q, z) for (q, z), n in charges.items()), np.zeros(len(ORDERS)))
         return to_epsilon(ORDERS, total, self.delta)[0] if charges else 0.0
 
     def charge(self, q: float, z: float, queries: int = 1) -> None:
         if not 0 < q <= 1 or not z > 0 or queries < 1 or queries != int(queries):
-            raise ValueError(
-                f"a charge needs q {q} in (0, 1], a noise multiplier {z} above 0, {queries} a whole number from 1 on"
-            )
+            raise ValueError(f"a charge needs q {q} in (0, 1], a noise multiplier {z} above 0, {queries} a whole number > 0")
         with self._locked() as (file, charges):
             self._refuse(charges, q, z, queries)
             self._append(file, {"q": q, "z": z, "queries": int(queries)})
@@ -673,8 +662,9 @@ def open_folders(cfg, embed) -> World:
     if not (cfg.clip and cfg.vae):
         print("without --clip and --vae the stand-ins are used, which know generated scenes only", file=sys.stderr)
     labelled = classes and int(labels.max()) >= 0  # COCO's classes are those of boxes
-    if labelled and min(int(labels[r]) for r in rows) < 0:
-        raise ValueError(f"{cfg.private}: some pictures of the split {held_out} have no label; prepare them again")
+    if labelled and not all(0 <= int(labels[r]) < len(classes) for r in rows):
+        raise ValueError(f"{cfg.private}: some pictures of the split {held_out} have no label, or one outside the classes; "
+                         "prepare them again")  # fmt: skip
     if labelled:
         prompts = [f"a photo of a {classes[int(labels[r])].replace('_', ' ')}" for r in rows]
     else:
@@ -744,9 +734,7 @@ class Answers:
         rows = np.fromfile(self.path) if self.path.exists() else np.zeros(0)
         self.given = torch.from_numpy(rows[: len(rows) // d * d].reshape(-1, d))
         if len(self.given) > ledger.queries():
-            raise ValueError(
-                f"{self.path} holds more answers than {ledger.path} has charges: they were paid from another ledger"
-            )
+            raise ValueError(f"{self.path} holds more answers than {ledger.path} has charges: paid from another ledger")
         ledger.check(arm.q, arm.sigma * arm.k / 2, len(queries) - len(self.given))  # all that are missing, or none
 
     def add(self, answer):
@@ -839,21 +827,16 @@ def evaluate(model, vae, features, real, embed, world, arm, cfg, env, out) -> tu
 def clopper_pearson(hits, n, confidence=0.99):
     """Exact interval of a binomial share."""
 
+    i = torch.arange(n + 1, dtype=torch.float64)
+    ways = math.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma(n - i + 1)
+
     def at_least(p, k):  # P(X >= k)
-        if k <= 0:
-            return 1.0
-        i = np.arange(k, n + 1)
-        log = math.lgamma(n + 1) - _lgamma(i + 1) - _lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
-        return float(np.exp(log).sum())
+        return (ways + i * math.log(p) + (n - i) * math.log1p(-p))[k:].exp().sum().item()
 
     side = (1 - confidence) / 2
     low = solve(lambda p: at_least(p, hits), side, 1e-12, 1 - 1e-12, 1e-9) if hits else 0.0
     high = solve(lambda p: 1 - at_least(p, hits + 1), side, 1e-12, 1 - 1e-12, 1e-9) if hits < n else 1.0
     return low, high
-
-
-def _lgamma(x):
-    return torch.lgamma(torch.from_numpy(np.asarray(x, np.float64))).numpy()
 
 
 def attack(k, sigma, q, delta, trials, seed=0, secretly=1.0):
@@ -1057,10 +1040,8 @@ def report(cfg, world, scores, pictures, out) -> None:
                              f"{s['fd'] - base['fd']:+.3g}", paper])  # fmt: skip
     print("\n" + table(rows, ["claim (Frechet distance)", "public", "private", "difference", "paper"]))
     budgets, charts = numbers(cfg.budgets, float), []
-    for key, title, y in (
-        ("fd", "distance to the private domain", "Frechet distance"),
-        ("colour", "prompt's colour right", "%"),
-    ):
+    for key, title, y in (("fd", "distance to the private domain", "Frechet distance"),
+                          ("colour", "prompt's colour right", "%")):  # fmt: skip
         curves = {}
         for a, s in scores.items():
             flat = not 0 < a.eps < math.inf  # the arms without a budget
@@ -1087,7 +1068,7 @@ def show_plan(cfg) -> dict:
     for q in rates:
         for T in numbers(cfg.queries, int):
             for eps in budgets:
-                exact, k = find_k(eps, q, cfg.sigma, T, delta), whole_k(eps, q, cfg.sigma, T, delta)
+                k = whole_k(eps, q, cfg.sigma, T, delta)
                 z = cfg.sigma * k / 2
                 rdp_eps, order = to_epsilon(ORDERS, T * rdp(q, z, ORDERS), delta)
                 end = " (end of the grid)" * (order >= ORDERS[-1] or order <= ORDERS[0])
@@ -1095,7 +1076,7 @@ def show_plan(cfg) -> dict:
                 needs.append([f"{q:g}", f"{T:,}", f"{eps:g}", f"{k:,}{doubt}", f"{z:.3f}", f"{rdp_eps:.3f}",
                               f"{order:g}{end}", f"{epsilon(q, z, T, delta, 'classic'):.3f}",
                               f"{epsilon_pld(q, z, T, delta):.3f}"])  # fmt: skip
-                out[f"k for epsilon {eps:g}, {T} queries, q {q:g}"] = exact
+                out[f"k for epsilon {eps:g}, {T} queries, q {q:g}"] = k
     for k in (8, 16, 32, 64, 128, 256):
         counts = [find_queries(eps, cfg.q, cfg.sigma * k / 2, delta) for eps in budgets]
         lasts.append([str(k), f"{cfg.sigma * k / 2:g}", *(f"{c:,}" for c in counts)])

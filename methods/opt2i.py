@@ -25,8 +25,6 @@ Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py plot.py
 from __future__ import annotations
 
 import base64
-import csv
-import gzip
 import hashlib
 import http.client
 import io
@@ -41,7 +39,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -283,6 +280,8 @@ class ChatClient:
                  token_field="max_tokens", log=None, replay=None):  # fmt: skip
         if not key.isprintable():
             raise ValueError("the key in the environment holds a line break or another character that no header can carry")
+        if base_url and not base_url.startswith(("http://", "https://")):
+            raise ValueError(f"{base_url} is no server's address: it has to begin with http:// or https://")
         self.base, self.model, self.key, self.timeout = base_url.rstrip("/"), model, key.strip() or "none", timeout
         self.retries, self.pause, self.fold, self.log = retries, pause, False, log
         self.options = {"temperature": temperature, token_field: max_tokens}
@@ -490,11 +489,7 @@ def read_tasks(path, limit, challenges="") -> list[Task]:
     """PartiPrompts (tsv: Prompt, Challenge), DrawBench (csv: Prompt), COCO (csv: image_id, caption; the first of an image),
     DSG-1k (csv: item_id, text, proposition_id, dependency, question_natural_language); plain or .gz."""
     try:
-        raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8-sig")
-        tabs = str(path).removesuffix(".gz").endswith(".tsv")
-        form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else {}
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), **form))
+        rows = data.read_rows(path)
         if "question_natural_language" in rows[0]:
             tasks: dict[str, Task] = {}
             for r in rows:
@@ -515,7 +510,7 @@ def read_tasks(path, limit, challenges="") -> list[Task]:
             if r[name]:
                 first.setdefault(r[group], r[name])
         return [Task(t) for t in first.values()][:limit]
-    except (OSError, ValueError, EOFError, csv.Error, zlib.error, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"--prompts {path} is not a table of PartiPrompts, DrawBench, COCO or DSG-1k "
                          f"({type(error).__name__}: {error})") from error  # fmt: skip
 
@@ -830,9 +825,7 @@ def check(cfg: Config) -> None:
     if cfg.clip and not cfg.tokenizer:
         raise ValueError("--clip needs --tokenizer, CLIP's merges file")
     if cfg.score == "dcs" and not cfg.prompts.isdigit() and not cfg.clip:
-        raise ValueError(
-            "--score dcs on prompts from a file needs --clip: the stand-in knows the words of generated prompts only"
-        )
+        raise ValueError("--score dcs on prompts from a file needs --clip: the stand-in knows generated prompts only")
     of_messages = [n for n in ("conciseness", "prioritise", "reasoning", "structure") if getattr(cfg, n) != getattr(Config, n)]
     if of_messages and not (cfg.llm_url or cfg.replay):
         raise ValueError(f"--{of_messages[0]} changes the message to a language model, which the stand-in does not read: give "
@@ -863,7 +856,7 @@ def claim_folder(out, tasks, cfg) -> None:
     config = out / "config.json"
     old = json.loads(config.read_text()) if config.exists() else {}
     if not cfg.resume:
-        for name in ("[0-9][0-9][0-9].*", "exchanges.jsonl", "vqa.jsonl", "curves.png", "metrics.json"):
+        for name in ("[0-9]*.json", "[0-9]*.png", "exchanges.jsonl", "vqa.jsonl", "curves.png", "metrics.json"):
             for path in out.glob(name):
                 path.unlink()
         return
@@ -916,9 +909,7 @@ def run(cfg: Config) -> dict:
                 write_json(out / f"{i:03d}.json", {"prompt": task.prompt, "refused": str(error)})
         if ddp.asked_to_stop():
             raise KeyboardInterrupt
-    usage = ddp.gather_lists([client.usage] if client else [])
-    if env.world > 1:
-        torch.distributed.barrier()
+    usage = ddp.gather_lists([client.usage] if client else [])  # after it, all results are written
     if not env.is_main:
         return {}
     results = [stored(out, i) for i in range(len(tasks))]

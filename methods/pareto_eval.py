@@ -35,18 +35,14 @@ Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py plot.py
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
 import re
 import sys
-import zlib
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -480,30 +476,8 @@ def beginnings(stem):
         stem = stem.rpartition("_")[0]
 
 
-def read_rows(path, needed) -> list[dict]:
-    """A csv or tsv (or .gz) with these columns; one sentence for anything else."""
-    try:
-        raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; expected a table with the columns {', '.join(needed)}") from None
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read as a text table ({type(error).__name__})") from error
-    form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if str(path).removesuffix(".gz").endswith(".tsv") else {}
-    try:
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), **form))
-    except csv.Error as error:
-        raise ValueError(f"{path} is not a table ({error})") from error
-    if any(None in r for r in rows):
-        raise ValueError(f"{path} has a row with more cells than columns; put cells with commas into quotes")
-    missing = [c for c in needed if not rows or any(r.get(c) is None for r in rows)]
-    if missing:
-        raise ValueError(f"{path} needs the columns {', '.join(needed)}; {missing[0]} is missing, or there are no rows")
-    return rows
-
-
 def read_prompts(path) -> list[Prompt]:
-    out = [Prompt(r["id"], r["prompt"], r.get("group") or "") for r in read_rows(path, ("id", "prompt"))]
+    out = [Prompt(r["id"], r["prompt"], r.get("group") or "") for r in data.read_rows(path, ("id", "prompt"))]
     if len({p.id for p in out}) < len(out):
         raise ValueError(f"{path} holds an id twice; ids must differ")
     return out
@@ -511,7 +485,7 @@ def read_prompts(path) -> list[Prompt]:
 
 def read_points(path) -> list[Point]:
     out = []
-    for r in read_rows(path, ("model", "knob", "value", "folder")):
+    for r in data.read_rows(path, ("model", "knob", "value", "folder")):
         try:
             given, folder = r.get("given") or "text", str(Path(path).parent / r["folder"])
             out.append(Point(r["model"], r["knob"], float(r["value"]), folder, given))
@@ -531,7 +505,7 @@ def read_points(path) -> list[Point]:
 def read_answers(path, key=("file",)) -> dict:
     """file, or another key -> (answers, parents)."""
     out: dict = {}
-    for r in read_rows(path, (*key, "question_id", "answer")):
+    for r in data.read_rows(path, (*key, "question_id", "answer")):
         answers, parents = out.setdefault(r[key[0]] if len(key) == 1 else tuple(r[k] for k in key), ({}, {}))
         answers[r["question_id"]] = r["answer"].strip().lower().rstrip(".").strip() == "yes"
         parents[r["question_id"]] = parse_parents(r.get("dependency_id"))
@@ -629,7 +603,7 @@ def kendall(a, b):
 def against_people(folder, transitive=True) -> dict[str, float]:
     """DSG scores of three VQA models' answers against the mean human rating of the same picture (TIFA160)."""
     ratings: dict[tuple, list] = {}
-    for r in read_rows(Path(folder, "tifa160_likert.csv.gz"), ("t2i_model", "item_id", "answer")):
+    for r in data.read_rows(Path(folder, "tifa160_likert.csv.gz"), ("t2i_model", "item_id", "answer")):
         try:
             ratings.setdefault((r["t2i_model"], r["item_id"]), []).append(float(r["answer"]))
         except ValueError:
@@ -673,8 +647,8 @@ def numbers(cfg, field) -> list[float]:
 def cached(source, point, cfg, prompts, folder) -> dict[str, torch.Tensor]:
     """measure() of the point, or what an earlier run kept of it."""
     where = point.folder if point else cfg.real
-    said = [asdict(point) if point and not where else where or "real", cfg.extractor, cfg.resize, cfg.clip, zoo_fingerprint(),
-            cfg.max_bad]  # fmt: skip
+    said = [bool(point), asdict(point) if point and not where else where, cfg.extractor, cfg.resize, cfg.clip, cfg.max_bad]
+    said.append([hashlib.blake2b(p.read_bytes(), digest_size=8).hexdigest() for p in sorted(zoo.WEIGHTS.glob("*.safetensors"))])
     given = [Path(f) for f in (cfg.weights, cfg.clip, cfg.tokenizer) if f]
     files = [f for g in given for f in (sorted(g.iterdir()) if g.is_dir() else [g]) if f.is_file()]
     files += data.Folder(where).files if where else []  # pictures that were changed are read again
@@ -695,16 +669,9 @@ def cached(source, point, cfg, prompts, folder) -> dict[str, torch.Tensor]:
         if not torch.isfinite(out["feature"]).all():
             raise ValueError(f"the features of {where or point or 'the real pictures'} hold NaN or infinity")
         if not point and (out["feature"] == out["feature"][0]).all():
-            raise ValueError(
-                f"all real pictures have the same features under --extractor {cfg.extractor}: nothing can be compared"
-            )
+            raise ValueError(f"all real pictures have the same features under --extractor {cfg.extractor}: nothing to compare")
         ckpt.export(path, out)
     return source.scored(point, out) if where else out
-
-
-@lru_cache
-def zoo_fingerprint() -> list:
-    return [hashlib.blake2b(p.read_bytes(), digest_size=8).hexdigest() for p in sorted(zoo.WEIGHTS.glob("*.safetensors"))]
 
 
 def check(cfg: Config) -> None:
@@ -883,7 +850,7 @@ def claims(cfg, rows, spread, names) -> list[list]:
     def add(text, a, b, key, paper):
         d = f"{rows[b][key] - rows[a][key]:+.3f}"
         if key in AXES:
-            d += f" +- {np.std([y[key] - x[key] for x, y in zip(spread[a], spread[b])]):.3f}"
+            d += f" +- {np.std([y[key] - x[key] for x, y in zip(spread[a], spread[b])] or [math.nan]):.3f}"
         out.append([text, f"{rows[a][key]:.3f}", f"{rows[b][key]:.3f}", d, paper])
 
     for name in names:
@@ -984,6 +951,9 @@ def by_group(cfg, prompts, real, sets, count, out, bare) -> dict:
         return {}
     ids = {g: [i for i, p in enumerate(prompts) if p.group == g and i not in bare] for g in groups}
     size = min(map(len, ids.values()))
+    if not size:
+        print(f"\nno table of groups: each prompt of {min(ids, key=lambda g: len(ids[g]))!r} lacks a picture of some model")
+        return {}
     kept, reals, why = [p for p in sets if p.knob != "top_m"], real_of_groups(groups, ids, size, real), ""
     if empty := [g for g in groups if not len(reals[g]["prompt"])]:
         why = f"a prompt of {empty[0]!r} has no real picture, and each of them should have as many"
@@ -1039,11 +1009,7 @@ def draw_samples(path, prompts, real, sets) -> None:
 
 def show_people(cfg) -> dict:
     """--people: the table of DSG against human ratings."""
-    try:
-        result = against_people(cfg.people)
-        official = against_people(cfg.people, transitive=False)
-    except KeyError as error:
-        raise ValueError(f"the files in {cfg.people} lack the column {error}") from error
+    result, official = (against_people(cfg.people, transitive) for transitive in (True, False))
     rows = [[v, f"{result[f'{v}_spearman']:.3f}", f"{result[f'{v}_kendall']:.3f}", f"{official[f'{v}_spearman']:.3f}"]
             for v in ("mplug", "instructblip", "pali17b")]  # fmt: skip
     print(f"DSG score against the mean human rating, {result['pictures']} pictures\n"

@@ -26,18 +26,14 @@ Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.p
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import itertools
 import json
 import math
 import re
 import sys
-import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -428,9 +424,7 @@ def box_loss(got, box):
     return F.l1_loss(got, box) * 4 + giou  # 4: summed over the coordinates
 
 
-def corners(box):
-    """(cx, cy, w, h) -> (x0, y0, x1, y1)"""
-    return torch.cat([box[..., :2] - box[..., 2:] / 2, box[..., :2] + box[..., 2:] / 2], -1)
+corners = partial(torchvision.ops.box_convert, in_fmt="cxcywh", out_fmt="xyxy")
 
 
 class CoCa(nn.Module):
@@ -679,20 +673,16 @@ def prepared(split, cfg, env) -> Pairs:
 
 @lru_cache(maxsize=1)  # the arms of a run share it
 def open_world(cfg, env) -> tuple[Pairs, Pairs, Tokenizer]:
-    train, test = open_pairs("train", cfg, env), open_pairs("test", cfg, env)
+    if cfg.data:
+        train, test = prepared("train", cfg, env), prepared("test", cfg, env)
+    else:
+        train, test = generated(cfg.pairs, cfg.seed, cfg, "train"), generated(cfg.eval_images, 1_000_003, cfg)
+    rng = np.random.default_rng((cfg.seed, 31))  # --noise: so many captions belong to other pictures
+    train.noisy = (rng.random(len(train.captions)) < cfg.noise) & [len(c) > 0 for c in train.captions]
+    rows = np.flatnonzero(train.noisy)
+    moved = {r: train.captions[other] for r, other in zip(rows, np.roll(rows, 1))}
+    train.captions = [moved.get(i, c) for i, c in enumerate(train.captions)]
     return train, test, make_tokenizer(train, cfg)
-
-
-def open_pairs(split, cfg, env) -> Pairs:
-    if split == "test":
-        return prepared("test", cfg, env) if cfg.data else generated(cfg.eval_images, 1_000_003, cfg)
-    pairs = prepared("train", cfg, env) if cfg.data else generated(cfg.pairs, cfg.seed, cfg, "train")
-    rng = np.random.default_rng((cfg.seed, 31))
-    pairs.noisy = (rng.random(len(pairs.captions)) < cfg.noise) & [len(c) > 0 for c in pairs.captions]
-    rows = np.flatnonzero(pairs.noisy)
-    moved = {r: pairs.captions[other] for r, other in zip(rows, np.roll(rows, 1))}
-    pairs.captions = [moved.get(i, c) for i, c in enumerate(pairs.captions)]
-    return pairs
 
 
 def rows_of(tok, prompts, answers, context):
@@ -776,8 +766,7 @@ def packed(pairs, tok, rng, length):
 def box_of(s, i, size):
     """Box of the i-th object as (cx, cy, w, h), shares of the picture."""
     objects = [n["box"] for n in scenes.tree(s, size) if n["parent"] == 0]
-    x0, y0, x1, y1 = (v / size for v in objects[i])
-    return torch.tensor([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dtype=torch.float32)
+    return torchvision.ops.box_convert(torch.tensor(objects[i]) / size, "xyxy", "cxcywh")
 
 
 def codebook(pairs, cfg, iters=10):
@@ -1113,20 +1102,12 @@ def compositional(score, cfg) -> dict:
 
 def read_sugarcrepe(path, keys) -> tuple[list[int], list[str], list[str], list[str]]:
     """Rows of the released table whose picture is one of keys -> its place there, true and wrong captions, kinds."""
-    try:
-        raw = Path(path).read_bytes()
-        raw = gzip.decompress(raw) if str(path).endswith(".gz") else raw
-        place = {Path(k).stem: i for i, k in enumerate(keys)}  # file names without their ending
-        every = csv.DictReader(io.StringIO(raw.decode("utf-8"), newline=""))  # a cell may hold a line break
-        rows = [r for r in every if Path(r["file"]).stem in place]
-        true, wrong, kinds = ([r[k] for r in rows] for k in ("caption", "negative_caption", "kind"))
-        if None in (*true, *wrong, *kinds):
-            raise ValueError("a row is not whole")
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, csv.Error) as error:
-        raise ValueError(f"--sugarcrepe {path}: no table of kind, file, caption, negative_caption ({error})") from error
+    place = {Path(k).stem: i for i, k in enumerate(keys)}  # file names without their ending
+    rows = data.read_rows(path, ("kind", "file", "caption", "negative_caption"))
+    rows = [r for r in rows if Path(r["file"]).stem in place]
     if not rows:
         raise ValueError(f"--sugarcrepe {path}: none of its pictures, COCO's val2017, is among the test pictures")
-    return [place[Path(r["file"]).stem] for r in rows], true, wrong, kinds
+    return [place[Path(r["file"]).stem] for r in rows], *([r[k] for r in rows] for k in ("caption", "negative_caption", "kind"))
 
 
 def sugarcrepe(score, seen, keys, cfg) -> dict:
@@ -1289,7 +1270,8 @@ def best_pairs(pairs, tok, cfg, env):
 def train(cfg: Config) -> dict:
     """One arm (cfg.arms names it), in cfg.out_dir. Returns its metrics."""
     env, out, family, extra = ddp.start(cfg.seed), Path(cfg.out_dir), ARMS[cfg.arms][0], {}
-    pairs, test, tok = open_world(replace(cfg, out_dir="", arms="", steps=0), env)
+    plain = {k: getattr(Config, k) for k in OPTIONS_OF}  # the same world for every arm, so that it is made once
+    pairs, test, tok = open_world(replace(cfg, out_dir="", arms="", steps=0, **plain), env)
     if cfg.arms == "filtered":
         if not isinstance(pairs.pictures, dict):
             raise ValueError(f"the arm filtered keeps pictures in memory, more than --memory_gb {cfg.memory_gb}")
@@ -1392,8 +1374,6 @@ def check(cfg: Config) -> None:
     if cfg.width < 16 or any(w % 8 for w in stem) or cfg.width % cfg.heads:
         raise ValueError(f"--width {cfg.width} must be 16 at least, a multiple of --heads {cfg.heads}, and the channels of the "
                          f"convolutions before it ({', '.join(map(str, stem))}) multiples of 8")  # fmt: skip
-    if cfg.batch_size % cfg.accum:
-        raise ValueError(f"--batch_size {cfg.batch_size} is no multiple of --accum {cfg.accum}")
     if cfg.image_size % cfg.patch:
         raise ValueError(f"--image_size {cfg.image_size} must be a multiple of --patch {cfg.patch}")
     if cfg.eval_data and not cfg.data:
@@ -1409,7 +1389,7 @@ def run(cfg: Config) -> dict:
     if cfg.ask:
         return {"answer": answer_once(cfg)}
     check(cfg)
-    ddp.start(cfg.seed)
+    ddp.start(cfg.seed).share(cfg.batch_size, accum=cfg.accum)
     out, scores, wanted = Path(cfg.out_dir), {}, []
     for arm in cfg.arms.split(","):
         wanted += [a for a in (*ARMS[arm][1], arm) if a not in wanted]

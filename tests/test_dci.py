@@ -1,5 +1,6 @@
 """methods/dci.py: the published constants, DCI's files in both forms, LoRA, the four tests, two processes, resume, wrong input."""
 
+import csv
 import gzip
 import json
 import math
@@ -544,7 +545,7 @@ def test_sugarcrepe_text_only_and_with_pictures(shared, tmp_path, clip):
     got = M.sugarcrepe(clip[0].eval(), clip[1], cfg, env)
     assert got["crepe rows"] == len(rows[1::50]) and 0 <= got["crepe"] <= 100 and len(got) == 9
     (tmp_path / "photos").mkdir()
-    name = M.csv.DictReader(rows).__next__()["file"]
+    name = csv.DictReader(rows).__next__()["file"]
     Image.new("RGB", (50, 40)).save(tmp_path / "photos" / name)
     got = M.sugarcrepe(clip[0].eval(), clip[1], M.replace(cfg, sugarcrepe=str(shared / "sugarcrepe/sugarcrepe.csv.gz"),
                                                           photos=str(tmp_path / "photos")), env)  # fmt: skip
