@@ -11,10 +11,12 @@ cut the same global batch into parts, and augmentation seeded by the position is
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -114,10 +116,8 @@ class Shards:
         out = []
         for shard, size in enumerate(self.sizes):
             for row in range(size):
-                try:
+                with contextlib.suppress(BadSample):
                     out += self.record(shard, row).get("captions", [])
-                except BadSample:
-                    continue
         return out
 
     def _index(self, shard: int):
@@ -194,9 +194,6 @@ class Shards:
             raise BadSample(f"{where} has no image")
         out["image"] = decode_image(found[1], where)
         return out
-
-    def __getstate__(self):  # workers open their own files
-        return {**self.__dict__, "open": {}}
 
 
 class Folder:
@@ -311,9 +308,6 @@ class Latents:
                              "classes; encode again with data_prep/cache_latents.py")  # fmt: skip
         return {**out, "label": label, "captions": captions[row]}
 
-    def __getstate__(self):
-        return {**self.__dict__, "open": {}}
-
 
 def read_rows(path, needed=()) -> list[dict[str, str]]:
     """Rows of a csv or tsv (or .gz) that has these columns, in each row; one sentence for anything else."""
@@ -403,12 +397,6 @@ class _Stream(torch.utils.data.Dataset):
         raise ValueError(f"100 samples in a row are damaged, the last: {problems[-1]}")
 
 
-def _positions(batch_size, offset, count, step):
-    while True:
-        yield range(step * batch_size + offset, step * batch_size + offset + count)
-        step += 1
-
-
 class Batches:
     """Iterator of this process's part of global batches, from step `start` on, endless.
 
@@ -416,11 +404,13 @@ class Batches:
     `max_bad` of those seen (of 1,000 at least), ValueError names the first."""
 
     def __init__(self, source, make, collate, batch_size, env, seed=0, start=0, workers=0, max_bad=0.01):
-        self.local, self.max_bad, self.seen, self.bad, self.first_bad = env.share(batch_size), max_bad, 0, 0, ""
+        local = env.share(batch_size)
+        self.local, self.max_bad, self.seen, self.bad, self.first_bad = local, max_bad, 0, 0, ""
         stream = _Stream(source, make, seed, batch_size, threads=1 if workers else min(4, os.cpu_count()))
-        positions = _positions(batch_size, env.rank * self.local, self.local, start)
+        first = (step * batch_size + env.rank * local for step in itertools.count(start))
         self.loader = iter(torch.utils.data.DataLoader(
-            stream, batch_sampler=positions, num_workers=workers, collate_fn=_Collate(collate),
+            stream, batch_sampler=(range(p, p + local) for p in first), num_workers=workers,
+            collate_fn=lambda items: (collate([made for made, _ in items]), [text for _, texts in items for text in texts]),
             pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if workers else None,
         ))  # fmt: skip
 
@@ -561,34 +551,18 @@ class InMemory:
         return {k: v[rows] for k, v in self.fields.items()}
 
 
-class _Collate:
-    def __init__(self, collate):
-        self.collate = collate
-
-    def __call__(self, items):
-        return self.collate([made for made, _ in items]), [text for _, problems in items for text in problems]
-
-
-class _InOrder(torch.utils.data.Dataset):
-    def __init__(self, source, make, part):
-        self.source, self.make = source, make
-        rows = [(s, r) for s, size in enumerate(source.sizes) for r in range(size)]
-        self.rows = rows[part]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        try:
-            return self.make(self.source.read(*self.rows[i]))
-        except BadSample:
-            return None
-
-
 def in_order(source, make, collate, batch_size: int, part: slice = slice(None), workers: int = 0):
     """One pass without shuffling over the rows of `part`, for evaluation; damaged samples are left out."""
+
+    def read(places):
+        made = []
+        for place in places:
+            with contextlib.suppress(BadSample):
+                made.append(make(source.read(*place)))
+        return collate(made)
+
+    places = [(s, r) for s, size in enumerate(source.sizes) for r in range(size)][part]
+    context = "fork" if workers else None
     return torch.utils.data.DataLoader(
-        _InOrder(source, make, part), batch_size, num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-        collate_fn=lambda items: collate([x for x in items if x is not None]),
-    )  # fmt: skip
+        places, batch_size, num_workers=workers, collate_fn=read, multiprocessing_context=context
+    )
