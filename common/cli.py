@@ -33,6 +33,15 @@ def within(cfg, names: str, low, high=math.inf) -> None:
             raise ValueError(f"--{name} {value} must be " + (f"at least {low}" if high == math.inf else f"{low} to {high}"))
 
 
+def choose(cfg, lists: str = "", **known) -> None:
+    """ValueError unless each of these fields has a known value; of the fields named in `lists` every item of a comma list."""
+    for name, values in known.items():
+        given = getattr(cfg, name)
+        for value in given.split(",") if name in lists.split() else [given]:
+            if value not in values:
+                raise ValueError(f"--{name} {value} is unknown; choose from {', '.join(str(v) or repr(v) for v in values)}")
+
+
 def comments(Config) -> dict[str, str]:
     """field -> the comment behind it in the source: written once, read by --help."""
     found = re.findall(r"^    (\w+): [^\n]*?  # (.+)$", inspect.getsource(Config), re.MULTILINE)

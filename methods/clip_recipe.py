@@ -674,12 +674,9 @@ def run(cfg: Config) -> dict:
     cli.within(cfg, "smoothing ensemble p_stop text_drop strong_scale", 0, 1)
     if cfg.batch_size // cfg.accum < 2 or cfg.context < 3:
         raise ValueError("--batch_size must leave two pairs a micro-batch, --context three tokens")
-    choices = {"gather": ("grad", "no_grad"), "dtype": ("float32", "bfloat16"), "captions": ("single", "multi"),
-               "jitter": ("light", "full"), "backbone": ("small", "resnet50", "vit")}  # fmt: skip
-    asked = [("recipe", r, RECIPES) for r in recipes] + [("extra", e, EXTRAS) for e in extras]
-    for field, value, known in asked + [(f, getattr(cfg, f), known) for f, known in choices.items()]:
-        if value not in known:
-            raise ValueError(f"--{field} {value} is unknown; choose from {', '.join(known)}")
+    cli.choose(replace(cfg, recipe=",".join(recipes), extra=",".join(extras)), "recipe extra", recipe=RECIPES, extra=EXTRAS,
+               gather=("grad", "no_grad"), dtype=("float32", "bfloat16"), captions=("single", "multi"),
+               jitter=("light", "full"), backbone=("small", "resnet50", "vit"))  # fmt: skip
     ddp.start(cfg.seed)
     out, scores = Path(cfg.out_dir), {}
     for extra, recipe in itertools.product(extras, recipes):

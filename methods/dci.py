@@ -934,15 +934,9 @@ def hold(items, size, cfg):
 
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
-    for arm in cfg.arms.split(","):
-        if arm not in ARMS:
-            raise ValueError(f"--arms {cfg.arms}: {arm!r} is unknown; choose from {', '.join(ARMS)}")
-    choices = {"pool": ("avg", "max", "min", "hardest"), "captions": ("first", "pick1", "pick5"),
-               "dtype": ("float32", "bfloat16"), "negatives": ("swaps", "basic", "layout", "rule"),
-               "act": ("", "quick_gelu", "gelu"), "context": (77, 248)}  # fmt: skip
-    for name, known in choices.items():
-        if getattr(cfg, name) not in known:
-            raise ValueError(f"--{name} {getattr(cfg, name)} is unknown; choose from {', '.join(map(str, known))}")
+    cli.choose(cfg, "arms", arms=ARMS, pool=("avg", "max", "min", "hardest"), captions=("first", "pick1", "pick5"),
+               dtype=("float32", "bfloat16"), negatives=("swaps", "basic", "layout", "rule"),
+               act=("", "quick_gelu", "gelu"), context=(77, 248))  # fmt: skip
     cli.within(cfg, "steps images test_images", 1)
     cli.within(cfg, "rank", 0)
     if cfg.batch_size < 2 * cfg.accum:

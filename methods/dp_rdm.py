@@ -954,9 +954,7 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--q {cfg.q} must be in (0, 1], --sigma {cfg.sigma} above 0, --delta {cfg.delta} in [0, 1), "
                          f"--lam {cfg.lam} in [0, 1]")  # fmt: skip
     cli.within(cfg, "steps k records images prompts trials sample_steps dim depth heads", 1)
-    for name, known in {"other": ("public", "text"), "dtype": ("float32", "bfloat16")}.items():
-        if getattr(cfg, name) not in known:
-            raise ValueError(f"--{name} {getattr(cfg, name)} is unknown; choose from {', '.join(known)}")
+    cli.choose(cfg, other=("public", "text"), dtype=("float32", "bfloat16"))
     for name, kind, what in (("budgets", float, "positive"), ("queries", int, "positive whole")):
         try:
             fine = all(0 < v < math.inf for v in numbers(getattr(cfg, name), kind))

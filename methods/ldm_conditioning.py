@@ -813,14 +813,10 @@ def draw(model, vae, world, items, cfg, device, folder):
 
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
-    choices = {"task": ("class", "text"), "objective": ("flow", "eps", "v"), "control_init": ("zero", "normal"),
-               "padding": ("zero", "replicate", "noisy"), "positions": ("resample", "extrapolate", "interpolate"),
-               "crop": ("resize", "direct"), "dtype": ("float32", "bfloat16")}  # fmt: skip
-    asked = [(f, getattr(cfg, f), known) for f, known in choices.items()]
-    asked += [("conditioning", how, ("adaln-sum", "attn", "attn+schedule")) for how in cfg.conditioning.split(",")]
-    for field, value, known in asked:
-        if value not in known:
-            raise ValueError(f"--{field} {value} is unknown; choose from {', '.join(known)}")
+    cli.choose(cfg, "conditioning", task=("class", "text"), objective=("flow", "eps", "v"), control_init=("zero", "normal"),
+               padding=("zero", "replicate", "noisy"), positions=("resample", "extrapolate", "interpolate"),
+               crop=("resize", "direct"), dtype=("float32", "bfloat16"),
+               conditioning=("adaln-sum", "attn", "attn+schedule"))  # fmt: skip
     cli.within(cfg, "steps sample_steps class_tokens slots images views samples dim depth heads patch image_size", 1)
     cli.within(cfg, "guidance control_guidance beta_txt control_power base_size", 0)
     cli.within(cfg, "drop_semantic drop_control flip decay", 0, 1)

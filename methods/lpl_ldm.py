@@ -565,11 +565,8 @@ def build(cfg: Config, vae, classes: int) -> DiT:
 
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
-    choices = {"objective": ("flow", "eps", "v", "x0"), "norm": ("standardise", "cross"), "dtype": ("float32", "bfloat16"),
-               "depth_weights": ("inverse", "uniform")}  # fmt: skip
-    for field, known in choices.items():
-        if getattr(cfg, field) not in known:
-            raise ValueError(f"--{field} {getattr(cfg, field)} is unknown; choose from {', '.join(known)}")
+    cli.choose(cfg, objective=("flow", "eps", "v", "x0"), norm=("standardise", "cross"), dtype=("float32", "bfloat16"),
+               depth_weights=("inverse", "uniform"))  # fmt: skip
     cli.within(cfg, "steps images samples dim depth heads patch image_size", 1)
     cli.within(cfg, "guidance weight pretrain lpl_start", 0)
     cli.within(cfg, "drop", 0, 1)

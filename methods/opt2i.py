@@ -806,10 +806,7 @@ def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
     if cfg.data:
         raise ValueError("--data is not used here: prompts come by --prompts")
-    for name, known in {"score": ("dsg", "dcs"), "proposer": ("lm", "grammar"),
-                        "painter": ("painter_early", "painter_middle", "painter")}.items():  # fmt: skip
-        if getattr(cfg, name) not in known:
-            raise ValueError(f"--{name} {getattr(cfg, name)} is unknown; choose from {', '.join(known)}")
+    cli.choose(cfg, score=("dsg", "dcs"), proposer=("lm", "grammar"), painter=("painter_early", "painter_middle", "painter"))
     for method in cfg.methods.split(","):
         if not (method in ("opt2i", "paraphrase", "oneshot", "seeds") or re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", method)):
             raise ValueError(f"--methods {cfg.methods}: {method!r} is unknown; choose from opt2i, paraphrase, oneshot, seeds "

@@ -678,13 +678,8 @@ def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
     if cfg.data:
         raise ValueError("--data is not used here: pictures come by --points and --real")
-    for field, known in {"extractor": ("judge", "inception", "dinov2", "clip"), "resize": ("pytorch-fid", "tf1", "clean"),
-                         "dtype": ("float32",)}.items():  # fmt: skip
-        if getattr(cfg, field) not in known:
-            raise ValueError(f"--{field} {getattr(cfg, field)} is unknown; choose from {', '.join(known)}")
-    for model in cfg.models.split(","):
-        if model not in ("early", "middle", "late", "search", "codec"):
-            raise ValueError(f"--models {cfg.models}: {model!r} is unknown; choose from early, middle, late, search, codec")
+    cli.choose(cfg, "models", extractor=("judge", "inception", "dinov2", "clip"), resize=("pytorch-fid", "tf1", "clean"),
+               dtype=("float32",), models=("early", "middle", "late", "search", "codec"))  # fmt: skip
     cli.within(cfg, "per_prompt real_per_prompt k steps", 1)
     for field, low in (("guidance", 0), ("sampler_steps", 1), ("levels", 2), ("top_m", 1), ("neighbours", 1)):
         if any(v < low or v != int(v) and field != "guidance" for v in numbers(cfg, field)):

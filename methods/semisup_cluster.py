@@ -717,13 +717,9 @@ def phases(arm: str, labels: str, cfg: Config) -> list[Config]:
 
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
-    choices = {"method": tuple(ARMS), "stage": ("all", "ssl", "semi", "finetune"), "optimiser": ("adamw", "lars"),
-               "dtype": ("float32", "bfloat16"), "backbone": ("small", "wide", "resnet18", "resnet50", "vit"),
-               "head": ("swav", "dino")}  # fmt: skip
-    for field, known in choices.items():
-        for value in getattr(cfg, field).split(","):
-            if value not in known or (field != "method" and value != getattr(cfg, field)):
-                raise ValueError(f"--{field} {getattr(cfg, field)} is unknown; choose from {', '.join(known)}")
+    cli.choose(cfg, "method", method=ARMS, stage=("all", "ssl", "semi", "finetune"), optimiser=("adamw", "lars"),
+               dtype=("float32", "bfloat16"), backbone=("small", "wide", "resnet18", "resnet50", "vit"),
+               head=("swav", "dino"))  # fmt: skip
     cli.within(cfg, "steps ratio images image_size local_size width hidden embed_dim", 1)
     cli.within(cfg, "freeze queue local_crops ssl_prototypes canvas", 0)
     cli.within(cfg, "pretrain finetune smoothing ema_ssl", 0, 1)

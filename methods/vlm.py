@@ -1353,13 +1353,8 @@ def draw_answers(model, tok, test, cfg, env, path):
 
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
-    choices = {"arms": ARMS, "kinds": (*scenes.YES_NO, *scenes.OPEN), "dtype": ("float32", "bfloat16"),
-               "region": ("", "any", *scenes.REGIONS)}  # fmt: skip
-    for name, known in choices.items():
-        given = getattr(cfg, name)
-        for value in given.split(",") if name in ("arms", "kinds") else [given]:
-            if value not in known:
-                raise ValueError(f"--{name} {given}: {value!r} is unknown; choose from {', '.join(map(repr, known))}")
+    cli.choose(cfg, "arms kinds", arms=ARMS, kinds=(*scenes.YES_NO, *scenes.OPEN), dtype=("float32", "bfloat16"),
+               region=("", "any", *scenes.REGIONS))  # fmt: skip
     if set(cfg.kinds.split(",")) == {"relation"}:
         raise ValueError("--kinds relation needs another kind beside it, for pictures with one object")
     cli.within(cfg, "steps pairs eval_images image_size patch width depth heads text_depth lm_depth embed_dim codes", 1)

@@ -702,13 +702,9 @@ def draw_neighbours(model, world, cfg, env, path):
 
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
-    choices = {"method": tuple(SEES), "text_of": ("captions", "classes"), "jitter": ("light", "full"),
-               "graph": ("text", "class", "identity", "tree", "rand_class", "rand_sample"), "optimiser": ("adamw", "lars"),
-               "dtype": ("float32", "bfloat16"), "backbone": ("small", "resnet50"), "probe": ("lbfgs", "sgd")}  # fmt: skip
-    for field, known in choices.items():
-        for value in getattr(cfg, field).split(","):
-            if value not in known or (field != "method" and value != getattr(cfg, field)):
-                raise ValueError(f"--{field} {getattr(cfg, field)} is unknown; choose from {', '.join(known)}")
+    cli.choose(cfg, "method", method=SEES, text_of=("captions", "classes"), jitter=("light", "full"),
+               graph=("text", "class", "identity", "tree", "rand_class", "rand_sample"), optimiser=("adamw", "lars"),
+               dtype=("float32", "bfloat16"), backbone=("small", "resnet50"), probe=("lbfgs", "sgd"))  # fmt: skip
     cli.within(cfg, "steps image_size width hidden embed_dim probe_steps text_width text_depth text_heads", 1)
     if cfg.batch_size < 2 or not cfg.tau > 0 or not 0 < cfg.crop_scale <= 1 or cfg.canvas < 0:
         raise ValueError("--batch_size must be at least 2, --tau above 0, --crop_scale in (0, 1], --canvas not negative")

@@ -559,7 +559,7 @@ def test_sugarcrepe_text_only_and_with_pictures(shared, tmp_path, clip):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--arms", "dense,dance"], ["'dance'", "dense+neg"]),
+        (["--arms", "dense,dance"], ["--arms dance", "dense+neg"]),
         (["--pool", "median"], ["--pool median", "hardest"]),
         (["--captions", "pick2"], ["--captions pick2"]),
         (["--steps", "0"], ["--steps 0"]),
