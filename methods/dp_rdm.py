@@ -12,8 +12,7 @@ Read first section 2, Ledger in section 3, then train() and run()
 Symbols    N private records, k neighbours, sigma noise on the MEAN, q a record's chance to be drawn, T queries, z = sigma
            k / 2 the noise multiplier, alpha order, delta <= 1/N, lambda share of the private part
 Run        python methods/dp_rdm.py [--preset smoke]                      (CPU, no data; 3.1 min on two quiet cores)
-           python methods/dp_rdm.py --plan --records 82800                (epsilon, queries, neighbours as tables)
-           python methods/dp_rdm.py --attack                              (a planted record, and whether the bound holds)
+           python methods/dp_rdm.py --plan --records 82800 (or --attack)  (tables of the budget; a planted record's traces)
 Data       generated: all private things are spotted; or shards (--public, --private) with --vae and --clip
 Expect     laptop: distance 57 public only, 56 as noisy, 46 at epsilon 10, T = 10,000; colour right 69, 61, 59 %; 3 seeds
 Differs    from the paper: a small DiT, flow and Euler steps for a UNet, eps and DDIM; a learned null token, a KL autoencoder;
