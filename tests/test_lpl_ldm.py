@@ -372,6 +372,7 @@ def test_the_term_falls_when_it_is_trained_on():
     assert values[-1] < 0.6 * values[0]
 
 
+@pytest.mark.hard  # five kills of each script are in test_hard.py
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     base = ["methods/lpl_ldm.py", "--preset", "smoke", "--save_every", "1"]
     assert run(*base, "--out_dir", tmp_path / "a").returncode == 0

@@ -564,6 +564,7 @@ def test_smoke_makes_its_files_and_the_table(tmp_path):
     assert asked.returncode == 0, asked.stderr
 
 
+@pytest.mark.hard
 @pytest.mark.parametrize("arm", ["frozen+lora"])  # the last of three arms that need each other
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path, arm):
     args = [*SMALL, "--arms", arm, "--steps", "8", "--save_every", "2"]

@@ -313,6 +313,7 @@ def test_one_and_two_processes_and_the_report(tmp_path):
             assert logs[0][0]["step"] == 1 and logs[0][0][key] == pytest.approx(logs[1][0][key], abs=1e-4), (m, key)
 
 
+@pytest.mark.hard  # five kills of each script are in test_hard.py
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     args = [sys.executable, "methods/xsample.py", *SMALL, "--steps", "60", "--save_every", "5", "--method", "xclr"]
     subprocess.run([*args, "--out_dir", tmp_path / "a"], cwd=ROOT, check=True, capture_output=True)
