@@ -288,6 +288,7 @@ def test_no_test_picture_is_trained_on():
 SMALL = ["--preset", "smoke"]
 
 
+@pytest.mark.hard
 def test_captions_and_classes_teach_what_random_pairs_do_not(tmp_path):
     """Statistical. Untrained features know backgrounds and colours, so the class on misleading backgrounds is what tells."""
     base = M.Config(seed=1, steps=100, batch_size=64, images_per_class="60", width=8, hidden=64, method="xclr", save_every=1000)
