@@ -287,7 +287,12 @@ def test_low_resolution_checkpoint_into_a_larger_model_and_class_into_text(tmp_p
     model = M.build(cfg, vae, M.World(None, None, M.zoo.Reader(600, 32, 1, 2), None, [], None, None), "cpu")
     assert torch.equal(model.state_dict()["dit.blocks.0.attn.qkv.weight"], low["dit.blocks.0.attn.qkv.weight"])
     with pytest.raises(ValueError, match="has conditioning attn\\+schedule, this arm attn"):
-        M.build(replace(cfg, conditioning="attn"), vae, M.World(None, None, M.zoo.Reader(600, 32, 1, 2), None, [], None, None), "cpu")
+        M.build(
+            replace(cfg, conditioning="attn"),
+            vae,
+            M.World(None, None, M.zoo.Reader(600, 32, 1, 2), None, [], None, None),
+            "cpu",
+        )
     with pytest.raises(ValueError, match="does not fit"):
         M.build(replace(cfg, task="class", dim=64), vae, M.World(None, None, 72, None, [], None, None), "cpu")
 
@@ -422,6 +427,7 @@ def test_overfits_one_batch():
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.hard  # five kills of each script are in test_hard.py
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     base = ["methods/ldm_conditioning.py", "--preset", "smoke", "--save_every", "1", "--conditioning", "attn", "--task", "text"]
     assert run(*base, "--out_dir", tmp_path / "a").returncode == 0

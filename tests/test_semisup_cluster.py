@@ -388,6 +388,7 @@ def test_smoke_prints_the_table_and_two_processes_run(tmp_path):
     assert two.returncode == 0, two.stderr
 
 
+@pytest.mark.hard  # five kills of each script are in test_hard.py
 @pytest.mark.parametrize("method", ["suave", "daino"])
 def test_killed_and_resumed_equals_uninterrupted(method, tmp_path):
     args = [sys.executable, "methods/semisup_cluster.py", *SMALL, "--steps", "40", "--save_every", "3", "--method", method,
