@@ -309,16 +309,20 @@ class Latents:
         return {**out, "label": label, "captions": captions[row]}
 
 
-def read_rows(path, needed=()) -> list[dict[str, str]]:
-    """Rows of a csv or tsv (or .gz) that has these columns, in each row; one sentence for anything else."""
-    form = f"a table with the columns {', '.join(needed)}" if needed else "a table"
+def read_text(path) -> str:
+    """A file of UTF-8, plain or .gz; one sentence for anything else."""
     try:
         raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8-sig")
+        return (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8-sig")
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; expected {form}") from None
+        raise ValueError(f"table {path} does not exist") from None
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read as a text table ({type(error).__name__})") from error
+        raise ValueError(f"table {path} is not UTF-8 text ({type(error).__name__})") from error
+
+
+def read_rows(path, needed=()) -> list[dict[str, str]]:
+    """Rows of a csv or tsv (or .gz) that has these columns, in each row; one sentence for anything else."""
+    text = read_text(path)
     tabs = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if str(path).removesuffix(".gz").endswith(".tsv") else {}
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline=""), **tabs))

@@ -8,16 +8,14 @@ Photographs belong to their photographers: check the licence of your source befo
 """
 
 import csv
-import gzip
 import io
 import sys
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from common import cli
+from common import cli, data
 from data_prep._write import BadSample, Files, checked_image, prepare, settings, shuffled_splits, summary
 
 
@@ -37,13 +35,7 @@ class Config:
 
 def read_table(path, *columns) -> list[tuple[str, ...]]:
     """The named columns of a csv or tsv with a header line."""
-    try:
-        raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"table {path} does not exist") from None
-    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"table {path} is not UTF-8 text: {error}") from error
+    text = data.read_text(path)
     head = text.split("\n", 1)[0]
     tab = "\t" in head
     # Pasted tsv files have stray quotes; only csv quotes its fields
