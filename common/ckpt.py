@@ -1,7 +1,7 @@
 """Checkpoints: atomic, tensors and plain data only, refused when they belong to another configuration.
 
     save(path, step, cfg, model=.., opt=.., extra={..})     rank 0 calls it
-    step, extra = resume(path, cfg, model=.., opt=..)       (0, {}) when there is none
+    step, extra = resume(path, cfg, model=.., opt=..)       (0, {}) when there is none, or cfg.resume is False
     export(path, state_dict, **meta)                        weights alone, as safetensors
 
 Resume is exact because nothing else has a state: data order, augmentation and dropout are functions of
@@ -72,7 +72,11 @@ def _on_all(path) -> bool:
 
 
 def resume(path, cfg, **objects) -> tuple[int, dict]:
-    """Loads into the objects and returns (updates done, extra). ValueError if the checkpoint's settings differ."""
+    """Loads into the objects and returns (updates done, extra). ValueError if the checkpoint's settings differ. A run that
+    shall not go on from it throws it away: killed early, the run would else go on from the old one at its next start."""
+    if not cfg.resume:
+        Path(path).unlink(missing_ok=True)
+        return 0, {}
     if not _on_all(path):
         return 0, {}
     try:
@@ -108,15 +112,10 @@ def differences(old: dict, cfg, free: set = FREE) -> list[str]:
     return [k for k, v in asdict(cfg).items() if k not in free and not same(k, old.get(k), v)]
 
 
-def same_config(old: dict, cfg) -> bool:
-    """Whether a saved config.json is the run that cfg describes, tested on the same."""
-    return not differences(old, cfg)
-
-
 def once(train, cfg) -> dict:
     """train(cfg), or metrics.json of the run in cfg.out_dir, if it ended with these settings and cfg.resume is set."""
     done, config = (Path(cfg.out_dir, name) for name in ("metrics.json", "config.json"))
-    if cfg.resume and _on_all(done) and same_config(json.loads(config.read_text()), cfg):
+    if cfg.resume and _on_all(done) and not differences(json.loads(config.read_text()), cfg):
         return json.loads(done.read_text())
     return train(cfg)
 

@@ -416,7 +416,7 @@ def negatives(s: Scene, seed: int = 0) -> list[dict]:
         a, b = things[:2]
         if a.colour != b.colour:
             emit("swap_att", [replace(a, colour=b.colour), replace(b, colour=a.colour)] + things[2:])
-        emit("swap_obj", [replace(a, cell=b.cell), replace(b, cell=a.cell)] + things[2:])
+        emit("swap_obj", [replace(b, cell=a.cell), replace(a, cell=b.cell)] + things[2:])  # the same words, exchanged
     if len(things) < min(3, s.grid**2) and t.shape in SHAPES:
         cell = other(range(s.grid**2), [x.cell for x in things])
         extra = Thing(other(SHAPES, shapes), other(tuple(COLOURS), [t.colour]), t.size, "solid", cell)

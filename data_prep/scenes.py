@@ -36,9 +36,10 @@ def run(cfg: Config) -> dict:
     def make(item):
         split, index = item
         s = scenes.scene(index, 3 * cfg.seed + list(cfg.splits()).index(split), (1, cfg.objects))
-        nodes = [{k: v for k, v in n.items() if k != "mask"} for n in scenes.tree(s, cfg.size)]
+        tree = scenes.tree(s, cfg.size)
+        boxes = [{k: v for k, v in n.items() if k != "mask"} for n in tree if n["parent"] == 0]  # objects: no scene, no spots
         record = {"captions": [scenes.caption(s, 5 * index + v if v else 0) for v in range(5)],
-                  "long_caption": scenes.long_caption(s), "boxes": nodes,
+                  "long_caption": scenes.long_caption(s), "boxes": boxes,
                   "label": scenes.SHAPES.index(s.things[0].shape)}  # fmt: skip
         return str(index), "png", png(Image.fromarray(scenes.render([s], cfg.size)[0])), record
 

@@ -118,7 +118,7 @@ def train(cfg: Config) -> dict:
     model = ddp.wrap(clip, env)
     opt = torch.optim.AdamW(optim.decay_groups(clip, cfg.wd), cfg.lr, fused=True)
     out, share = Path(cfg.out_dir), env.share(cfg.batch_size)
-    start, _ = ckpt.resume(out / "last.pt", cfg, model=clip, opt=opt) if cfg.resume else (0, {})
+    start, _ = ckpt.resume(out / "last.pt", cfg, model=clip, opt=opt)
     stream = data.InMemory(pictures, cfg.batch_size, env, cfg.seed, start)
     own = torch.arange(share, device=env.device) + env.rank * share
     log = RunLog(cfg, env, "clip", start)

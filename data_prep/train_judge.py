@@ -74,7 +74,7 @@ def train(cfg: Config) -> dict:
     model = ddp.wrap(judge, env)
     opt = torch.optim.AdamW(optim.decay_groups(judge, cfg.wd), cfg.lr, fused=True)
     out, share = Path(cfg.out_dir), env.share(cfg.batch_size)
-    start, _ = ckpt.resume(out / "last.pt", cfg, model=judge, opt=opt) if cfg.resume else (0, {})
+    start, _ = ckpt.resume(out / "last.pt", cfg, model=judge, opt=opt)
     log = RunLog(cfg, env, "judge", start)
     for step in range(start, cfg.steps):
         ddp.reseed(cfg.seed, env.rank, step)

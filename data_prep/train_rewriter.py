@@ -81,7 +81,7 @@ def train(cfg: Config) -> dict:
     model = ddp.wrap(rewriter, env)
     opt = torch.optim.AdamW(optim.decay_groups(rewriter, cfg.wd), cfg.lr, (0.9, 0.98), fused=True)
     out, share = Path(cfg.out_dir), env.share(cfg.batch_size)
-    start, _ = ckpt.resume(out / "last.pt", cfg, model=rewriter, opt=opt) if cfg.resume else (0, {})
+    start, _ = ckpt.resume(out / "last.pt", cfg, model=rewriter, opt=opt)
     log = RunLog(cfg, env, "rewriter", start)
     for step in range(start, cfg.steps):
         optim.set_lr(opt, optim.warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr))

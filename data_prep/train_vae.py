@@ -182,7 +182,7 @@ def train(cfg: Config) -> dict:
         state.update(critic=critic, critic_opt=critic_opt)
         wrapped = ddp.wrap(critic, env)
     out = Path(cfg.out_dir)
-    start, _ = ckpt.resume(out / "last.pt", cfg, **state) if cfg.resume else (0, {})
+    start, _ = ckpt.resume(out / "last.pt", cfg, **state)
     if cfg.data:
         source = data.Shards(cfg.data, "train") if list(Path(cfg.data).glob("*.tar")) else data.Folder(cfg.data)
         make = Images(cfg.size)

@@ -566,7 +566,7 @@ def train(cfg: Config) -> dict:
     teacher = copy.deepcopy(model).requires_grad_(False) if extra == "byol" else None  # behind wrap(): it exchanges norms
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, (0.9, 0.98), 1e-8, fused=True)
     state = {"model": model, "opt": opt, **({"teacher": teacher} if teacher else {})}
-    start, best = ckpt.resume(out / "last.pt", cfg, **state) if cfg.resume else (0, {})
+    start, best = ckpt.resume(out / "last.pt", cfg, **state)
     env.share(cfg.batch_size, accum=cfg.accum)  # refuses what cannot be cut
     batches = data.Batches(source, views, views.collate, cfg.batch_size // cfg.accum, env, cfg.seed, start * cfg.accum,
                            cfg.workers, cfg.max_bad)  # fmt: skip

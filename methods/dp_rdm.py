@@ -891,7 +891,7 @@ def train(cfg, env, vae, world):
     ema, shown = optim.Ema(model, cfg.ema_decay), copy.deepcopy(model).eval()
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, (0.9, 0.95), fused=True)
     trained = training_part(cfg)
-    start, _ = ckpt.resume(out / "last.pt", trained, model=model, ema=ema, opt=opt) if cfg.resume else (0, {})
+    start, _ = ckpt.resume(out / "last.pt", trained, model=model, ema=ema, opt=opt)
     micro_size = cfg.batch_size // cfg.accum
     b = env.share(cfg.batch_size, accum=cfg.accum)
     rows = data.InMemory({"row": torch.arange(len(z))}, micro_size, env, cfg.seed, start * cfg.accum)

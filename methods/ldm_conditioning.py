@@ -714,7 +714,7 @@ def train(cfg: Config) -> dict:
     params = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, (0.9, 0.95), 1e-8, fused=True)
     state = {"model": model, "ema": ema, "opt": opt}
-    start, _ = ckpt.resume(out / "last.pt", cfg, **state) if cfg.resume else (0, {})
+    start, _ = ckpt.resume(out / "last.pt", cfg, **state)
     share = env.share(cfg.batch_size, accum=cfg.accum)
     batches = data.Batches(world.train, items, items.collate, cfg.batch_size // cfg.accum, env, cfg.seed, start * cfg.accum,
                            cfg.workers, cfg.max_bad)  # fmt: skip

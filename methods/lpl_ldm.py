@@ -455,7 +455,7 @@ def train(cfg: Config, arm: str) -> dict:
     first = 0 if arm == "pretrain" else cfg.pretrain  # updates before this phase
     total = cfg.pretrain if arm == "pretrain" else cfg.pretrain + cfg.steps
     here = phase_one(cfg) if arm == "pretrain" else replace(cfg, out_dir=str(out), steps=total)
-    start, extra = ckpt.resume(out / "last.pt", here, **state) if cfg.resume else (0, {})
+    start, extra = ckpt.resume(out / "last.pt", here, **state)
     if not start:
         start, extra = first, {"seconds": 0.0}
         source = Path(cfg.after or cfg.out_dir, "pretrain")

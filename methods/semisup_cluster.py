@@ -599,7 +599,7 @@ def train(cfg: Config) -> dict:
     groups = optim.decay_groups(net, cfg.wd)  # biases and norms do not decay
     opt = optim.Lars(groups, cfg.lr) if cfg.optimiser == "lars" else torch.optim.AdamW(groups, cfg.lr, fused=True)
     state = {"net": net, "opt": opt, "queue": queue, **({"teacher": teacher} if teacher else {})}
-    start, _ = ckpt.resume(out / "last.pt", cfg, **state) if cfg.resume else (0, {})
+    start, _ = ckpt.resume(out / "last.pt", cfg, **state)
     options = dict(size=canvas(cfg), env=env, start=start, workers=cfg.workers, max_bad=cfg.max_bad)
     seed, some = 2 * phase_seed(cfg), world.labelled[int(cfg.labels)]
     all_of = data.endless(world.train, batch_size=B_u, seed=seed, **options) if B_u else None

@@ -18,14 +18,15 @@ Data       generated (common/scenes.py), or shards with captions by data_prep/ca
 Expect     laptop: InfoNCE's zero-shot 82.8, swap 57.3 (55.2 negclip); CoCa's open answers 74.7, blind 22.9; 3 seeds, fbf1095
 Differs    everything is tiny. FLAVA: unimodal losses share the paired batch, codes of patches are k-means centres, half of the
            captions in image-text matching are wrong. Frozen: InfoNCE's encoder, a language model of ours. One generator of
-           negatives teaches negclip and makes the tests; mask, coca and frozen are taught answers (--asked 0 switches it off).
+           negatives teaches negclip and makes the tests; mask, coca and frozen are taught answers (off: --no-asked).
            Ties are wrong. Left out: MaskVLM, Chameleon, Bayes, Q-Former, video; POPE's files; BLEU, ROUGE, captions' CLIPScore.
-Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py scenes.py tokenizer.py vae.py
+Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py scenes.py tokenizer.py
            vision.py vit.py   (copy these with this file)
 """
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import math
@@ -44,8 +45,8 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # so that python, torchrun and python -m all find common/
 
-from common import ckpt, cli, data, ddp, metrics, optim, plot, scenes, vae
-from common.dit import sincos_2d
+from common import ckpt, cli, data, ddp, metrics, optim, plot, scenes
+from common.dit import read_tensors, sincos_2d
 from common.log import RunLog, history, table, write_json
 from common.tokenizer import Tokenizer
 from common.vision import torchvision
@@ -92,10 +93,9 @@ class Config:
     # data and model
     pairs: int = 6_000  # generated training pictures; a folder gives all it has
     eval_images: int = 96  # pictures of each test; zero-shot: at most 64
-    asked: int = 1  # questions about a picture at each visit, of mask, coca and frozen; 0 = captions alone
+    asked: bool = True  # mask, coca and frozen get a question with each picture; --no-asked: captions alone
     kinds: str = "object,colour,place,relation,what colour,what shape,count"  # of questions; also texture, size, background
     objects: int = 2  # most objects in a generated picture
-    region: str = "any"  # light and favourite shapes of the generated pictures, see common/scenes.py; "" = none
     image_size: int = 32  # pixels
     patch: int = 8  # pixels
     width: int = 96  # of every transformer
@@ -240,7 +240,7 @@ class Stack(nn.Module):
 
 class Vision(ViT):
     """The ViT of all families: (B, 3, S, S) -> (B, 1 + registers + N, W). Patches pass a few convolutions instead of one linear
-    map (Xiao et al. 2021, arXiv 2106.14881), which saves a small model most of the pictures that it takes to see shapes.
+    map (Xiao et al. 2021, arXiv 2106.14881), with which a small model needs far fewer pictures to learn shapes.
 
     hidden (B, N): patches whose pixels and token are taken away; keep (B, n): patches that stay (FLIP); layers: how many
     blocks, without the final norm; default: all of them."""
@@ -272,10 +272,6 @@ class Vision(ViT):
             x = block(x)
         return self.norm(x) if layers is None else x
 
-    def words(self, images):
-        """LLaVA's choice: patch tokens of the penultimate layer, since the last one only serves the class token."""
-        return self(images, layers=-1)[:, 1:]
-
 
 def full(x):
     """At least float32, whatever the autocast."""
@@ -284,11 +280,6 @@ def full(x):
 
 def unit(x):
     return F.normalize(full(x), dim=-1)
-
-
-def repeated(seen, texts):
-    """Each picture as often as it has texts in a row."""
-    return seen.repeat_interleave(len(texts) // len(seen), 0)
 
 
 def lengths(ids):
@@ -373,10 +364,14 @@ class Masked(nn.Module):
         words = self.read(ids, lengths(ids))  # attention goes both ways, so the start token stands for the text
         return dots(unit(self.img_proj(seen[:, 0])), unit(self.txt_proj(words[:, 0])))
 
+    def pooled(self, seen, ids):
+        """The fusion's class token (B, W)."""
+        valid = lengths(ids)
+        return self.fuse(seen, self.read(ids, valid), valid)[:, 0]
+
     def match(self, seen, ids):
         """Log-odds that the text belongs to the picture (B,)."""
-        valid = lengths(ids)
-        return self.itm(self.fuse(seen, self.read(ids, valid), valid)[:, 0]).float()[:, 0]
+        return self.itm(self.pooled(seen, ids)).float()[:, 0]
 
     def cloze(self, seen, ids, hidden):
         """Word logits at all places of ids whose hidden places (B, L) are replaced by the mask."""
@@ -409,12 +404,10 @@ class Masked(nn.Module):
         parts["itm"] = F.binary_cross_entropy_with_logits(logits, batch["right"].float())
         if "qa" in batch:  # a question is a text whose last words, the answer, are hidden
             counted = batch["qa_counted"] & (batch["qa"] < self.mask_id - 2)
-            logits = self.cloze(repeated(seen, batch["qa"]), batch["qa"], counted)
+            logits = self.cloze(seen, batch["qa"], counted)
             parts["qa"] = masked_ce(logits, torch.where(counted, batch["qa"], -100))
         if self.box is not None:
-            valid = lengths(batch["phrase"])
-            got = self.box(self.fuse(seen, self.read(batch["phrase"], valid), valid)[:, 0]).float().sigmoid()
-            parts["box"] = box_loss(got, batch["box"])
+            parts["box"] = box_loss(self.box(self.pooled(seen, batch["phrase"])).float().sigmoid(), batch["box"])
         return sum(parts.values()), parts
 
 
@@ -475,7 +468,7 @@ class CoCa(nn.Module):
         parts = {"contrastive": infonce(unit(self.img_proj(seen[:, 0])), f_txt, self.log_scale.exp()),
                  "caption": caption_loss(logits, ids, lengths(ids))}  # fmt: skip
         if "qa" in batch:
-            logits = self.logits(repeated(seen, batch["qa"]), batch["qa"])
+            logits = self.logits(seen, batch["qa"])
             parts["qa"] = caption_loss(logits, batch["qa"], batch["qa_counted"])
         return parts["contrastive"] + self.lam_cap * (parts["caption"] + parts.get("qa", 0.0)), parts
 
@@ -512,7 +505,8 @@ class Frozen(nn.Module):
 
     @torch.no_grad()
     def features(self, images):
-        return self.vision.words(images)
+        """LLaVA's choice: patch tokens of the penultimate layer, since the last one only serves the class token."""
+        return self.vision(images, layers=-1)[:, 1:]
 
     def see(self, images):
         return self.projector(self.features(images))
@@ -543,7 +537,7 @@ class Frozen(nn.Module):
         seen, loss = self.projector(batch["features"] if "features" in batch else self.features(batch["image"])), 0.0
         for ids, counted in ((batch["told"], batch["told_counted"]), (batch.get("qa"), batch.get("qa_counted"))):
             if ids is not None:
-                loss = loss + caption_loss(self.logits(repeated(seen, ids), ids), ids, counted)
+                loss = loss + caption_loss(self.logits(seen, ids), ids, counted)
         return loss, {}
 
 
@@ -559,10 +553,6 @@ class LoRA(nn.Module):
 
     def forward(self, x):
         return self.linear(x) + self.scale * x @ self.A.T @ self.B.T
-
-    def merged(self) -> nn.Linear:
-        self.linear.weight.data += self.scale * self.B.data @ self.A.data
-        return self.linear
 
 
 @torch.no_grad()
@@ -604,9 +594,9 @@ class Pairs:
         return (existence(pool[rng.integers(len(pool))]), "yes" if yes else "no", "object") if pool else None
 
     def negative(self, row, caption, rng):
-        """A caption that is wrong for the picture: exact for generated scenes, two words exchanged in others. It is worded
-        as true ones are, or its style would give it away; not quite: plain 29 times in 100, true ones 20, since a wording that
-        leaves the difference out is replaced by the plain one."""
+        """A caption that is wrong for the picture: exact for generated scenes, two words exchanged in others. Worded like a true
+        caption, so that its style does not give it away (29 % are plain, of true captions 20 %: a wording that leaves the
+        difference out is replaced by the plain one)."""
         if self.scenes:
             wrong = [n["scene"] for n in counterparts(self.scenes[row], int(rng.integers(1 << 30)))]
             other, variant = wrong[rng.integers(len(wrong))], int(rng.integers(1, 1 << 20)) if rng.integers(5) else 0
@@ -645,7 +635,7 @@ def counterparts(s, seed):
 
 def generated(count, seed, cfg, part="test", **options) -> Pairs:
     """part: train or test, whose pictures have no object (shape, colour and size) in common; captions do not name the size."""
-    options = {"objects": (1, cfg.objects), "pairs": "seen", "grid": 2, "region": cfg.region, "part": part, **options}
+    options = {"objects": (1, cfg.objects), "pairs": "seen", "grid": 2, "region": "any", "part": part, **options}
     world = scenes.Source(count, seed, cfg.image_size, brief=True, **options)
     pictures = {"image": torch.from_numpy(world.images).permute(0, 3, 1, 2), "row": torch.arange(count)}
     names = [[t.shape for t in s.things] for s in world.scenes]
@@ -658,15 +648,18 @@ def prepared(split, cfg, env) -> Pairs:
     folder = cfg.eval_data if split == "test" and cfg.eval_data else cfg.data
     source = data.Shards(folder, data.held_out(folder, ("test", "val")) if split == "test" else split)
     found = data.records(source)
-    rows = [i for i, r in enumerate(found) if any(c.strip() for c in r.get("captions") or [])]
+    captions = [[c for c in r.get("captions") or [] if html.unescape(c).strip()] for r in found]  # "&nbsp;" says nothing
+    rows = [i for i, some in enumerate(captions) if some]
     if not rows:
         raise ValueError(f"{folder}: no picture of the split {split} has a caption; see data_prep/captions.py")
     rows = rows if split == "train" else rows[: cfg.eval_images]
     gb = cfg.memory_gb if split == "train" else math.inf  # test pictures are few
     pictures = data.load(source, rows, cfg.image_size, env, gb, cfg.workers, cfg.max_bad)
-    objects = [sorted({b["label"] for b in r.get("boxes") or []}) for r in found]
+    try:
+        objects = [sorted({str(b["label"]) for b in r.get("boxes") or []}) for r in found]
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{folder}: its boxes are not in the form {{label, box}}; see data_prep/coco.py") from error
     classes = sorted({name for names in objects for name in names})
-    captions = [[c for c in r.get("captions") or [] if c.strip()] for r in found]
     names = [r.get("source") or r["key"] for r in found]  # the file's own name, which benchmarks know
     return Pairs(pictures, captions, objects, [], classes, names, np.zeros(len(found), bool))
 
@@ -683,6 +676,11 @@ def open_world(cfg, env) -> tuple[Pairs, Pairs, Tokenizer]:
     moved = {r: train.captions[other] for r, other in zip(rows, np.roll(rows, 1))}
     train.captions = [moved.get(i, c) for i, c in enumerate(train.captions)]
     return train, test, make_tokenizer(train, cfg)
+
+
+def world_of(cfg, env):
+    """open_world() by the settings that it depends on, so that it is made once for all arms."""
+    return open_world(replace(cfg, out_dir="", arms="", steps=0, **{k: getattr(Config, k) for k in OPTIONS_OF}), env)
 
 
 def rows_of(tok, prompts, answers, context):
@@ -716,14 +714,14 @@ def make_batch(pairs: Pairs, part, arm, tok, cfg, micro, first, device):
     # one generator a picture of the global batch; each arm draws what it needs, in this order
     rngs = [np.random.default_rng((cfg.seed, 21, micro, first + i)) for i in range(len(rows))]
     if family == "lm":  # words are quickly learned: few texts do
-        some = [g for i, g in enumerate(rngs, first) if i % 4 == 0] or rngs[:1]  # a process with fewer than four has one
-        return {"packed": torch.tensor([packed(pairs, tok, g, 2 * cfg.context) for g in some], device=device)}
+        texts = [packed(pairs, tok, g, 2 * cfg.context) for i, g in enumerate(rngs, first) if i % 4 == 0]
+        return {"packed": torch.tensor(texts, dtype=torch.long, device=device).view(-1, 2 * cfg.context)}  # may be none
     captions = [pairs.captions[r][g.integers(len(pairs.captions[r]))] for r, g in zip(rows, rngs)]
     out = {"image": normalised(part["image"].to(device))} if "image" in part else {"features": part["features"]}
     if family != "frozen":
         out["ids"] = rows_of(tok, None, captions, cfg.context)[0]
     if family in ("mask", "coca", "frozen") and pairs.classes and cfg.asked:
-        asked = [pairs.question(r, g) or ("", "no", "") for r, g in zip(rows, rngs) for _ in range(cfg.asked)]
+        asked = [pairs.question(r, g) or ("", "no", "") for r, g in zip(rows, rngs)]
         out["qa"], out["qa_counted"] = rows_of(tok, [q for q, _, _ in asked], [a for _, a, _ in asked], cfg.context)
         out["qa_counted"] &= torch.tensor([[bool(q)] for q, _, _ in asked])  # a picture of which nothing is known
     if family == "frozen":
@@ -843,8 +841,8 @@ def pope_questions(objects, classes, setting, rng):
         together.update((a, b) for a in set(names) for b in set(names) if a != b)
     out = []
     for i, names in enumerate(objects):
-        asked, absent = sorted(set(names))[:3], sorted(set(classes) - set(names))
-        for name in asked:
+        there, absent = sorted(set(names)), sorted(set(classes) - set(names))
+        for name in (there[j] for j in rng.permutation(len(there))[:3]):
             if not absent:
                 break
             order = [absent[j] for j in rng.permutation(len(absent))]  # ties in random order
@@ -856,14 +854,15 @@ def pope_questions(objects, classes, setting, rng):
     return out
 
 
-def selective(confidence, right, risk=0.05, cost=1.0):
+def selective(confidence, right, risk=0.05):
     """-> (coverage: largest share of questions that can be answered, surest first, with at most `risk` of them wrong;
-    effective reliability at that threshold: mean of +1 right, -cost wrong, 0 not answered)."""
+    effective reliability at that threshold: mean of +1 right, -1 wrong, 0 not answered)."""
     order = np.argsort(-np.asarray(confidence), kind="stable")
-    right = np.asarray(right, float)[order]
+    sure, right = np.asarray(confidence)[order], np.asarray(right, float)[order]
     error = np.cumsum(1 - right) / np.arange(1, len(right) + 1)
-    count = int(np.flatnonzero(error <= risk)[-1]) + 1 if (error <= risk).any() else 0
-    return count / len(right), float((right[:count] - cost * (1 - right[:count])).sum() / len(right))
+    fine = (error <= risk) & np.append(sure[1:] < sure[:-1], True)  # no threshold parts answers that are equally sure
+    count = int(np.flatnonzero(fine)[-1]) + 1 if fine.any() else 0
+    return count / len(right), float((2 * right[:count] - 1).sum() / len(right))
 
 
 def ngrams(words, n):
@@ -930,13 +929,26 @@ def attribute_f1(given, world):
     return 2 * precision * recall / max(1e-9, precision + recall)
 
 
-def chair(given, objects, classes):
-    """CHAIR_i: share of mentioned objects that are not there; CHAIR_s: share of captions with one. A silent model scores 0, so
-    look at the length too."""
-    words = WORDS if set(classes) <= set(scenes.SHAPES) else {}  # a "traffic light" is not pale
-    plain = [" ".join(words.get(w, w) for w in text.lower().split()) for text in given]
-    mentions = [[c for c in classes if re.search(rf"\b{re.escape(c)}s?\b", text)] for text in plain]
-    wrong = [sum(m not in set(here) for m in some) for some, here in zip(mentions, objects)]
+# of COCO's classes a few; CHAIR's own list has hundreds
+COCO_WORDS = {**dict.fromkeys("man men woman women boy girl child children people lady guy kid".split(), "person"),
+              "bike": "bicycle", "motorbike": "motorcycle", "plane": "airplane", "sofa": "couch", "television": "tv",
+              "table": "dining table", "cellphone": "cell phone", "kitten": "cat", "puppy": "dog"}  # fmt: skip
+
+
+def mentioned(text, classes) -> list[str]:
+    """Classes that a text names, each as often as it does, the longest names first: a hot dog is no dog."""
+    words = WORDS if set(classes) <= set(scenes.SHAPES) else COCO_WORDS  # elsewhere, a "traffic light" is not pale
+    text = " ".join(words.get(w, w) for w in re.findall(r"\w+", text.lower()))
+    text = text.replace("dining dining", "dining")
+    return re.findall(rf"\b({'|'.join(map(re.escape, sorted(classes, key=len, reverse=True)))})s?\b", text)
+
+
+def chair(given, objects, classes, references):
+    """CHAIR_i: share of mentions that are of objects which are not there, that is, neither annotated (objects) nor in one of the
+    picture's own captions (references); CHAIR_s: share of captions with one. A silent model scores 0: look at the length too."""
+    there = [{*here, *(m for r in own for m in mentioned(r, classes))} for here, own in zip(objects, references)]
+    mentions = [mentioned(text, classes) for text in given]
+    wrong = [sum(m not in here for m in some) for some, here in zip(mentions, there)]
     return sum(wrong) / max(1, sum(map(len, mentions))), float(np.mean([w > 0 for w in wrong]))
 
 
@@ -1029,7 +1041,7 @@ def evaluate(model, tok, test: Pairs, cfg, env) -> dict:
     if not isinstance(model, Contrastive) and test.classes:
         stages["questions"] = lambda: questions(score, test, rows, seen, cfg)
     if writes:
-        stages["captions"] = lambda: captioning(score.write(seen, [score.prompt] * len(seen)), test, rows)
+        stages["captions"] = lambda: captions(score, seen, test, rows)
     if isinstance(model, Masked) and model.box is not None and world:
         stages["boxes"] = lambda: {"box IoU > 0.5": grounding(score, world, seen, cfg)}
     bar = tqdm(stages, f"{cfg.arms} tests", unit="test", leave=False, disable=not env.is_main)
@@ -1073,8 +1085,8 @@ def zero_shot(score, cfg) -> dict:
 
 def compositional(score, cfg) -> dict:
     """ARO's and SugarCrepe's form by kind, one wrong caption a picture, and the same before a grey picture; Winoground's form
-    from exchanged words, where the wrong caption has its own picture. Words are added to captions with room for one more
-    object, or their length would tell."""
+    from exchanged words, where the wrong caption has its own picture. "add" starts from one object fewer than the largest
+    training scene has, so that the longer caption has a familiar length."""
     out = {}
     for kind, objects in (("replace", 2), ("swap", 2), ("add", max(1, cfg.objects - 1))):
         world = generated(cfg.eval_images, 3_000_017, cfg, objects=(objects, objects))
@@ -1179,8 +1191,15 @@ def questions(score, test, rows, seen, cfg) -> dict:
             for name, pictures in (("POPE", seen[list(where)]), ("POPE blind", score.blank)):
                 best, _ = score.answers(pictures, [existence(n) for n in names], [("yes", "no")] * len(made))
                 said = pope_score([b == 0 if b >= 0 else not t for b, t in zip(best, truth)], truth)  # a tie is wrong
-                out |= {f"{name} {setting} {k}": 100 * v for k, v in said.items() if k in ("accuracy", "F1", "yes")}
+                out |= {f"{name} {setting} {k}": 100 * v for k, v in said.items()}
     return out
+
+
+def captions(score, seen, test, rows) -> dict:
+    """What the model writes; and, for attribute F1 and CIDEr-D, what it would write of every picture before a grey one."""
+    out = captioning(score.write(seen, [score.prompt] * len(seen)), test, rows)
+    blind = captioning(score.write(score.blank, [score.prompt]) * len(seen), test, rows)
+    return out | {f"blind {k}": blind[k] for k in ("attribute F1", "CIDEr-D") if k in blind}
 
 
 def captioning(given, test, rows) -> dict:
@@ -1191,7 +1210,7 @@ def captioning(given, test, rows) -> dict:
     out["CIDEr-D"] = cider_d(plain, references)
     known = [i for i, names in enumerate(objects) if names]  # of the others we do not know what is there
     if known:
-        both = chair([given[i] for i in known], [objects[i] for i in known], test.classes)
+        both = chair(*([some[i] for i in known] for some in (given, objects)), test.classes, [references[i] for i in known])
         out |= dict(zip(("CHAIR_i", "CHAIR_s"), (100 * v for v in both)))
     return out | {"words": float(np.mean([len(g.split()) for g in given])), "distinct": 100 * len(set(given)) / len(given)}
 
@@ -1200,8 +1219,7 @@ def grounding(score, world, seen, cfg) -> float:
     """Boxes of named objects with an IoU above one half, in percent."""
     things = [(i, j) for i, s in enumerate(world) for j in range(len(s.things))]
     ids, _ = score.ids([scenes.name(world[i].things[j], False, False) for i, j in things])
-    valid, model = lengths(ids), score.model
-    got = model.box(model.fuse(seen[[i for i, _ in things]], model.read(ids, valid), valid)[:, 0]).sigmoid()
+    got = score.model.box(score.model.pooled(seen[[i for i, _ in things]], ids)).sigmoid()
     box = torch.stack([box_of(world[i], j, cfg.image_size) for i, j in things]).to(got.device)
     return 100 * (torchvision.ops.box_iou(corners(got), corners(box)).diagonal() > 0.5).float().mean().item()
 
@@ -1239,7 +1257,7 @@ def build(cfg, tok, env, trained=False):
     else:
         model = Masked(cfg, tok, arm == "mask+boxes") if family == "mask" else {"coca": CoCa, "lm": LM}[family](cfg, tok)
     if trained:
-        model.load_state_dict(vae.read_tensors(Path(cfg.out_dir).parent / arm / "model.safetensors")[0])
+        model.load_state_dict(read_tensors(Path(cfg.out_dir).parent / arm / "model.safetensors")[0])
     return model.to(env.device)
 
 
@@ -1270,8 +1288,7 @@ def best_pairs(pairs, tok, cfg, env):
 def train(cfg: Config) -> dict:
     """One arm (cfg.arms names it), in cfg.out_dir. Returns its metrics."""
     env, out, family, extra = ddp.start(cfg.seed), Path(cfg.out_dir), ARMS[cfg.arms][0], {}
-    plain = {k: getattr(Config, k) for k in OPTIONS_OF}  # the same world for every arm, so that it is made once
-    pairs, test, tok = open_world(replace(cfg, out_dir="", arms="", steps=0, **plain), env)
+    pairs, test, tok = world_of(cfg, env)
     if cfg.arms == "filtered":
         if not isinstance(pairs.pictures, dict):
             raise ValueError(f"the arm filtered keeps pictures in memory, more than --memory_gb {cfg.memory_gb}")
@@ -1290,7 +1307,7 @@ def train(cfg: Config) -> dict:
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
     rate = cfg.lr * (3 if cfg.arms in ("frozen", "frozen+lora") else 1)  # few new weights between frozen ones
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), rate, (0.9, 0.98), fused=True)
-    start, _ = ckpt.resume(out / "last.pt", cfg, model=model, opt=opt) if cfg.resume else (0, {})
+    start, _ = ckpt.resume(out / "last.pt", cfg, model=model, opt=opt)
     size = cfg.batch_size // cfg.accum
     stream = data.endless(pairs.pictures, cfg.image_size, size, env, cfg.seed, start * cfg.accum, cfg.workers, cfg.max_bad)
     log, first = RunLog(cfg, env, cfg.arms, start), env.rank * env.share(cfg.batch_size, accum=cfg.accum)
@@ -1307,7 +1324,7 @@ def train(cfg: Config) -> dict:
         opt.step()
         opt.zero_grad(set_to_none=True)
         if hasattr(model, "log_scale"):
-            model.log_scale.data.clamp_(max=math.log(100))
+            model.log_scale.data.clamp_(0, math.log(100))
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
         leave = ddp.interrupted(due)
@@ -1353,15 +1370,14 @@ def draw_answers(model, tok, test, cfg, env, path):
 
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
-    cli.choose(cfg, "arms kinds", arms=ARMS, kinds=(*scenes.YES_NO, *scenes.OPEN), dtype=("float32", "bfloat16"),
-               region=("", "any", *scenes.REGIONS))  # fmt: skip
+    cli.choose(cfg, "arms kinds", arms=ARMS, kinds=(*scenes.YES_NO, *scenes.OPEN), dtype=("float32", "bfloat16"))
     if set(cfg.kinds.split(",")) == {"relation"}:
         raise ValueError("--kinds relation needs another kind beside it, for pictures with one object")
     cli.within(cfg, "steps pairs eval_images image_size patch width depth heads text_depth lm_depth embed_dim codes", 1)
     cli.within(cfg, "mixtures lora", 1)
     cli.within(cfg, "noise keep mask_words mask_patches wrong drop_tokens", 0, 1)
     cli.within(cfg, "objects", 1, 3)
-    cli.within(cfg, "asked shots", 0)
+    cli.within(cfg, "shots", 0)
     cli.within(cfg, "context", 8)
     if cfg.patch < 2 or cfg.patch & (cfg.patch - 1):
         raise ValueError(f"--patch {cfg.patch} must be a power of two, 2 at least")
@@ -1375,8 +1391,12 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--eval_data {cfg.eval_data} needs --data: a model of generated scenes knows no photographs")
     if "mask+boxes" in cfg.arms.split(",") and cfg.data:
         raise ValueError("the arm mask+boxes needs generated scenes, whose objects have one name each; leave --data out")
-    if cfg.sugarcrepe and not (cfg.data and Path(cfg.sugarcrepe).is_file()):
-        raise ValueError(f"--sugarcrepe {cfg.sugarcrepe} does not exist, or --data, COCO's val2017, is missing")
+    if cfg.sugarcrepe and not Path(cfg.sugarcrepe).is_file():
+        raise ValueError(f"--sugarcrepe {cfg.sugarcrepe} does not exist")
+    if cfg.sugarcrepe and not cfg.data:
+        raise ValueError("--sugarcrepe needs --data (or --eval_data) with the pictures of COCO's val2017")
+    if not cfg.data and cfg.codes > cfg.pairs * (cfg.image_size // cfg.patch) ** 2:
+        raise ValueError(f"--codes {cfg.codes} is more than the patches of --pairs {cfg.pairs} training pictures")
 
 
 def run(cfg: Config) -> dict:
@@ -1384,7 +1404,10 @@ def run(cfg: Config) -> dict:
     if cfg.ask:
         return {"answer": answer_once(cfg)}
     check(cfg)
-    ddp.start(cfg.seed).share(cfg.batch_size, accum=cfg.accum)
+    env = ddp.start(cfg.seed)
+    env.share(cfg.batch_size, accum=cfg.accum)
+    if cfg.sugarcrepe:  # before anything is trained
+        read_sugarcrepe(cfg.sugarcrepe, world_of(cfg, env)[1].keys)
     out, scores, wanted = Path(cfg.out_dir), {}, []
     for arm in cfg.arms.split(","):
         wanted += [a for a in (*ARMS[arm][1], arm) if a not in wanted]
@@ -1415,7 +1438,7 @@ def report(cfg, scores) -> None:
     tables = {"questions, percent": ("VQA, yes/no", "VQA blind, yes/no", "VQA majority, yes/no", "VQA, open", "VQA blind, open",
                                      "VQA majority, open", "VQA free, open", "VQA few-shot, open", "POPE adversarial accuracy",
                                      "POPE blind adversarial accuracy", "answered at 5 % risk"),
-              "captions": ("attribute F1", "CIDEr-D", "CHAIR_i", "words", "distinct")}  # fmt: skip
+              "captions": ("attribute F1", "blind attribute F1", "CIDEr-D", "blind CIDEr-D", "CHAIR_i", "words", "distinct")}  # fmt: skip
     for title, columns in tables.items():
         rows = [[arm, *[s.get(c) for c in columns]] for arm, s in scores.items() if any(c in s for c in columns)]
         if rows:

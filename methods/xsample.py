@@ -625,7 +625,7 @@ def train(cfg: Config) -> dict:
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
     groups = optim.decay_groups(model, cfg.wd)
     opt = optim.Lars(groups, cfg.lr) if cfg.optimiser == "lars" else torch.optim.AdamW(groups, cfg.lr, fused=True)
-    start, _ = ckpt.resume(out / "last.pt", cfg, model=model, opt=opt) if cfg.resume else (0, {})
+    start, _ = ckpt.resume(out / "last.pt", cfg, model=model, opt=opt)
     env.share(cfg.batch_size, accum=cfg.accum)  # refuses what cannot be cut
     graph = make_graph(cfg, world, env.device)
     stream = data.endless(world.train, canvas(cfg), cfg.batch_size // cfg.accum, env, cfg.seed, start * cfg.accum, cfg.workers,

@@ -120,6 +120,7 @@ def test_synchronised_batch_norm_equals_one_process(tmp_path):
 @dataclass(frozen=True)
 class RunConfig:
     lr: float = 0.1
+    resume: bool = True
 
 
 def resumed(env, folder):

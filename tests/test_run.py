@@ -29,6 +29,7 @@ class Config:
     lr: float = 0.1  # rate
     fast: bool = False  # a switch
     data: str = ""  # folder
+    resume: bool = True  # go on
 
 
 def test_cli_merges_preset_and_flags(capsys):
@@ -106,16 +107,20 @@ def test_checkpoint_of_other_settings_is_refused(tmp_path):
     assert ckpt.resume(tmp_path / "last.pt", replace(cfg, out_dir="elsewhere"), model=model)[0] == 3
     with pytest.raises(ValueError, match="lr was 0.1 and is now 0.2.*--no-resume"):
         ckpt.resume(tmp_path / "last.pt", replace(cfg, lr=0.2), model=model)
-    assert ckpt.same_config({**cfg.__dict__, "processes": 1}, cfg) and not ckpt.same_config({**cfg.__dict__, "lr": 9}, cfg)
+    assert not ckpt.differences({**cfg.__dict__, "processes": 1}, cfg)
+    assert ckpt.differences({**cfg.__dict__, "lr": 9}, cfg) == ["lr"]
     old = {**cfg.__dict__, "data": "here/photos"}  # data may move, but not become others
-    assert ckpt.same_config(old, replace(cfg, data="/mnt/photos")) and not ckpt.same_config(old, replace(cfg, data=""))
+    assert not ckpt.differences(old, replace(cfg, data="/mnt/photos")) and ckpt.differences(old, replace(cfg, data=""))
     then = InitConfig(out_dir="runs/a/suave", init="runs/a/ssl/model.safetensors")  # of a phase before: the folder is renamed
     old = dict(then.__dict__)
-    assert ckpt.same_config(old, replace(then, out_dir="runs/b/suave", init="runs/b/ssl/model.safetensors"))
+    assert not ckpt.differences(old, replace(then, out_dir="runs/b/suave", init="runs/b/ssl/model.safetensors"))
     old = {**old, "init": "seed0/attn/model.safetensors"}
-    assert ckpt.same_config(old, replace(then, init="/mnt/seed0/attn/model.safetensors"))
-    assert not ckpt.same_config(old, replace(then, init="seed1/attn/model.safetensors"))
-    assert not ckpt.same_config(old, replace(then, init=""))
+    assert not ckpt.differences(old, replace(then, init="/mnt/seed0/attn/model.safetensors"))
+    assert ckpt.differences(old, replace(then, init="seed1/attn/model.safetensors"))
+    assert ckpt.differences(old, replace(then, init=""))
+    # --no-resume: the old checkpoint is gone, or a run that was killed early would go on from it at its next start
+    assert ckpt.resume(tmp_path / "last.pt", replace(cfg, resume=False), model=model) == (0, {})
+    assert ckpt.resume(tmp_path / "last.pt", cfg, model=model) == (0, {})
     (tmp_path / "bad.pt").write_bytes(b"garbage")
     with pytest.raises(ValueError, match="not a checkpoint"):
         ckpt.resume(tmp_path / "bad.pt", cfg, model=model)
