@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 FREE = {"out_dir", "workers", "log_every", "save_every", "resume", "max_bad", "ask", "question"}
 TESTED_ON = {"eval_data", "sugarcrepe", "photos", "references", "probe_data", "probe", "probe_l2", "probe_steps", "real",
              "in9", "objectnet", "mit_states", "eval_images", "shots", "inception"}  # fmt: skip
-PATHS = {**dict.fromkeys((*TESTED_ON, "data", "after"), 1), **dict.fromkeys(("embeddings", "tree", "tokenizer"), 2), "init": 3}
+PATHS = {**dict.fromkeys((*TESTED_ON, "data", "after"), 1), **dict.fromkeys(("embeddings", "tree", "tokenizer", "synonyms"), 2),
+         **dict.fromkeys(("init", "vae", "text_encoder"), 3)}  # fmt: skip
 
 
 def _replace(path, write) -> None:

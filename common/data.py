@@ -464,16 +464,17 @@ def held_out(folder, prefer=("val", "test")) -> str:
     raise ValueError(f"{folder} has no split val or test to evaluate on; prepare one")
 
 
-def open_labelled(folder, count: int, seed: int, tested: bool = True):
+def open_labelled(folder, count: int, seed: int, tested: bool = True, all_of_them: bool = True):
     """-> training source, test source (split val or test; None if not tested), records and classes of the training samples, and
     the rows of the first `count` samples of every class (0: all). Classes are [] where nothing has a label. ValueError for
-    labels outside the classes, missing ones, and a class without a training sample."""
+    labels outside the classes, missing ones (all_of_them=False: allowed in training), and a class without training sample."""
     train, test = Shards(folder, "train"), Shards(folder, held_out(folder)) if tested else None
     found = records(train)
     labels = [r.get("label", -1) for r in found]
     labelled, C = max(labels) >= 0, len(train.classes)
     classes = train.classes if labelled else []
-    for r in (*found, *(records(test) if labelled and tested else ())):
+    some = [r for r in found if all_of_them or r.get("label", -1) != -1]
+    for r in (*some, *(records(test) if labelled and tested else ())):
         if labelled and r["key"] and not 0 <= r.get("label", -1) < C:
             raise ValueError(f"{folder}: {r['key']} has the label {r.get('label')}; labels must be 0 to {C - 1}, one for every "
                              "sample: prepare the data again")  # fmt: skip

@@ -294,12 +294,12 @@ def without_sigma(state: dict[str, torch.Tensor], channels: int) -> dict[str, to
     return out
 
 
-def load_dit(path, size: str = "", input_size: int = 0, learn_sigma: bool = True, **more) -> DiT:
+def load_dit(path, size: str = "", input_size: int = 0, learn_sigma: bool = True, resample: bool = False, **more) -> DiT:
     """DiT from facebookresearch's files (bare, or training checkpoints, whose EMA weights are taken), diffusers' or our own
     export; in fp32, evaluation mode. size: one of SIZES, not needed for our own export, which knows its settings.
 
-    input_size: latent side, by default that of the file (diffusers': of config.json beside it, else 32); another one
-    recomputes the position table by extrapolation.
+    input_size: latent side, by default that of the file (diffusers': of config.json beside it, else 32); at another one the
+    coordinates of the position table go on, or with resample=True stay in the file's range, in finer steps.
     learn_sigma=False drops the variance half of the last layer. more: heads, ... of a model that is not in SIZES."""
     state, meta = read_tensors(path)
     if any(k.startswith("transformer_blocks.") for k in state):
@@ -328,7 +328,10 @@ def load_dit(path, size: str = "", input_size: int = 0, learn_sigma: bool = True
             state, config["learn_sigma"] = without_sigma(state, channels), False
         config["input_size"] = input_size or config["input_size"]
         model = DiT(**config)
-    except (KeyError, ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
+        if resample:
+            places = torch.arange(model.grid) * (side // patch / model.grid)
+            model.pos_embed.data = sincos_2d(dim, places, places)
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError, AttributeError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} cannot be loaded as a DiT: {what}") from error
     want = model.state_dict()

@@ -355,7 +355,7 @@ def load_vae(path, scale: float = 0.0, shift: float | None = None) -> VAE:
         ) from error
     if not scale and "scale" not in config and (xl or vae.z != 4 or not vae.quant_conv):
         raise ValueError(f"{path} is not an autoencoder of Stable Diffusion 1 or 2 and does not say how latents are scaled; "
-                         "put its config.json beside it, or pass scale and shift")  # fmt: skip
+                         "put its config.json beside it")  # fmt: skip
     want = vae.state_dict()
     missing, extra = sorted(want.keys() - state.keys()), sorted(state.keys() - want.keys())
     wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in want.items()

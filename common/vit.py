@@ -225,7 +225,7 @@ def _init(m):
 # Published weights --------------------------------------------------------------------------------------------------
 
 
-def read_weights(path, trust_torchscript: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
+def read_weights(path, trust_torchscript: bool = False, network: str = "teacher") -> tuple[dict[str, torch.Tensor], dict]:
     """A weight file, or a folder that holds one -> (state dict in fp32 on the CPU, the parts of config.json and
     open_clip_config.json beside it that are objects).
 
@@ -256,7 +256,7 @@ def read_weights(path, trust_torchscript: bool = False) -> tuple[dict[str, torch
         raise ValueError(f"{path} is not a readable weight file: {(str(error).splitlines() or [''])[0]}") from error
     except Exception as error:  # pickle.UnpicklingError and its kin: not tensors only
         raise ValueError(f"{path} holds more than tensors and is refused; convert it to safetensors") from error
-    for key in ("state_dict", "teacher", "model"):
+    for key in ("state_dict", network, "teacher", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     named = state.items() if isinstance(state, dict) else ()
     tensors = {k: v for k, v in named if isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided}
@@ -402,11 +402,10 @@ def load_clip(path, act: str = "", trust_torchscript: bool = False) -> CLIP:
     return _load(CLIP(visual, text, "logit_bias" in state), state, path, "CLIP")
 
 
-def load_dino(path) -> ViT:
-    """DINO (backbone or full training file) and DINOv2 (S, B, L, g, with or without registers), official or Hugging Face.
-
-    Heads are width / 64 in all published sizes."""
-    state, _ = read_weights(path)
+def load_dino(path, network: str = "teacher") -> ViT:
+    """DINO (backbone, or full training file, of which `network` is taken) and DINOv2 (S, B, L, g, with or without registers),
+    official or Hugging Face. Heads are width / 64 in all published sizes."""
+    state, _ = read_weights(path, network=network)
     if "head.weight" in state:
         raise ValueError(f"{path} holds a classifier, head.weight: a supervised ViT is not DINO")
     state = {k: v for k, v in state.items() if not re.search(r"mask_token$|^head\.|^(dino|ibot)_head\.|^pooler\.", k)}

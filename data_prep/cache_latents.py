@@ -44,8 +44,8 @@ class Config:
 
 
 @torch.no_grad()
-def encode_part(vae, source, rows, cfg, split, part, device) -> tuple[dict, list]:
-    """(shard, row) pairs -> tensors and the captions of the good ones."""
+def encode_part(vae, source, rows, cfg, split, part, device) -> tuple[dict, list, list]:
+    """(shard, row) pairs -> tensors and captions of the good ones, and what was wrong with the others."""
     views, controls, labels, captions, bad = [], [], [], [], []
     train = split == "train"
     for shard, row in rows:
@@ -86,18 +86,20 @@ def run(cfg: Config) -> dict:
     splits = sorted({p.name.split("-")[0] for p in shards} & {"train", "val", "test"}) or [""]
     out, path = Path(cfg.out), Path(cfg.out, "manifest.json")
     sources = {split: data.Shards(cfg.data, split) if shards else data.Folder(cfg.data) for split in splits}
-    read = [
-        (s.manifest.get("fingerprint", ""), s.names, s.sizes) if shards else s.files for s in sources.values()
-    ]  # folders may move
-    read = read if shards else [p.relative_to(cfg.data).as_posix() for p in read[0]]
+    # what was read, for the next run to compare; folders may move
+    read = ([(s.manifest.get("fingerprint", ""), s.names, s.sizes) for s in sources.values()] if shards else
+            [p.relative_to(cfg.data).as_posix() for p in sources[""].files])  # fmt: skip
     settings = {k: getattr(cfg, k) for k in ("size", "views", "min_crop", "max_crop", "flip", "seed", "per_shard")}
     settings["source"] = hashlib.sha256(repr(read).encode()).hexdigest()[:16]
     manifest = {"kind": "latents", "vae": vae.fingerprint(), "scale": vae.scale, **settings, "complete": False, "shards": []}
     if path.exists():
-        old = json.loads(path.read_text())
+        try:
+            old = dict(json.loads(path.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove the folder, or choose another --out") from error
         if any(old.get(k) != manifest[k] for k in ("vae", *settings)):
             raise ValueError(f"{out} holds latents of another autoencoder, other data or settings; choose another --out")
-        if old["complete"]:
+        if old.get("complete"):
             return old
     for split, source in sources.items():
         out.mkdir(parents=True, exist_ok=True)

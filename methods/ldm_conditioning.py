@@ -85,7 +85,7 @@ class Config:
     control_init: str = "zero"  # last layer of the control embedders: zero or normal
     drop_semantic: float = 0.1  # chance that class or text becomes the null one
     drop_control: float = 0.1  # chance that the controls are left out, drawn independently
-    guidance: float = 2.0  # lambda, of semantics; 1 = none; its null branch, without both, is 1 % of training
+    guidance: float = 2.0  # lambda, of semantics; 1 = none; its branch without both is trained on the product of the drops
     control_guidance: float = 1.0  # beta, of controls; 1 = ordinary guidance, 0 = controls ignored
     sample_steps: int = 16  # of DDIM / Euler; the paper: 50 for curves, 250 for its table of controls
     class_tokens: int = 4  # learned tokens of each class, which blocks attend to
@@ -450,17 +450,16 @@ def encode(vae, images, device, part=256):  # twin: encode
 
 def scene_latents(cfg: Config, vae, device, count: int, seed: int) -> data.Table:
     """Scenes recorded at one of the sizes, then cropped, flipped, resized and encoded: `views` of each."""
-    world, sizes = make_scenes(cfg, count, seed), [int(s) for s in cfg.sizes.split(",")]
+    world, sizes = make_scenes(cfg, count, seed) * cfg.views, [int(s) for s in cfg.sizes.split(",")]
     shrink = 4.0 if cfg.crop == "direct" else 1.0
     views, controls = [], []
-    for i, s in enumerate(world * cfg.views):
+    for i, s in enumerate(world):
         rng = np.random.default_rng((seed, 2, i))
         picture = Image.fromarray(scenes.render([s], int(rng.choice(sizes)))[0])
         view, c = augment.random_view(picture, cfg.image_size, rng, (cfg.min_crop / shrink, 1 / shrink), cfg.flip)
         views.append(view)
         controls.append(c)
     mean, logvar = encode(vae, np.stack(views), device)
-    world = world * cfg.views
     return data.Table(mean=mean, logvar=logvar, controls=torch.tensor(np.stack(controls)), label=[label(s) for s in world],
                       scene=world)  # fmt: skip
 
@@ -549,8 +548,9 @@ def open_world(cfg: Config, device) -> tuple[nn.Module, World]:
         asked = [c[0] for c in (val.read(*row).get("captions") for row in rows) if c]
         if not asked:
             raise ValueError(f"{cfg.data} has no captions; use --task class")
-    asked, real = (asked * -(-cfg.samples // len(asked)))[: cfg.samples], None
-    if eye := metrics.inception_features(cfg.inception).to(device) if cfg.inception else None:
+    asked = (asked * -(-cfg.samples // len(asked)))[: cfg.samples]
+    eye, real = metrics.inception_features(cfg.inception).to(device) if cfg.inception else None, None
+    if eye:
         mine = rows[ddp.rank() : len(rows) // ddp.world_size() * ddp.world_size() : ddp.world_size()]
         images = decode(vae, vae.to_latent(torch.stack([val.read(*row)["mean"] for row in mine])), device)
         real = ddp.gather_rows(features(eye, images, device))
@@ -610,7 +610,7 @@ EVALUATION = 1_000_003  # the seed of its noise, far from training's
 @torch.no_grad()
 def evaluate(model, vae, world, items, cfg, env) -> dict[str, float]:
     """Validation loss, and how far the picture moves when only the requested size changes. A model that ignores sizes does not
-    move at all, so `heeds` says by how many percent the loss at low noise rises when told the next of --sizes. Also the
+    move at all, so `heeds` says by how many percent the loss at low noise rises when it is told the next of --sizes. Also the
     Frechet distance to real pictures; for scenes, is the right thing drawn? The work is divided over the processes."""
     out, device, total, recorded = {}, env.device, torch.zeros(4), set()
     sizes = torch.tensor([float(s) for s in cfg.sizes.split(",")], device=device)
@@ -676,6 +676,8 @@ def build(cfg: Config, vae, world: World, device) -> Model:
         return model
     state, meta = read_tensors(cfg.init)
     old = meta.get("config", {})
+    if "vae" not in meta or not {"extent", "task"} <= old.keys():
+        raise ValueError(f"--init {cfg.init} is no model that this script has exported")
     for field in ("conditioning", "objective", "control_power", "base_size"):
         if old.get(field) != getattr(cfg, field):
             raise ValueError(f"--init {cfg.init} has {field} {old.get(field)}, this arm {getattr(cfg, field)}")
@@ -822,6 +824,8 @@ def check(cfg: Config) -> None:
     cli.within(cfg, "drop_semantic drop_control flip decay", 0, 1)
     if cfg.guidance != 1 and not (cfg.drop_semantic and cfg.drop_control):
         raise ValueError("--drop_semantic 0 or --drop_control 0 never train the null branch of guidance; add --guidance 1")
+    if cfg.control_guidance != 1 and not cfg.drop_control:
+        raise ValueError("--drop_control 0 never trains the branch without controls; add --control_guidance 1")
     if not cfg.data and cfg.objects > cfg.grid**2:
         raise ValueError(f"--objects {cfg.objects} do not fit into {cfg.grid**2} cells; raise --grid")
     if not (1 <= cfg.grid <= 3 and 1 <= cfg.objects <= 3 and 0 < cfg.min_crop <= 1 and cfg.samples >= 16):
@@ -864,7 +868,7 @@ def run(cfg: Config) -> dict:
 def show(cfg, scores):
     """One table on the terminal: every arm, the last against the first, the paper's words beside it."""
     names = {"val_loss": "validation loss",
-             "fd": f"Frechet distance to full frames ({'Inception' if cfg.data else 'judge'})",
+             "fd": f"Frechet distance to {'reconstructions (Inception)' if cfg.data else 'full frames (judge)'}",
              "right": "drawn as named, %", "swap": "control-swap distance x 100", "swap_hr": "... the three largest sizes",
              "heeds": "loss with another size, low noise, + %"}  # fmt: skip
     paper = (

@@ -7,7 +7,7 @@ Idea       A latent diffusion model is trained by a squared error of latents, bu
            the clean latent itself through the frozen decoder, and compare its feature maps too: normalised with shared
            statistics, without the few abnormal activations that decoders have (the stand-in hardly any: `kept` is above 0.99),
            several depths weighted by resolution. This term is left out where noise leaves nothing to estimate (above t = 0.75
-           of flow, level 475 of 1,000) and before a second phase. No other network is needed, sampling does not change.
+           of flow, from level 475 of 1,000 on) and before a second phase. No other network is needed, sampling is the same.
 Equations  clean latent from eps, v, x0 or flow -> x0_from()      outlier mask -> outlier_mask()
            Eq. 3, the loss -> latent_perceptual_loss()      the gate -> lpl_term()
 Read first section 2, then step_loss() and train() in section 6; the rest is ordinary
@@ -89,10 +89,10 @@ class Config:
     lpl_start: int = 0  # updates of phase 2 before the term sets in
     tau: float = 3.0  # the term acts where sigma / alpha <= tau
     norm: str = "standardise"  # the prediction's statistics over pixels, or "cross": the target's over channels
-    detach_stats: bool = False  # no gradient through the statistics; with it a larger variance lowers the loss, too
+    detach_stats: bool = False  # no gradient through the statistics, which also rewards a larger variance
     mask: bool = True  # leave outlying activations out
     depth_weights: str = "inverse"  # 1 / upscaling of the map, or "uniform"
-    recompute: bool = True  # keep only block borders of the decoder for backward (checkpointing): less memory, more time
+    recompute: bool = True  # checkpoint the decoder's blocks (the loss keeps its maps): less memory, more time
     drop: float = 0.1  # chance that a class becomes the null one
     guidance: float = 2.0  # classifier-free, in sampling (paper)
     sample_steps: str = "4,16"  # evaluated numbers of steps, the last is the headline
@@ -135,7 +135,7 @@ def x0_from(kind, out, zt, t):
         return (zt - sigma * out) / alpha
     if kind == "v":  # v = alpha eps - sigma z0
         return alpha * zt - sigma * out
-    return zt - t.view(-1, 1, 1, 1) * out  # flow: v = eps - z0
+    return zt - sigma * out  # flow: v = eps - z0
 
 
 @torch.no_grad()
@@ -191,8 +191,8 @@ def latent_perceptual_loss(vae, z0_hat, z0, norm="standardise", detach_stats=Fal
 
 def lpl_term(vae, kind, out, zt, z0, t, tau=3.0, **options):
     """Mean of the loss over the samples of this (micro-)batch with sigma / alpha <= tau, of all processes. Gated BEFORE
-    decoding, which is what saves time. A process without such a sample returns a zero that still depends on the output, so
-    that its gradient can be taken as on the others; in its logs, means over processes, it counts as 0."""
+    decoding, which is what saves time. A process without such a sample returns a zero attached to the output, so that backward
+    runs alike everywhere; averages over processes in the log count it as 0 (`lpl_*`, `kept_*`, too)."""
     alpha, sigma = alpha_sigma(kind, t)
     gate = (sigma <= tau * alpha).flatten()
     count = ddp.all_sum(gate.sum()) / ddp.world_size()  # of an average process, since DDP averages gradients
@@ -270,6 +270,7 @@ def collate(items):
 class World:
     """All that a run reads."""
 
+    vae: object
     train: object  # latents
     val: object
     classes: list  # names
@@ -286,8 +287,14 @@ def features(eye, images, device, grid=1):  # twin: features
     return torch.cat([eye.features(x.to(device), grid) for x in images.split(256)])
 
 
+@lru_cache(maxsize=1)  # the phases of a run share it
 @torch.no_grad()
-def open_world(cfg: Config, vae, device) -> World:
+def open_world(cfg: Config, device) -> World:
+    vae = (load_vae(cfg.vae) if cfg.vae else zoo.load_vae()).to(device)
+    if cfg.image_size % (vae.factor * cfg.patch):
+        raise ValueError(f"--image_size {cfg.image_size} must be a multiple of {vae.factor * cfg.patch}: autoencoder x patch")
+    if cfg.image_size < 2 * vae.factor or cfg.samples < 2 * ddp.world_size():
+        raise ValueError("--image_size must give latents of 2 pixels a side, --samples two pictures a process")
     if not cfg.data:
         part, eye = {}, zoo.load_judge().to(device)
         for i, (name, n) in enumerate((("train", cfg.images), ("val", min(512, cfg.samples)), ("real", cfg.samples))):
@@ -297,7 +304,7 @@ def open_world(cfg: Config, vae, device) -> World:
             part[name] = data.Table(mean=mean, logvar=logvar, label=[label(s) for s in world]), images, world
         classes = [f"{c} {s}" for c in scenes.COLOURS for s in scenes.SHAPES]
         real = to_unit(part["real"][1], "cpu")
-        return World(part["train"][0], part["val"][0], classes, spectrum(real), eye, features(eye, real, device),
+        return World(vae, part["train"][0], part["val"][0], classes, spectrum(real), eye, features(eye, real, device),
                      part["real"][2])  # fmt: skip
     train, val = (data.Latents(cfg.data, split, vae.fingerprint()) for split in ("train", "val"))
     if train.size != cfg.image_size:
@@ -316,7 +323,7 @@ def open_world(cfg: Config, vae, device) -> World:
         power = power + len(images) * spectrum(images)
         real += [features(eye, images, device)] if eye else []
     power = ddp.all_sum(power.to(device)).cpu() / count
-    return World(train, val, train.classes, power, eye, ddp.gather_rows(torch.cat(real)) if eye else None)
+    return World(vae, train, val, train.classes, power, eye, ddp.gather_rows(torch.cat(real)) if eye else None)
 
 
 # 5. EVALUATE ------------------------------------------------------------------------------------------------------------
@@ -439,13 +446,9 @@ def kept_mib(model, vae, closure):
 def train(cfg: Config, arm: str) -> dict:
     """One phase: "pretrain", or one of the arms "control" and "lpl", which start from its checkpoint (weights, EMA and AdamW's
     state) and see the same data in the same order with the same noise."""
-    env, out = ddp.start(cfg.seed), Path(cfg.out_dir, arm)
-    vae = (load_vae(cfg.vae) if cfg.vae else zoo.load_vae()).to(env.device)
-    if cfg.image_size % (vae.factor * cfg.patch):
-        raise ValueError(f"--image_size {cfg.image_size} must be a multiple of {vae.factor * cfg.patch}: autoencoder x patch")
-    if cfg.image_size < 2 * vae.factor or cfg.samples < 2 * env.world:
-        raise ValueError("--image_size must give latents of 2 pixels a side, --samples two pictures a process")
-    world = open_world(cfg, vae, env.device)
+    env, out, here = ddp.start(cfg.seed), Path(cfg.out_dir, arm), settings(cfg, arm)
+    world = open_world(cfg, env.device)
+    vae = world.vae
     ddp.reseed(cfg.seed, 0, 0)  # the same initial weights on every process
     model = build(cfg, vae, len(world.classes)).to(env.device)
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
@@ -453,13 +456,11 @@ def train(cfg: Config, arm: str) -> dict:
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, (0.9, 0.95), 1e-8, fused=True)
     state = {"model": model, "ema": ema, "opt": opt}
     first = 0 if arm == "pretrain" else cfg.pretrain  # updates before this phase
-    total = cfg.pretrain if arm == "pretrain" else cfg.pretrain + cfg.steps
-    here = phase_one(cfg) if arm == "pretrain" else replace(cfg, out_dir=str(out), steps=total)
     start, extra = ckpt.resume(out / "last.pt", here, **state)
     if not start:
-        start, extra = first, {"seconds": 0.0}
+        start, extra = first, {"seconds": 0.0, "timed": 0}
         source = Path(cfg.after or cfg.out_dir, "pretrain")
-        if first and ckpt.resume(source / "last.pt", phase_one(cfg), **state)[0] != first:
+        if first and ckpt.resume(source / "last.pt", replace(phase_one(cfg), resume=True), **state)[0] != first:
             raise ValueError(f"{source} holds no finished phase 1; --no-resume trains it again")
     local = env.share(cfg.batch_size, accum=cfg.accum)  # samples of this process in a micro-batch
     batches = data.Batches(world.train, item, collate, cfg.batch_size // cfg.accum, env, cfg.seed, start * cfg.accum,
@@ -480,10 +481,10 @@ def train(cfg: Config, arm: str) -> dict:
         return step_loss(wrapped, vae, vae.to_latent(mean, logvar, n1), time_of(cfg.objective, u[:, 0]), n2, y, cfg, lpl)
 
     log = RunLog(here, env, arm, start)
-    for step in range(start, total):
+    for step in range(start, here.steps):
         began = time.monotonic()
         optim.set_lr(opt, cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup)))
-        due = (step + 1) % cfg.log_every == 0 or step + 1 == total
+        due = (step + 1) % cfg.log_every == 0 or step + 1 == here.steps
         mean_loss = 0.0
         for micro in range(cfg.accum):
             loss, parts, output = micro_loss(step, micro)
@@ -498,11 +499,13 @@ def train(cfg: Config, arm: str) -> dict:
         opt.step()
         opt.zero_grad(set_to_none=True)
         ema.update(model)
-        done, last = step + 1, step + 1 == total
+        done, last = step + 1, step + 1 == here.steps
         leave = ddp.interrupted(due)
         if due or leave or done % cfg.save_every == 0:
             ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
-        extra["seconds"] += time.monotonic() - began
+        if step >= start + 2:  # the first updates of a process compile and warm up
+            extra["seconds"] += time.monotonic() - began
+            extra["timed"] += 1
         if due:
             log.write(step, **ddp.mean({"loss": mean_loss, "grad_norm": norm, **parts}), lr=opt.param_groups[0]["lr"])
         if cfg.eval_every and done % cfg.eval_every == 0 and not last:
@@ -515,10 +518,13 @@ def train(cfg: Config, arm: str) -> dict:
             raise KeyboardInterrupt
     result = {}
     if arm != "pretrain":
-        memory = kept_mib(model, vae, lambda: micro_loss(total, 0)[0])
-        result, curve = report(total - 1)
-        result.update(ms_per_step=1000 * extra["seconds"] / cfg.steps, activations_mib=memory, spectrum=curve.tolist(),
-                      power=world.power.tolist())  # fmt: skip
+        peak = torch.cuda.max_memory_allocated() if env.device.type == "cuda" else None  # of training
+        memory = kept_mib(model, vae, lambda: micro_loss(here.steps, 0)[0])
+        result, curve = report(here.steps - 1)
+        result.update(ms_per_step=1000 * extra["seconds"] / max(1, extra["timed"]), activations_mib=memory,
+                      spectrum=curve.tolist(), power=world.power.tolist())  # fmt: skip
+        result |= {"peak_gib": peak / 2**30} if peak else {}
+        result |= {"share": history(log.dir, "share")["share"][1][-1]} if arm == "lpl" and env.is_main else {}
     if env.is_main and arm != "pretrain":
         ckpt.export(out / "model.safetensors", shown.state_dict(), dit=model.config, vae=vae.fingerprint(),
                     objective=cfg.objective)  # fmt: skip
@@ -544,17 +550,27 @@ def phase_one(cfg: Config) -> Config:
     )
 
 
+def settings(cfg: Config, arm) -> Config:
+    """Of one phase, as its folder and checkpoint hold them; steps are those of all phases so far."""
+    if arm == "pretrain":
+        return phase_one(cfg)
+    return replace(cfg, out_dir=str(Path(cfg.out_dir, arm)), steps=cfg.pretrain + cfg.steps)
+
+
 def build(cfg: Config, vae, classes: int) -> DiT:
     side = cfg.image_size // vae.factor
     if not cfg.init:
         return DiT(side, cfg.patch, vae.z, cfg.dim, cfg.depth, cfg.heads, classes=classes, learn_sigma=False)
     meta = read_tensors(cfg.init)[1]
+    if "config" in meta:
+        raise ValueError(f"--init {cfg.init} is a model of ldm_conditioning.py, whose network is another one")
     trained = meta.get("objective", "eps")  # our own export says it, the published weights predict eps
     if trained != cfg.objective:
         raise ValueError(f"--init {cfg.init} predicts {trained}; add --objective {trained}")
     if meta.get("vae", vae.fingerprint()) != vae.fingerprint():
         raise ValueError(f"--init {cfg.init} was trained on latents of another autoencoder; pass its --vae")
-    model = load_dit(cfg.init, "" if "dit" in meta else "DiT-XL/2", side, learn_sigma=False).train()  # published: XL/2
+    published = "" if "dit" in meta else "DiT-XL/2"
+    model = load_dit(cfg.init, published, side, learn_sigma=False, resample=True).train()
     for name, p in model.named_parameters():
         p.requires_grad_(name != "pos_embed")
     if model.classes != classes or model.config["channels"] != vae.z:
@@ -590,9 +606,7 @@ def run(cfg: Config) -> dict:
     ddp.start(cfg.seed)
     scores = {}
     for arm in ("pretrain", "control", "lpl") if cfg.pretrain and not cfg.after else ("control", "lpl"):
-        folder, total = Path(cfg.out_dir, arm), cfg.pretrain + cfg.steps
-        same = phase_one(cfg) if arm == "pretrain" else replace(cfg, out_dir=str(folder), steps=total)
-        scores[arm] = ckpt.once(lambda _, arm=arm: train(cfg, arm), same)
+        scores[arm] = ckpt.once(lambda _, arm=arm: train(cfg, arm), settings(cfg, arm))
     scores.pop("pretrain", None)
     result = {f"{arm}_{k}": v for arm, s in scores.items() for k, v in s.items() if k not in ("spectrum", "power")}
     if ddp.rank() == 0:
@@ -606,8 +620,9 @@ def show(cfg, scores):
     a, b = scores["control"], scores["lpl"]
     rows, last = [], int(cfg.sample_steps.split(",")[-1])
     for steps in map(int, cfg.sample_steps.split(",")):
-        for key, text, paper in (("fd", f"Frechet distance ({'Inception' if cfg.data else 'judge'})", "6 to 20 % better (FID)"),
-                                 ("right", "class right, %", ""), ("low", "log spectrum error, low band", "a little worse"),
+        distance = "Frechet distance (Inception, to reconstructions)" if cfg.data else "Frechet distance (judge)"
+        for key, text, paper in (("fd", distance, "6 to 20 % better (FID)"), ("right", "class right, %", ""),
+                                 ("low", "log spectrum error, low band", "a little worse"),
                                  ("high", "log spectrum error, high band", "better")):  # fmt: skip
             if f"{key}_{steps}" in a:
                 x, y = a[f"{key}_{steps}"], b[f"{key}_{steps}"]
@@ -619,6 +634,9 @@ def show(cfg, scores):
                  f"x {b['ms_per_step'] / max(a['ms_per_step'], 1e-9):.2f}", ""])  # fmt: skip
     rows.append(["kept for backward, MiB", f"{a['activations_mib']:.0f}", f"{b['activations_mib']:.0f}",
                  f"x {b['activations_mib'] / a['activations_mib']:.2f}", ""])  # fmt: skip
+    if "peak_gib" in a:
+        rows.append(["peak memory, GiB", f"{a['peak_gib']:.2f}", f"{b['peak_gib']:.2f}", "", ""])
+    rows.append(["the term's share of the loss", "", f"{b['share']:.2f}", "", ""])
     print("\n" + table(rows, [f"{cfg.objective}, equal updates", "control", "LPL", "difference", "paper"]))
     print(f"\npictures, curves and weights: {cfg.out_dir}")
     real = "reconstructed" if cfg.data else "real"

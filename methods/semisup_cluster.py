@@ -23,8 +23,8 @@ Differs    from the paper: settings for CIFAR-100 are ours. Crops are cut on the
            squeezed to one. FixMatch has our views, network, budget, 2 unlabelled rows for a labelled one (there 7), no EMA.
            from the released code: a mixed view counts its rows (there 1, --mix_views); fine-tuning keeps the prototypes (there
            random ones, --reset_prototypes); the queue is whole on every process; all networks are in training mode at every
-           step; Sinkhorn works in logarithms; LARS scales no biases; DINO's head has torch's initial weights; equal compute is
-           Suave's (Daino: no mixed rows, a teacher). Left out: label lists, PAWS, contrastive fine-tuning, AutoAugment.
+           step; LARS scales no biases; DINO's head has torch's initial weights; labelled crops as unlabelled ones (there 0.08
+           to 1); equal compute is Suave's. Left out: drop path, label lists, soft votes, PAWS, AutoAugment.
 Uses       common/augment.py ckpt.py cli.py data.py ddp.py log.py metrics.py optim.py plot.py resnet.py scenes.py
            vision.py vit.py   (copy these with this file)
 """
@@ -161,16 +161,16 @@ def sinkhorn(scores, eps=0.05, iters=3):  # twin: sinkhorn
 
 class Queue(nn.Module):
     """Unit features of past batches, newest first, one row of the buffer a global view: with many classes a batch is too small
-    to be balanced alone. Used once it is full. Every process keeps all of it and takes its part into Sinkhorn."""
+    to be balanced alone. Every process keeps all of it and takes its part into Sinkhorn."""
 
     def __init__(self, views, length, dim):
         super().__init__()
         self.register_buffer("z", torch.zeros(views, length, dim))
 
-    def targets(self, view, z, prototypes, eps):
-        """Assignments (B, K) of z (B, D), balanced together with the queue, which is scored by the prototypes of today."""
+    def targets(self, view, z, prototypes, eps, full=True):
+        """Assignments (B, K) of z (B, D), balanced together with the queue, if full, scored by the prototypes of today."""
         scores = z @ prototypes.T
-        if self.z.shape[1] and self.z[view, -1].any():
+        if full and self.z.shape[1]:
             mine = self.z[view].chunk(ddp.world_size())[ddp.rank()]
             scores = torch.cat([mine @ prototypes.T, scores])
         return sinkhorn(scores, eps)[-len(z) :]
@@ -312,7 +312,7 @@ def load_init(net, path, cfg):
         if any(k.startswith("body.") for k in state):
             pass  # our own
         elif cfg.backbone == "vit":
-            dino = load_dino(path)
+            dino = load_dino(path, "student")
             state = {f"body.{k}": v for k, v in dino.state_dict().items()}
             if dino.blocks[0].attn.heads != cfg.heads or state.keys() - net.state_dict().keys():
                 raise ValueError(f"it has {dino.blocks[0].attn.heads} heads, or parts that this ViT lacks")
@@ -328,7 +328,7 @@ def load_init(net, path, cfg):
             raise ValueError(f"it lacks {', '.join(missing[:3])}")
         net.load_state_dict({**net.state_dict(), **{k: state[k] for k in wanted}})
     except Exception as error:
-        raise ValueError(f"--init {path} does not fit this network ({str(error).splitlines()[0][:200]})") from error
+        raise ValueError(f"--init {path} does not fit this network ({' '.join(str(error).split())[:300]})") from error
 
 
 # 4. DATA -----------------------------------------------------------------------------------------------------------------
@@ -343,8 +343,8 @@ class World:
 
 
 def scene_set(count, seed, size, part):
-    """One plain object; its shape is the class. Colour, size and the background's tone are not. part: train or test, which have
-    no object in common; of the train part there are 324 different pictures."""
+    """One plain object; its shape is the class. Colour, size and the background's tone vary independently of it. part: train or
+    test, which share no object; of the train part there are 324 different pictures."""
     world = [scenes.scene(i, seed, (1, 1), grid=1, part=part) for i in range(count)]
     world = [replace(s, pattern="plain", things=(replace(s.things[0], texture="solid"),)) for s in world]
     images = np.concatenate([scenes.render(world[i : i + 256], size) for i in range(0, count, 256)])
@@ -369,16 +369,16 @@ def open_world(cfg: Config, env) -> World:
         rows = {n: data.pick(train["label"].cpu(), n, cfg.seed) for n in counts}
         labelled = {n: {k: v[r] for k, v in train.items()} for n, r in rows.items()}
         return World(train, test, list(scenes.SHAPES), labelled)
-    source, other, records, classes, _ = data.open_labelled(cfg.data, 0, cfg.seed)
+    source, other, records, classes, _ = data.open_labelled(cfg.data, 0, cfg.seed, all_of_them=False)
     if not classes:
         raise ValueError(f"{cfg.data} has no labels; prepare labelled pictures with data_prep/")
     options = dict(size=canvas(cfg), env=env, gb=cfg.memory_gb, workers=cfg.workers, max_bad=cfg.max_bad)
     labels = [r.get("label", -1) for r in records]
-    labelled = {n: data.load(source, data.pick(labels, n, cfg.seed), **options) for n in counts}
-    for n, held in labelled.items():  # a tenth of the labels gone would be another experiment
-        if isinstance(held, dict) and len(held["label"]) < n * len(classes):
+    labelled = {n: data.load(source, data.pick(labels, n, cfg.seed), **options) for n in counts if cfg.stage != "ssl"}
+    for n, held in labelled.items():  # fewer labels would be another experiment
+        if isinstance(held, dict) and len(held["label"]) < (1 - cfg.max_bad) * n * len(classes):
             raise ValueError(f"{cfg.data}: {n * len(classes) - len(held['label'])} of the {n * len(classes)} labelled pictures "
-                             "are damaged; prepare them again, or choose others by --seed")  # fmt: skip
+                             f"are damaged, more than --max_bad {cfg.max_bad}; prepare them again")  # fmt: skip
     train = data.load(source, np.arange(len(source)), **options)
     return World(train, data.load(other, np.arange(len(other)), **options), classes, labelled)
 
@@ -467,7 +467,7 @@ def probe_offline(cfg: Config) -> dict[str, float]:
     """Of a finished phase A: logistic regression on frozen features of the labelled pictures, whole and clean; the other arms'
     probes learn online, on augmented views."""
     env = ddp.start(cfg.seed)
-    world = open_world(cfg, env)
+    world = open_world(replace(cfg, stage="semi"), env)  # with labels
     net = Net(cfg, cfg.ssl_prototypes or 4 * len(world.classes), 0).to(env.device)
     load_init(net, str(Path(cfg.out_dir, "model.safetensors")), replace(cfg, stage="finetune"))
     net.eval()
@@ -531,12 +531,14 @@ def method_loss(net, teacher, queue, unlabelled, labelled, cfg, env, step, tau_t
         return loss_l + parts["probes"], parts
     if cfg.method == "fixmatch":
         loss_u = fixmatch_loss(o["weak"], o["strong"], cfg.tau)
-        parts |= {"unlabelled": loss_u, **watch(F.softmax(o["weak"].detach() / cfg.tau, 1), unlabelled["label"], cfg)}
+        guess = F.softmax(o["weak"].detach() / cfg.tau, 1)
+        parts |= {"unlabelled": loss_u, **watch(guess, o["weak"], unlabelled["label"], cfg)}
         return loss_l + loss_u + parts["probes"], parts
 
     if cfg.method == "suave":
         P, first = ddp.raw(net).P().detach(), [z["view 1"].detach(), z["view 2"].detach()]
-        q = [queue.targets(i, f, P, cfg.eps) for i, f in enumerate(first)]
+        full = step * len(first[0]) * env.world >= queue.z.shape[1]
+        q = [queue.targets(i, f, P, cfg.eps, full) for i, f in enumerate(first)]
         for i, f in enumerate(first):
             queue.push(i, f)
     else:
@@ -551,22 +553,24 @@ def method_loss(net, teacher, queue, unlabelled, labelled, cfg, env, step, tau_t
         mixed = 1 if cfg.mix_views else len(q[0])
     w_u, w_l, w_m, w_p = frequency_weights(sum(map(len, views)), labelled_rows, mixed, clean)
     loss = w_u * loss_u + w_l * loss_l + w_m * loss_m + w_p * parts.get("probes", 0.0)
-    return loss, {**parts, "unlabelled": loss_u, "mixed": loss_m, **watch(q[0], unlabelled["label"], cfg)}
+    return loss, {**parts, "unlabelled": loss_u, "mixed": loss_m, **watch(q[0], o["view 1"], unlabelled["label"], cfg)}
 
 
 @torch.no_grad()
-def watch(q, y, cfg):
-    """Is it clustering? spread: entropy of the mean assignment over ln K, 1 = all prototypes used; doubt: mean entropy of an
-    assignment over ln K; largest: share of the largest cluster; pseudo: right pseudo-labels in percent, where K = C."""
-    mean = ddp.all_sum(q.mean(0)) / ddp.world_size()
-    ln_K = math.log(q.shape[1])
-    doubt = torch.special.entr(q).sum(1).mean() / ln_K
-    out = {"spread": torch.special.entr(mean).sum() / ln_K, "doubt": doubt, "largest": mean.max()}
-    return out if cfg.stage == "ssl" else {**out, "pseudo": 100 * (q.argmax(1) == y.to(q.device)).float().mean()}
+def watch(q, scores, y, cfg):
+    """Is it clustering? Of the network's own predictions softmax(scores / tau), since Sinkhorn balances assignments q (B, K)
+    even of features that have collapsed: spread, entropy of the mean over ln K, 1 = all prototypes are used; doubt, mean
+    entropy over ln K; largest, share of the largest cluster. pseudo: right pseudo-labels in percent, where there are labels."""
+    p, ln_K = F.softmax(scores.float() / cfg.tau, 1), math.log(q.shape[1])
+    mean = ddp.all_sum(p.mean(0)) / ddp.world_size()
+    doubt = torch.special.entr(p).sum(1).mean() / ln_K
+    out, y = {"spread": torch.special.entr(mean).sum() / ln_K, "doubt": doubt, "largest": mean.max()}, y.to(q.device)
+    right = ((q.argmax(1) == y) & (y >= 0)).sum() / (y >= 0).sum().clamp(min=1)
+    return out if cfg.stage == "ssl" else {**out, "pseudo": 100 * right}
 
 
 ADVICE = (
-    "the unlabelled loss sits at ln K = {:.4f}, every assignment is uniform: lower --eps or --tau_t, freeze the "
+    "the unlabelled loss sits at ln K = {:.4f}, assignments or predictions are uniform: lower --eps or --tau_t, freeze the "
     "prototypes longer (--freeze), take larger crops or fewer local ones, or a smaller --lr"
 )
 
@@ -577,7 +581,8 @@ def train(cfg: Config) -> dict:
     world = open_world(cfg, env)
     C, ssl = len(world.classes), cfg.stage == "ssl"
     B_u, B_l = batch_sizes(cfg)
-    env.share(B_u, "the unlabelled rows of an update,"), env.share(B_l, f"the labelled rows of an update of {cfg.method},")
+    env.share(B_u, "the unlabelled rows of an update,")
+    env.share(B_l, f"the labelled rows of an update of {cfg.method},")
     K = (cfg.ssl_prototypes or 4 * C) if ssl else C
     ddp.reseed(cfg.seed, 0, 0)  # the same initial weights on every process
     net = Net(cfg, K, 0 if ssl else C)
@@ -601,11 +606,12 @@ def train(cfg: Config) -> dict:
     state = {"net": net, "opt": opt, "queue": queue, **({"teacher": teacher} if teacher else {})}
     start, _ = ckpt.resume(out / "last.pt", cfg, **state)
     options = dict(size=canvas(cfg), env=env, start=start, workers=cfg.workers, max_bad=cfg.max_bad)
-    seed, some = 2 * phase_seed(cfg), world.labelled[int(cfg.labels)]
+    seed, some = 2 * phase_seed(cfg), world.labelled.get(int(cfg.labels))
     all_of = data.endless(world.train, batch_size=B_u, seed=seed, **options) if B_u else None
     few = data.endless(some, batch_size=B_l, seed=seed + 1, **options) if B_l else None
     total = len(world.train["label"]) if isinstance(world.train, dict) else sum(world.train.sizes)
-    log, warned = RunLog(cfg, env, f"{cfg.method} {cfg.stage}" + ("" if ssl else f", {cfg.labels} labels"), start), False
+    log = RunLog(cfg, env, f"{cfg.method} {cfg.stage}" + ("" if ssl else f", {cfg.labels} labels"), start)
+    warned = False
     for step in range(start, cfg.steps):
         ddp.reseed(cfg.seed, env.rank, step)
         optim.set_lr(opt, schedule(step, cfg.steps, cfg.warmup, cfg.lr, cfg.lr_end))
@@ -619,21 +625,19 @@ def train(cfg: Config) -> dict:
         loss.backward()
         if cfg.grad_clip:
             for p in net.parameters():
-                if p.grad is not None:
-                    nn.utils.clip_grad_norm_(p, cfg.grad_clip)
+                nn.utils.clip_grad_norm_(p, cfg.grad_clip)
         norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
         if step < cfg.freeze:
-            net.prototypes.grad = None
-            if net.length is not None:
-                net.length.grad = None
+            for p in (net.prototypes, net.length):
+                if p is not None:
+                    p.grad = None
         opt.step()
         opt.zero_grad(set_to_none=True)
         # Eq. 7: no gradient trains the teacher, and it makes targets only; the student is evaluated, exported and handed on
         if teacher:  # parameters only, batch norm statistics are the teacher's own
             m = teacher_momentum(step, cfg.steps, cfg.ema_ssl if ssl else cfg.ema_decay)
             with torch.no_grad():
-                for old, new in zip(teacher.parameters(), net.parameters()):
-                    old.lerp_(new, 1 - m)
+                torch._foreach_lerp_(list(teacher.parameters()), list(net.parameters()), 1 - m)
         done, last = step + 1, step + 1 == cfg.steps
         due = done % cfg.log_every == 0 or last
         leave = ddp.interrupted(due)
@@ -697,7 +701,7 @@ def phases(arm: str, labels: str, cfg: Config) -> list[Config]:
     elif arm == "ssl+ft":
         share["semi"] = 1 - cfg.pretrain
     if arm == "ssl" and cfg.stage == "all":  # phase A alone: as many rows in all, in more updates
-        share["ssl"] = budget(cfg) / (budget(replace(cfg, pretrain=1.0)))
+        share["ssl"] = budget(cfg) / budget(replace(cfg, pretrain=1.0))
     out, init = [], "" if arm == "sup" and cfg.stage == "all" else cfg.init  # supervised ONLY
     for method, stage in chosen:
         steps = round(cfg.steps * share[stage])
@@ -705,7 +709,7 @@ def phases(arm: str, labels: str, cfg: Config) -> list[Config]:
             continue
         name = f"ssl_{method}_{steps}" if stage == "ssl" else f"{arm.replace('+', '_')}_{labels}_{stage}"
         weak = 10 if stage == "finetune" and cfg.stage == "all" else 1  # phase C: a tenth of the learning rate
-        # budget() reads `pretrain` once more: an arm that was given phase A sees as many rows as phase B, others the average
+        # budget() reads `pretrain`: the fine-tuned arm gets phase B's rows an update, the others the average over A and B
         pretrain = 0.0 if cfg.stage != "all" or (arm, stage) == ("ssl+ft", "semi") else cfg.pretrain
         here = replace(cfg, method=method, stage=stage, labels="1" if stage == "ssl" else labels, steps=steps, init=init,
                        lr=cfg.lr / weak, lr_end=cfg.lr_end / weak, pretrain=pretrain, warmup=min(cfg.warmup, steps // 4),
@@ -725,7 +729,7 @@ def check(cfg: Config) -> None:
     cli.within(cfg, "pretrain finetune smoothing ema_ssl", 0, 1)
     if cfg.accum != 1:
         raise ValueError("--accum must be 1: micro-batches would shrink the batch that Sinkhorn balances")
-    if not all(v.isdigit() and int(v) for v in cfg.labels.split(",")):
+    if not all(v.isdecimal() and int(v) for v in cfg.labels.split(",")):
         raise ValueError(f"--labels {cfg.labels} must be a comma list of numbers of labelled pictures a class")
     if not cfg.tau > 0 or not cfg.eps > 0:
         raise ValueError(f"--tau {cfg.tau} and --eps {cfg.eps} must be above 0")
@@ -790,19 +794,21 @@ def report(cfg, scores):
     started = bool(cfg.init)  # of one stage every arm starts from the file, of all the supervised one from scratch
     names = {"sup": "fine-tuning" if started and cfg.stage != "all" else "supervised only", "ssl": "SwAV + linear probe",
              "ssl+ft": "SwAV + fine-tuning", "fixmatch": "FixMatch-style", "suave": "Suave", "daino": "Daino"}  # fmt: skip
-    claims = (("sup", "suave", "Suave beats supervised only"), ("sup", "daino", "Daino beats supervised only"),
-              ("ssl", "suave", "Suave beats SwAV + linear probe"),
-              ("ssl+ft", "suave", "Suave beats SwAV, then fine-tuning"),
-              ("fixmatch", "suave", "Suave beats FixMatch"))  # fmt: skip
+    better = "better"
+    claims = (("sup", "suave", "Suave beats supervised only", better), ("sup", "daino", "Daino beats supervised only", better),
+              ("ssl", "suave", "Suave beats SwAV + linear probe", better),
+              ("ssl+ft", "suave", "Suave beats SwAV, then fine-tuning", better),
+              ("fixmatch", "suave", "Suave beats FixMatch", "+14.5, +5.6, +4.8"))  # fmt: skip
     for n in cfg.labels.split(","):
         some = {a: s for (a, labels), s in scores.items() if labels == n}
         rows = [[names[a], *[s.get(h) for h in HEADS]] for a, s in some.items()]
         equal = "--init not counted" if started else "equal compute"
         print(f"\n{n} labels a class, {equal}: top-1 in percent\n" + table(rows, ["", *HEADS]))
         head = {a: s.get("prototypes", s.get("backbone")) for a, s in some.items()}
-        rows = [[text, head[a], head[b], f"{head[b] - head[a]:+.1f}"] for a, b, text in claims if {a, b} <= head.keys()]
+        rows = [[text, head[a], head[b], f"{head[b] - head[a]:+.1f}", paper] for a, b, text, paper in claims
+                if {a, b} <= head.keys()]  # fmt: skip
         if rows and cfg.stage == "all":
-            print("\n" + table(rows, ["claim", "baseline", "method", "difference"]))
+            print("\n" + table(rows, ["claim", "baseline", "method", "difference", "the paper"]))
     print("\nthe paper, CIFAR-100 with 4 / 25 / 100 labels a class: FixMatch 50.1 / 71.4 / 76.8, Daino 61.1 / 75.2 / 79.2, "
           "Suave 64.6 / 77.0 / 81.6; ImageNet, Suave, 10 / 1 %: 75.0 / 66.2 by the probe on the hidden layer after phase C, "
           "73.4 / 64.1 after phase B")  # fmt: skip
@@ -834,8 +840,7 @@ PRESETS = {
                   optimiser="lars", out_dir="runs/semisup_cluster_in1k"),
     # ImageNet, ViT-S/16, Daino's script: 60 epochs of 1,024 + 512 from DINO's student
     "paper_daino": dict(steps=75_000, batch_size=1_024, lr=9.6e-4, lr_end=1e-5, wd=0.04, wd_end=0.4, warmup=5_000,
-                        grad_clip=3.0, workers=12, log_every=100, save_every=5_000, method="daino", stage="semi", pretrain=0.0,
-                        labels="128",
+                        workers=12, log_every=100, save_every=5_000, method="daino", stage="semi", pretrain=0.0, labels="128",
                         tau_t=0.07, tau_t_epochs=10, ema_decay=0.99, image_size=224, local_size=96, local_crops=8, canvas=320,
                         global_scale="0.25,1", local_scale="0.05,0.25", backbone="vit", width=384, depth=12, heads=6, patch=16,
                         head="dino", hidden=2048, embed_dim=256, out_dir="runs/semisup_cluster_in1k_daino"),

@@ -594,9 +594,9 @@ class Pairs:
         return (existence(pool[rng.integers(len(pool))]), "yes" if yes else "no", "object") if pool else None
 
     def negative(self, row, caption, rng):
-        """A caption that is wrong for the picture: exact for generated scenes, two words exchanged in others. Worded like a true
-        caption, so that its style does not give it away (29 % are plain, of true captions 20 %: a wording that leaves the
-        difference out is replaced by the plain one)."""
+        """A caption that is wrong for the picture: exact for generated scenes, two words exchanged in others. Worded like a
+        true caption, so that its style does not give it away (29 % are plain, of true captions 20 %: a wording that leaves
+        the difference out is replaced by the plain one)."""
         if self.scenes:
             wrong = [n["scene"] for n in counterparts(self.scenes[row], int(rng.integers(1 << 30)))]
             other, variant = wrong[rng.integers(len(wrong))], int(rng.integers(1, 1 << 20)) if rng.integers(5) else 0
@@ -944,8 +944,9 @@ def mentioned(text, classes) -> list[str]:
 
 
 def chair(given, objects, classes, references):
-    """CHAIR_i: share of mentions that are of objects which are not there, that is, neither annotated (objects) nor in one of the
-    picture's own captions (references); CHAIR_s: share of captions with one. A silent model scores 0: look at the length too."""
+    """CHAIR_i: share of mentions that are of objects which are not there, that is, neither annotated (objects) nor in one of
+    the picture's own captions (references); CHAIR_s: share of captions with one. A silent model scores 0: look at the length,
+    too."""
     there = [{*here, *(m for r in own for m in mentioned(r, classes))} for here, own in zip(objects, references)]
     mentions = [mentioned(text, classes) for text in given]
     wrong = [sum(m not in here for m in some) for some, here in zip(mentions, there)]
@@ -1438,7 +1439,8 @@ def report(cfg, scores) -> None:
     tables = {"questions, percent": ("VQA, yes/no", "VQA blind, yes/no", "VQA majority, yes/no", "VQA, open", "VQA blind, open",
                                      "VQA majority, open", "VQA free, open", "VQA few-shot, open", "POPE adversarial accuracy",
                                      "POPE blind adversarial accuracy", "answered at 5 % risk"),
-              "captions": ("attribute F1", "blind attribute F1", "CIDEr-D", "blind CIDEr-D", "CHAIR_i", "words", "distinct")}  # fmt: skip
+              "captions": ("attribute F1", "blind attribute F1", "CIDEr-D", "blind CIDEr-D", "CHAIR_i", "words",
+                           "distinct")}  # fmt: skip
     for title, columns in tables.items():
         rows = [[arm, *[s.get(c) for c in columns]] for arm, s in scores.items() if any(c in s for c in columns)]
         if rows:

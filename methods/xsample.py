@@ -84,7 +84,7 @@ class Config:
     embeddings: str = ""  # .npy or .safetensors, a row for each sample or class; "" = bag of content words
     tree: str = ""  # text file, line i: path of class i from the root, like animal/dog; "" = the data set's own hierarchy
     tau: float = 0.1  # temperature of the student
-    tau_s: float = 0.1  # of the target, 0 = equal shares among the most similar; goes with batch and text encoder: watch `pair`
+    tau_s: float = 0.1  # of the target, 0 = equal shares among the most similar; depends on batch and text encoder: see `pair`
     images_per_class: str = "30,300"  # comma list, one arm each; 0 = all, 300 of generated ones
     optimiser: str = "adamw"  # adamw or lars
     probe_data: str = ""  # folder of labelled shards for the probes, where --data has captions only (CC3M, then ImageNet)
@@ -162,10 +162,11 @@ def diagnostics(loss, graph, tau_s):
     n, N = graph.shape
     s = soft_targets(graph, tau_s)
     entropy = torch.special.entr(s).sum(1).mean()
+    of_all = ddp.all_sum(entropy) / ddp.world_size()
     row = torch.arange(2 * n, device=s.device)
     pair = s[row, torch.cat([row[:n] + N, row[:n]]) + ddp.rank() * n].mean()
     similar = (graph.sum() - n) / max(1, n * (N - 1))
-    return {"kl": loss.detach() - entropy, "pair": pair, "positives": entropy.exp(), "others": torch.tensor(2.0 * N - 2),
+    return {"kl": loss.detach() - entropy, "pair": pair, "positives": of_all.exp(), "others": torch.tensor(2.0 * N - 2),
             "similar": similar}  # fmt: skip
 
 
@@ -444,11 +445,14 @@ def embed(model, pictures, cfg, env):
 def sgd_probe(model, pictures, cfg, env, classes):
     """One linear layer on frozen features of random crops: SGD with momentum, cosine, no weight decay -> features -> logits."""
     head = nn.Linear(model.body.out_dim, classes).to(env.device)
-    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
     opt = torch.optim.SGD(head.parameters(), momentum=0.9)
     stream = data.endless(pictures, canvas(cfg), 256 // env.world * env.world, env, cfg.seed + 1, 0, cfg.workers, cfg.max_bad)
     colour = augment.Colour(jitter_p=0, grey_p=0, blur_p=0)
     for step in range(cfg.probe_steps):
+        if step % 20 == 0 and ddp.interrupted():
+            raise KeyboardInterrupt
         batch, g = next(stream), torch.Generator(env.device).manual_seed(step * 2 + 1)
         n = len(batch["image"])
         u = torch.rand(n * env.world, augment.NUMBERS, generator=g, device=env.device)[env.rank * n :][:n]
@@ -493,8 +497,10 @@ def read_real(path, count=50_000):
 def read_in9(folder):
     """ImageNet-9's in_to_in9.json -> {ImageNet class: one of nine, or -1}."""
     try:
-        found = json.loads(Path(folder, "in_to_in9.json").read_text("utf-8"))
-        return {int(k): int(v) for k, v in found.items()}
+        found = {int(k): int(v) for k, v in json.loads(Path(folder, "in_to_in9.json").read_text("utf-8")).items()}
+        if found.keys() != set(range(1000)):
+            raise ValueError("not one entry for each of 1,000 classes")
+        return found
     except MALFORMED as error:
         raise ValueError(f"--in9 {folder}: in_to_in9.json cannot be read ({type(error).__name__}: {error})") from error
 
@@ -530,15 +536,21 @@ def guesses(model, probe, source, cfg, env):
     return probe(f).argmax(1).tolist(), y.tolist()
 
 
+def accepted_by_real(cfg):
+    """The lists of real.json by row of the test pictures, whose names hold ImageNet's numbers."""
+    lists, folder = read_real(cfg.real), cfg.probe_data or cfg.data
+    found = [re.search(r"val_(\d{8})", r["key"]) for r in data.records(data.Shards(folder, data.held_out(folder)))]
+    if None in found or not all(0 < int(m[1]) <= len(lists) for m in found):
+        raise ValueError(f"--real {cfg.real} needs ImageNet's 50,000 validation pictures under their own file names")
+    return [lists[int(m[1]) - 1] for m in found]
+
+
 def further_tests(model, probe, guess, rows, world, cfg, env) -> dict[str, float]:
     """ReaL, ImageNet-9 and ObjectNet by the probe of the class; MIT-States by probes of its own on a random half."""
     out = {}
     if cfg.real:
-        lists, folder = read_real(cfg.real), cfg.probe_data or cfg.data
-        found = [re.search(r"val_(\d{8})", r["key"]) for r in data.records(data.Shards(folder, data.held_out(folder)))]
-        if None in found:
-            raise ValueError(f"--real {cfg.real} needs ImageNet's 50,000 validation pictures under their own file names")
-        out["real"] = real_accuracy(guess, [lists[int(found[r][1]) - 1] for r in rows])
+        accepted = accepted_by_real(cfg)
+        out["real"] = real_accuracy(guess, [accepted[r] for r in rows])
     if cfg.in9:
         mapping = read_in9(cfg.in9)
         for variant in ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "no_fg", "only_bg_b", "only_bg_t"):
@@ -680,7 +692,7 @@ def load_backbone(model, path):
             state = {k.removeprefix("body."): f.get_tensor(k) for k in f.keys() if k.startswith("body.")}
         model.body.load_state_dict(state)
     except Exception as error:
-        raise ValueError(f"--init {path} does not hold this backbone ({str(error).splitlines()[0][:200]})") from error
+        raise ValueError(f"--init {path} does not hold this backbone ({' '.join(str(error).split())[:300]})") from error
 
 
 def draw_neighbours(model, world, cfg, env, path):
@@ -709,7 +721,7 @@ def check(cfg: Config) -> None:
     if cfg.batch_size < 2 or not cfg.tau > 0 or not 0 < cfg.crop_scale <= 1 or cfg.canvas < 0:
         raise ValueError("--batch_size must be at least 2, --tau above 0, --crop_scale in (0, 1], --canvas not negative")
     cli.within(cfg, "tau_s probe_l2", 0)
-    if not all(v.isdigit() for v in cfg.images_per_class.split(",")):
+    if not all(v.isdecimal() for v in cfg.images_per_class.split(",")):
         raise ValueError(f"--images_per_class {cfg.images_per_class} must be a comma list of numbers, 0 for all")
     for field in ("tree", "embeddings", "real", "in9", "objectnet", "mit_states", "init", "tokenizer"):
         if (path := getattr(cfg, field)) and not Path(path).exists():
@@ -720,6 +732,10 @@ def check(cfg: Config) -> None:
         raise ValueError("--graph text on --data needs --embeddings, of a text encoder (data_prep/cache_text.py)")
     if (cfg.real or cfg.in9 or cfg.objectnet) and not cfg.data:
         raise ValueError("--real, --in9 and --objectnet judge models of ImageNet's 1,000 classes: give --data")
+    if "clip" in cfg.method.split(",") and cfg.text_width % cfg.text_heads:
+        raise ValueError(f"--text_width {cfg.text_width} must be a multiple of --text_heads {cfg.text_heads}")
+    if cfg.objectnet and not Path(cfg.objectnet, "images").is_dir():
+        raise ValueError(f"--objectnet {cfg.objectnet} has no folder images")
     if cfg.in9 and not all(Path(cfg.in9, name).exists() for name in ("in_to_in9.json", "original/val", "mixed_rand/val")):
         raise ValueError(f"--in9 {cfg.in9} is not bg_challenge: in_to_in9.json, original/val or mixed_rand/val is missing")
 
@@ -730,7 +746,7 @@ def arm_of(cfg, method, count) -> Config:
     arm = replace(cfg, method=method, images_per_class=count, out_dir=str(Path(cfg.out_dir, name)))
     if method == "xclr":
         return arm
-    graph = {"supcon": "class"}.get(method, "identity")
+    graph = "class" if method == "supcon" else "identity"
     return replace(arm, graph=graph, tau_s=0.0, text_of="captions", embeddings="", tree="",
                    steps=0 if method == "untrained" else cfg.steps)  # fmt: skip
 
@@ -748,14 +764,19 @@ def check_arms(arms, env) -> None:
             world = open_world(arm, env)  # one number of pictures at a time
         if arm.method == "clip" and lacks_captions(world):
             raise ValueError("--method clip needs captions, and some samples have none; leave it out of the list")
+        if arm.method == "clip" and arm.tokenizer:
+            Tokenizer.from_clip(arm.tokenizer)
+        if arm.graph in ("class", "tree", "rand_class") and not world.classes:
+            raise ValueError(f"{'--method supcon' if arm.method == 'supcon' else f'--graph {arm.graph}'} needs labels, and the "
+                             f"samples of {arm.data} have none")  # fmt: skip
         make_graph(arm, world, env.device)
         many = len(world.train["row"]) if isinstance(world.train, dict) else sum(world.train.sizes)
         if arm.method != "untrained" and arm.batch_size // arm.accum > many:
             raise ValueError(f"--batch_size {arm.batch_size} is more than the {many} training pictures (--images_per_class "
                              f"{arm.images_per_class}): a picture would meet itself; take a smaller one")  # fmt: skip
-        for read, path in ((read_real, arm.real), (read_in9, arm.in9), (objectnet_classes, arm.objectnet)):
-            if path:
-                read(path)
+        for read, given in ((accepted_by_real, arm.real and arm), (read_in9, arm.in9), (objectnet_classes, arm.objectnet)):
+            if given:
+                read(given)
         if arm.mit_states and (odd := [c for c in data.Folder(arm.mit_states).classes if not re.match("[^ _]+[ _].", c)]):
             raise ValueError(f"--mit_states {arm.mit_states}: the folder {odd[0]} is not named 'attribute object'")
         if (arm.real or arm.in9 or arm.objectnet) and world.kinds != 1000:

@@ -439,7 +439,7 @@ def more_seeds(folder):
         "embeddings": (bank, folder / "e.npy", lambda p: np.array(xsample.read_embeddings(p, ["a", "b", "c"]))),
         "tree": (b"animal/dog\nanimal/cat\n", folder / "t.txt", lambda p: xsample.read_tree(p, 2)),
         "real": (b"[[1], [], [2, 3]]", folder / "real.json", lambda p: xsample.read_real(p, 3)),
-        "in9": (b'{"0": 0, "1": -1, "2": 8}', folder / "in_to_in9.json", lambda p: xsample.read_in9(folder)),
+        "in9": (json.dumps({str(i): i % 9 for i in range(1000)}).encode(), folder / "in_to_in9.json", lambda p: xsample.read_in9(folder)),
         "objectnet": (objectnet.read_bytes(), objectnet, lambda p: xsample.objectnet_classes(folder)),
     }  # fmt: skip
 

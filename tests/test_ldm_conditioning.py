@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from common import augment, ckpt, ddp, scenes
 from common.dit import read_tensors, sincos_2d
@@ -109,6 +110,33 @@ def test_dropping(how):
         assert drop.float().mean(0).tolist() == pytest.approx([p, p], abs=0.012)
     both = (rates[:, 1] < 0.1) & (rates[:, 2] < 0.1)
     assert both.float().mean().item() == pytest.approx(0.01, abs=0.005)  # independent
+
+
+def test_training_drops_both_independently_and_scales_the_noise(tmp_path, monkeypatch):
+    seen, loss = [], M.diffusion_loss
+
+    def remember(model, z0, t, eps, kind, k, **conditions):
+        seen.append((conditions["drop_s"], conditions["drop_c"], k))
+        return loss(model, z0, t, eps, kind, k, **conditions)
+
+    monkeypatch.setattr(M, "diffusion_loss", remember)
+    monkeypatch.setattr(M, "evaluate", lambda *args: {"val_loss": 0.0})
+    cfg = M.Config(**M.PRESETS["smoke"] | dict(steps=30, batch_size=64, dim=16, depth=1, drop_semantic=0.2, drop_control=0.5,
+                                               base_size=16, conditioning="attn", out_dir=str(tmp_path)))  # fmt: skip
+    M.train(cfg)
+    s, c = (torch.cat([x[i] for x in seen]).float() for i in (0, 1))
+    assert s.mean().item() == pytest.approx(0.2, abs=0.03) and c.mean().item() == pytest.approx(0.5, abs=0.04)
+    assert (s * c).mean().item() == pytest.approx(0.1, abs=0.025) and {x[2] for x in seen} == {2.0}  # k = 32 / 16
+    # what is exported and drawn from are the averaged weights
+    saved, exported = torch.load(tmp_path / "last.pt", weights_only=True), load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(exported[k], v) for k, v in saved["ema"].items())
+    assert not torch.equal(saved["ema"]["dit.x_embedder.proj.weight"], saved["model"]["dit.x_embedder.proj.weight"])
+    lines = [json.loads(x)["lr"] for x in (tmp_path / "log.jsonl").read_text().splitlines() if "lr" in x]
+    assert lines[-1] < 0.1 * max(lines)  # the last half falls to 0
+
+
+def test_spread_is_the_mean_over_pairs():
+    assert M.spread(torch.tensor([0.0, 1.0, 3.0]).view(3, 1, 1).expand(3, 4, 5)) == pytest.approx(2)
 
 
 # 2. Guidance and sampling ----------------------------------------------------------------------------------------------

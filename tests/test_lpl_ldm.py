@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from common import data, ddp, vae
 from common.dit import DiT
@@ -134,6 +135,29 @@ def test_constant_and_tiny_maps_are_finite(decoder):
         assert all(x.isfinite().all() for x in M.normalise(f, f + 1, norm))
     zero = torch.zeros(2, 4, 2, 2)
     assert M.latent_perceptual_loss(decoder, zero + 0.1, zero)[0].isfinite().all()
+
+
+def test_a_constant_target_leaves_nothing_and_costs_nothing():
+    f, g = torch.zeros(1, 2, 16, 16), torch.rand(1, 2, 16, 16)
+    assert M.latent_perceptual_loss(Maps(), g, f)[0].tolist() == [0]
+
+
+def test_options_reach_the_maps(decoder):
+    g, f = torch.rand(2, 4, 32, 32), torch.rand(2, 4, 32, 32)
+    f[0, 0, 3:7, 3:7] = 40
+    kept = [M.latent_perceptual_loss(Maps(), g, f, mask=mask)[1]["kept_0"].item() for mask in (False, True)]
+    assert kept[0] == 1 > kept[1]
+    grads = []
+    for detach in (False, True):
+        x = g.clone().requires_grad_(True)
+        M.latent_perceptual_loss(Maps(), x, f, detach_stats=detach)[0].sum().backward()
+        grads.append(x.grad)
+    assert not torch.allclose(*grads)
+    z0, eps, y = latents(3), latents(3, seed=1), torch.zeros(3, dtype=torch.long)
+    t, net = torch.tensor([0.2, 0.5, 0.7]), DiT(4, 2, 4, 16, 1, 2, classes=3, learn_sigma=False)
+    for tau, share in ((3.0, 1.0), (1.1, 2 / 3), (0.1, 0.0)):  # sigma / alpha: 1/4, 1, 7/3
+        parts = M.step_loss(net, decoder, z0, t, eps, y, M.Config(tau=tau), True)[1]
+        assert parts["gated"].item() == pytest.approx(share)
 
 
 def test_mask_is_per_sample_and_channel():
@@ -289,6 +313,20 @@ def test_checkpointing_does_not_change_gradients(decoder):
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-8)
 
 
+def test_checkpointing_keeps_less():
+    torch.manual_seed(0)
+    large = vae.VAE(16, (1, 2, 2), 3, 4, 4, scale=0.5).eval().requires_grad_(False)
+    kept = [M.kept_mib(torch.nn.Identity(), large, lambda c=c: parts_of("v", torch.tensor([0.1, 0.3]), large, checkpoint=c)[3][0])
+            for c in (False, True)]  # fmt: skip
+    assert kept[1] < 0.7 * kept[0], kept
+
+
+def test_the_ratio_of_gradients_by_hand():
+    out = torch.tensor([1.0, 2.0, 2.0], requires_grad=True)
+    parts = {"lpl": 3 * out.sum(), "diffusion": out.square().sum()}
+    assert M.gradient_ratio(parts, out, 0.5).item() == pytest.approx(0.5 * 3 * math.sqrt(3) / 6)
+
+
 def _two_processes(env, t):
     torch.manual_seed(0)
     decoder = vae.VAE(8, (1, 2, 2), 1, 4, 4, scale=0.5).eval().requires_grad_(False)
@@ -335,6 +373,15 @@ def test_sampler_finds_a_known_latent(kind):
     torch.testing.assert_close(got, z0, atol=2e-3, rtol=1e-3)
 
 
+def test_guidance_goes_beyond_the_class():
+    def net(z, t, y):
+        return torch.where((y == 5).view(-1, 1, 1, 1), 1.0, 3.0).expand_as(z)  # the null branch says 1, the class 3
+
+    z = latents(2)
+    got = M.sample(net, z, torch.zeros(2, dtype=torch.long), "flow", 1, 2.0, 5)  # one step of length 1
+    torch.testing.assert_close(got, z - (1 + 2.0 * (3 - 1)))
+
+
 def test_spectrum_finds_a_wave():
     x = torch.cos(2 * math.pi * 5 * torch.arange(32) / 32).expand(2, 3, 32, 32)
     power = M.spectrum(x)
@@ -354,6 +401,15 @@ def test_weight_zero_reproduces_the_control_arm(tmp_path):
     M.run(cfg)
     same = [(tmp_path / arm / "model.safetensors").read_bytes() for arm in ("control", "lpl")]
     assert same[0] == same[1]
+    # both go on with phase 1's AdamW, and what is exported, and was evaluated, are averaged weights
+    one, two = (torch.load(tmp_path / arm / "last.pt", weights_only=True) for arm in ("pretrain", "control"))
+    assert {s["step"].item() for s in one["opt"]["state"].values()} == {cfg.pretrain}
+    assert {s["step"].item() for s in two["opt"]["state"].values()} == {cfg.pretrain + cfg.steps}
+    exported = load_file(tmp_path / "control/model.safetensors")
+    for k, v in two["ema"].items():
+        assert torch.equal(exported[k], v) and (k == "pos_embed" or not torch.equal(v, two["model"][k])), k
+    result = json.loads((tmp_path / "lpl/metrics.json").read_text())
+    assert result["share"] == 0 and 0 < result["ms_per_step"] < 60_000 and result["activations_mib"] > 0
 
 
 def test_the_term_falls_when_it_is_trained_on():

@@ -246,9 +246,28 @@ def folder_of(root, names, count=3):
             Image.new("RGB", (20, 16), (40 * i, 90, 10 * j)).save(root / name / f"{j}.png")
 
 
-def test_imagenet9_objectnet_and_mit_states_are_read(tmp_path):
-    folder_of(tmp_path / "in9/original/val", ["00_dog", "01_bird"])
-    (tmp_path / "in9/in_to_in9.json").write_text(json.dumps({"0": 0, "1": -1}))
+def test_real_finds_pictures_by_their_published_names(tmp_path):
+    lists = [[] for _ in range(50_000)]
+    lists[2], lists[9] = [7], [8, 9]
+    (tmp_path / "real.json").write_text(json.dumps(lists))
+    names = {0: "ILSVRC2012_val_00000003", 1: "ILSVRC2012_val_00000010"}
+
+    def make(item):
+        return names.get(item[1], "x") if item[0] == "val" else "t", "png", png(Image.new("RGB", (8, 8))), {"label": 0}
+
+    for count in (2, 3):
+        plan = {"train": [("train", 0)], "val": [("val", i) for i in range(count)]}
+        prepare(tmp_path / str(count), plan, make, classes=["a"])
+    cfg = M.replace(CFG, real=str(tmp_path / "real.json"), data=str(tmp_path / "2"))
+    assert M.accepted_by_real(cfg) == [[7], [8, 9]]
+    with pytest.raises(ValueError, match="under their own file names"):
+        M.accepted_by_real(M.replace(cfg, data=str(tmp_path / "3")))
+
+
+def test_imagenet9_objectnet_and_mit_states_are_read(tmp_path, monkeypatch):
+    for variant, names in (("original", ["00_dog", "01_bird"]), ("mixed_same", ["00_dog"]), ("mixed_rand", ["00_dog", "01_a"])):
+        folder_of(tmp_path / "in9" / variant / "val", names)
+    (tmp_path / "in9/in_to_in9.json").write_text(json.dumps({str(i): 0 if i == 0 else -1 for i in range(1000)}))
     folder_of(tmp_path / "on/images", ["chair_a", "only_here"])
     maps = tmp_path / "on/mappings"
     maps.mkdir()
@@ -261,7 +280,14 @@ def test_imagenet9_objectnet_and_mit_states_are_read(tmp_path):
     cfg = M.replace(CFG, in9=str(tmp_path / "in9"), objectnet=str(tmp_path / "on"), mit_states=str(tmp_path / "mit"))
     env, model = ddp.Env(0, 1, torch.device("cpu")), M.Encoder(CFG).eval()
     out = M.further_tests(model, lambda f: torch.eye(2)[torch.zeros(len(f)).long()], [], [], None, cfg, env)  # always class 0
-    assert out["in9_original"] == 50 and out["objectnet"] == 100 and 0 <= out["mit_objects"] <= 100 and "mit_attributes" in out
+    assert out["in9_original"] == 50 and out["objectnet"] == 100 and out["in9_gap"] == 100 - 50
+    assert 0 <= out["mit_objects"] <= 100
+    monkeypatch.setattr(M, "half_probe", lambda f, y, cfg: y.bincount().tolist())
+    out = M.further_tests(model, None, [], [], None, M.replace(CFG, mit_states=str(tmp_path / "mit")), env)
+    assert out == {"mit_attributes": [0, 16, 16], "mit_objects": [16, 24]}  # "adj" is no attribute
+    (tmp_path / "in9/in_to_in9.json").write_text('{"0": 0}')
+    with pytest.raises(ValueError, match="1,000 classes"):
+        M.read_in9(tmp_path / "in9")
     (maps / "folder_to_objectnet_label.json").unlink()
     with pytest.raises(ValueError, match="mappings/folder_to_objectnet_label.json"):
         M.objectnet_classes(tmp_path / "on")
@@ -290,22 +316,26 @@ SMALL = ["--preset", "smoke"]
 
 @pytest.mark.hard
 def test_captions_and_classes_teach_what_random_pairs_do_not(tmp_path):
-    """Statistical. Untrained features know backgrounds and colours, so the class on misleading backgrounds is what tells."""
+    """Statistical. Untrained features know backgrounds and colours, so the class on misleading backgrounds is what tells. Chance
+    is 11; the probe of a network that a random graph has trained is no better than that of one that nothing has."""
     base = M.Config(seed=1, steps=100, batch_size=64, images_per_class="60", width=8, hidden=64, method="xclr", save_every=1000)
     score = {g: M.train(M.replace(base, graph=g, out_dir=str(tmp_path / g))) for g in ("text", "class", "rand_sample")}
+    score["untrained"] = M.train(M.replace(base, graph="identity", steps=0, out_dir=str(tmp_path / "untrained")))
+    for k in ("mixed_rand", "probe"):
+        assert score["rand_sample"][k] < score["untrained"][k] + 3, (k, score)
     assert score["text"]["mixed_rand"] > score["rand_sample"]["mixed_rand"] + 3, score
     assert score["class"]["probe"] > score["rand_sample"]["probe"] + 4, score
 
 
 def test_one_and_two_processes_and_the_report(tmp_path):
-    one = inside(M, *SMALL, "--out_dir", tmp_path / "1", "--dtype", "float32")
+    one = inside(M, *SMALL, "--out_dir", tmp_path / "1", "--warmup", 0)  # or the first update would be of size 0
     assert one.returncode == 0, one.stderr
     for words in ("X-CLR beats CLIP", "other background", "pictures, labels", "it does (ImageNet)"):
         assert words in one.stdout
     a = json.loads((tmp_path / "1/metrics.json").read_text())
     assert {f"{m}_6_probe" for m in ("simclr", "supcon", "clip", "xclr")} <= a.keys()
     assert (tmp_path / "1/xclr_text_6/samples/neighbours.png").exists() and (tmp_path / "1/curves.png").exists()
-    two = torchrun(2, "methods/xsample.py", *SMALL, "--out_dir", tmp_path / "2")
+    two = torchrun(2, "methods/xsample.py", *SMALL, "--out_dir", tmp_path / "2", "--warmup", 0)
     assert two.returncode == 0, two.stderr
     for m in ("simclr", "supcon", "clip", "xclr"):
         name = M.arm_of(M.Config(out_dir=""), m, 6).out_dir
