@@ -15,7 +15,7 @@ Run        python methods/opt2i.py [--preset smoke]                         (CPU
 Data       generated prompts (common/scenes.py) with their questions; or PartiPrompts, DrawBench, COCO captions, DSG-1k
 Expect     laptop: +21.3 DSG points on fresh seeds (+- 12.0, 95 % over 3 seeds); paraphrasing is as good (+0.9 +- 3.6); 4b02266
 Differs    from the paper: all models are small stand-ins, and the language model sees the best prompt and its weakest element,
-           no message: nothing reproduces the table. Gains on fresh seeds, too: the best of many on m seeds was lucky as well.
+           no message: nothing reproduces the table. Gains also on fresh seeds: the best of many on m seeds is partly luck.
            Messages worded by us; a model that sends too few prompts is asked again; a search ends at its first perfect prompt;
            noun phrases by rule. From the DSG code: a failed parent fails all descendants; cells without a number are ignored.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py plot.py resnet.py scenes.py tokenizer.py vae.py
@@ -63,7 +63,7 @@ class Config:
     out_dir: str = "runs/opt2i"  # one folder a run; one .json and one .png a prompt
     seed: int = 0  # of prompts, proposals and pictures
     steps: int = 8  # T, iterations; the paper: 30
-    batch_size: int = 64  # pictures at once
+    batch_size: int = 64  # pictures at once, of the stand-in
     accum: int = 1  # not used: nothing is trained
     lr: float = 0.0  # not used
     wd: float = 0.0  # not used
@@ -84,6 +84,7 @@ class Config:
     history: int = 5  # k, best prompts shown to the language model
     target: float = 1.0  # stop when a prompt reaches this score; dCS has no perfect score
     score: str = "dsg"  # dsg or dcs
+    lenient: bool = False  # a VQA server's "yes, there is" counts as yes; False: DSG's rule, yes alone
     official_dsg: bool = False  # only the parents' own answers count, as in the DSG code; same on generated prompts
     temperature: float = 1.0  # of the language model
     conciseness: bool = True  # meta-prompt: prefer substitutions and other orders to additions
@@ -105,6 +106,7 @@ class Config:
     sampler_steps: int = 16  # of the stand-in
     image_command: str = ""  # command that writes a picture: {prompt}, {seed} and {out} are filled in, one call a picture
     image_url: str = ""  # base url of an OpenAI-style server with /images/generations; key: IMAGE_API_KEY
+    image_model: str = ""  # its name, for servers that have several
     vqa_url: str = ""  # base url of a server that sees pictures and answers DSG's questions; key: VQA_API_KEY
     clip: str = ""  # CLIP weights for dcs; "" = the stand-in
     tokenizer: str = ""  # CLIP's merges file
@@ -177,8 +179,9 @@ def dcs(f_img, f_phrases):
 
 def noun_phrases(text):
     """The user prompt's noun phrases by rule: cut at commas, "and", prepositions, some verbs; no articles."""
-    kinds = "photo|picture|image|portrait|painting|drawing"
-    text = re.sub(rf"^\s*(an?|the)?\s*({kinds})s?\s+of\s+", "", text.strip(), flags=re.I)
+    kinds = "photo|photograph|picture|image|portrait|painting|drawing|sketch|illustration"  # also "an old oil painting of"
+    text = re.sub(rf"^\s*(an?|the)?\s*([\w-]+\s+){{0,2}}({kinds})s?\s+of\s+", "", text.strip(), flags=re.I)
+    text = re.sub(r"\bblack and white\b", "black-and-white", text, flags=re.I)
     text = re.sub(r"^\s*(there (is|are)|we see)\s+", "", text, flags=re.I)
     cut = (r"[,.;:](?=\s|$)|(?<![\w-])(?:and|with|on top of|to the (?:left|right) of|next to|in front of|on|in|at|of|"
            r"by|above|below|over|under|behind|near|from|into|is|are|sits?|standing|sitting|holding|wearing|riding)"
@@ -216,7 +219,8 @@ def meta_prompt(prompt, history, n, kind="dsg", conciseness=True, prioritise=Tru
         lines.append("Use simple words, and describe the foreground and the background separately.")
     if reasoning:
         lines.append("First explain in at most two sentences why some elements score high and others low.")
-    lines.append(f"Then give all {n} prompts, each on a line of its own and between tags, in this form:")
+    lines.append(f"{'Then give' if reasoning else 'Give'} all {n} prompts, each on a line of its own and between tags, in this "
+                 "form:")  # fmt: skip
     return system, "\n".join([*lines, *FORM])
 
 
@@ -226,24 +230,29 @@ def paraphrase_prompt(prompt, n):
                           "Each on a line of its own and between tags, in this form:", *FORM])  # fmt: skip
 
 
-def parse_candidates(text, limit=1000) -> list[str]:
-    """The prompts in an answer, whatever it looks like: text between tags, also broken ones and in any case; else numbered
-    lines. Without thoughts, quotes, repeats, placeholders of the message, empty ones and those of 77 words and more."""
-    text = text[:200_000].encode("utf-8", "replace").decode()  # lone surrogates cannot be written to a file
-    text = re.sub(r"[\0-\x08\x0b-\x1f]", " ", text)
+def without_thoughts(text) -> str:
+    """What follows a reasoning model's <think>...</think>; of a thought that never ends, what came before it."""
     close = max((m.end() for m in re.finditer(r"</think(?:ing)?>", text, flags=re.I)), default=0)
-    text = re.split(r"<think(?:ing)?>", text[close:], maxsplit=1, flags=re.I)[0]  # also of a thought that never ends
+    return re.split(r"<think(?:ing)?>", text[close:], maxsplit=1, flags=re.I)[0]
+
+
+def parse_candidates(text, limit=1000) -> list[str]:
+    """The prompts in an answer, whatever it looks like: text between tags, else after broken ones, else numbered lines. Left
+    out: reasoning, surrounding quotes, repeats, empty ones, the message's placeholders, prompts of 77 words or more."""
+    text = text[:200_000].encode("utf-8", "replace").decode()  # lone surrogates cannot be written to a file
+    text = without_thoughts(re.sub(r"[\0-\x08\x0b-\x1f]", " ", text))
     tag = r"<[ \t]{0,3}(/?)[ \t]{0,3}prompt(?![a-z])(?:[ \t]{0,3}\d{1,4}|[ \t]{1,3}[a-z]{1,9}=[^<>\n]{0,60})?[ \t]{0,3}>?"
     tags = list(re.finditer(tag, text, flags=re.I))
     ends = [m.start() for m in tags[1:]] + [len(text)]
     found = [re.split(r"\n[ \t]{0,9}(?:\d{1,4}[.)]|\n)", text[m.end() : end], maxsplit=1)[0]
              for m, end in zip(tags[:limit], ends) if not m[1]]  # fmt: skip
+    found = [f for f in found if not re.match(r"[^\n]{0,40}:[ \t]*(\n|$)", f)]  # "between <PROMPT> tags:", which is only talk
     found = [f for f in found if f.strip()] or re.findall(r"^[ \t]{0,9}\d{1,4}[ \t]{0,3}[.):](.+)$", text, flags=re.M)
     out, seen = [], set()
     for raw in found[:limit]:
         p = re.sub(r"^\d{1,4}[.)] ", "", " ".join(raw.split())).strip(" <>")
         p = p[1:-1].strip() if p[:1] + p[-1:] in ('""', "''", "“”", "‘’") and len(p) > 1 else p
-        placeholder = re.fullmatch(r"paraphrase \d+|\.+", p, flags=re.I)
+        placeholder = re.fullmatch(r"paraphrase \d+|\.+|and", p, flags=re.I)
         if p and p.casefold() not in seen and len(p.split()) < 77 and len(p) < 1000 and not placeholder:
             seen.add(p.casefold())
             out.append(p)
@@ -284,7 +293,7 @@ class ChatClient:
             raise ValueError(f"{base_url} is no server's address: it has to begin with http:// or https://")
         self.base, self.model, self.key, self.timeout = base_url.rstrip("/"), model, key.strip() or "none", timeout
         self.retries, self.pause, self.fold, self.log = retries, pause, False, log
-        self.options = {"temperature": temperature, token_field: max_tokens}
+        self.options, self.most = {"temperature": temperature}, {token_field: max_tokens}
         self.usage = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
         self.answers = _read_exchanges(replay) if replay else None
         self.task, self.attempt = 0, secrets.token_hex(4)  # of a run that was stopped and went on, the last attempt counts
@@ -314,8 +323,9 @@ class ChatClient:
                 time.sleep(self.pause * 2**attempt)
         raise ServerError(f"{self.base}{path} failed {self.retries + 1} times, the last time with {problem}")
 
-    def chat(self, system, user, images=()) -> str:
-        """The answer's text; "" if the server sent none. images: PNG bytes shown beside the question."""
+    def chat(self, system, user, images=(), room=1) -> str:
+        """The answer's text; "" if the server sent none. images: PNG bytes shown beside the question. room: times as many
+        tokens, for an answer that was cut off."""
         sent = b"\0".join([system.encode(), user.encode(), f"{len(images)}".encode(), *images])
         key = hashlib.blake2b(sent, digest_size=12).hexdigest()
         if self.answers is not None:
@@ -337,7 +347,8 @@ class ChatClient:
             first = [{"role": "system", "content": system}] if system and not self.fold else []
             return [*first, {"role": "user", "content": content}]
 
-        body = {"model": self.model, "messages": messages(), **self.options, "stream": False}
+        most = {k: v * room for k, v in self.most.items()}
+        body = {"model": self.model, "messages": messages(), **self.options, **most, "stream": False}
         try:
             reply = self.request("/chat/completions", body)
         except ServerError as error:
@@ -401,8 +412,8 @@ def _read_exchanges(path) -> dict[str, list[str]]:
 
 
 class HttpProposer:
-    """f by a server; without a history it paraphrases. As long as an answer brings new prompts and some are missing, it is
-    asked again, and told what it gave."""
+    """f by a server; without a history it paraphrases. If fewer than n prompts come, it is shown what it gave and asked for the
+    rest, until an answer brings nothing new; an answer without any is asked for once more, with more room."""
 
     def __init__(self, client, cfg):
         self.client, self.cfg = client, cfg
@@ -411,14 +422,17 @@ class HttpProposer:
         c = self.cfg
         system, user = (meta_prompt(prompt, history, n, c.score, c.conciseness, c.prioritise, c.reasoning, c.structure)
                         if history else paraphrase_prompt(prompt, n))  # fmt: skip
-        out = new = parse_candidates(self.client.chat(system, user))
-        if not new:
-            print(f"no prompt in the language model's answer for {prompt[:60]!r}; it stays as it is", file=sys.stderr)
-        while new and len(out) < n:
+        out, known, room = [], {prompt.casefold()}, 1
+        while len(out) < n and room <= 2:
             given = "".join(f"<PROMPT>{p}</PROMPT>\n" for p in out)
-            again = f"{user}\n\nYou gave\n{given}Give {n - len(out)} others, between <PROMPT> and </PROMPT>."
-            new = [p for p in parse_candidates(self.client.chat(system, again)) if p not in out]
-            out = out + new
+            more = f"\n\nYou gave\n{given}Give {n - len(out)} others, between <PROMPT> and </PROMPT>." if out else ""
+            new = [p for p in parse_candidates(self.client.chat(system, user + more, room=room)) if p.casefold() not in known]
+            if not new and out:
+                break
+            room += not new
+            out, known = out + new, known | {p.casefold() for p in new}
+        if not out:
+            print(f"no prompt in the language model's answers for {prompt[:60]!r}; it stays as it is", file=sys.stderr)
         return out[:n]
 
 
@@ -497,7 +511,11 @@ def read_tasks(path, limit, challenges="") -> list[Task]:
                 task.questions[r["proposition_id"]] = r["question_natural_language"]
                 numbers = re.findall(r"(?<![\w])\d+(?![\w])", r["dependency"] or "")
                 task.parents[r["proposition_id"]] = [n for n in numbers if n != "0"]
-            return list(tasks.values())[:limit]
+            kept = list(tasks.values())[:limit]
+            unknown = sum(p not in t.questions for t in kept for ids in t.parents.values() for p in ids)
+            if unknown:
+                print(f"{path}: {unknown} parents of questions are no questions and are ignored", file=sys.stderr)
+            return kept
         name = "Prompt" if "Prompt" in rows[0] else "caption"
         if challenges:
             parts = [[r for r in rows if r["Challenge"] == c][:limit] for c in challenges.split(",")]
@@ -521,7 +539,7 @@ def make_generator(cfg, device):
     if cfg.image_command:
         return lambda prompt, count, seed: [by_command(cfg, prompt, seed * 1000 + j) for j in range(count)]
     if cfg.image_url:
-        client = ChatClient(cfg.image_url, "-", os.environ.get("IMAGE_API_KEY", ""), cfg.timeout)
+        client = ChatClient(cfg.image_url, cfg.image_model, os.environ.get("IMAGE_API_KEY", ""), cfg.timeout)
         return lambda prompt, count, seed: [by_endpoint(client, prompt, seed * 1000 + j) for j in range(count)]
     painter = zoo.load_painter(cfg.painter).to(device)
     options = dict(guidance=cfg.guidance, steps=cfg.sampler_steps, part=cfg.batch_size)
@@ -536,19 +554,22 @@ def by_command(cfg, prompt, seed):
         for _ in range(2):  # a failure that is not the prompt's may pass
             try:
                 done = subprocess.run(filled, capture_output=True, text=True, timeout=cfg.timeout)  # no shell: a prompt is data
-            except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+                problem = f"status {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1][:200]}"
+                if not done.returncode and out.exists():
+                    break
+            except subprocess.TimeoutExpired:
+                problem = f"it took longer than --timeout {cfg.timeout:g} s"
+            except (OSError, ValueError) as error:
                 raise ValueError(f"--image_command {filled[0]} cannot be run ({type(error).__name__})") from error
-            if not done.returncode and out.exists():
-                break
         else:
-            tail = (done.stderr.strip().splitlines() or [""])[-1]
-            raise Refused(f"--image_command {filled[0]} wrote no picture, status {done.returncode}: {tail[:200]}")
+            raise Refused(f"--image_command {filled[0]} wrote no picture, {problem}")
         return data.decode_image(out.read_bytes(), str(out))
 
 
 def by_endpoint(client, prompt, seed):
     """OpenAI-style image endpoint, one picture a request, since not every server knows n; some know a seed."""
     body = {"prompt": prompt, "n": 1, "response_format": "b64_json", "seed": seed}
+    body |= {"model": client.model} if client.model else {}
     try:
         reply = client.request("/images/generations", body)
     except ServerError as error:
@@ -572,8 +593,9 @@ class Scorer:
         elif cfg.score == "dcs":
             self.clip = (load_clip(cfg.clip) if cfg.clip else zoo.load_clip()).to(device).eval()
             self.tok = Tokenizer.from_clip(cfg.tokenizer) if cfg.clip else zoo.load_tokenizer()
-        self.server = ChatClient(cfg.vqa_url, "", os.environ.get("VQA_API_KEY", ""), cfg.timeout, temperature=0.0,
-                                 max_tokens=16, token_field=cfg.token_field, log=log) if cfg.vqa_url else None  # fmt: skip
+        self.server = ChatClient(cfg.vqa_url, "", os.environ.get("VQA_API_KEY", ""), cfg.timeout, temperature=0.0, log=log,
+                                 max_tokens=cfg.max_tokens, token_field=cfg.token_field) if cfg.vqa_url else None  # fmt: skip
+        self.asked = self.unclear = 0  # answers of the server; those that are neither yes nor no
 
     def __call__(self, task, images):
         return self.dsg(task, images) if self.cfg.score == "dsg" else self.dcs(task, images)
@@ -587,8 +609,11 @@ class Scorer:
         for img in images:
             png = io.BytesIO()
             img.save(png, format="PNG")
-            out.append({i: is_yes(self.server.chat("", f"{text} Answer yes or no.", [png.getvalue()]))
-                        for i, text in task.questions.items()})  # fmt: skip
+            said = {i: said_words(self.server.chat("", f"{text} Answer yes or no.", [png.getvalue()]))
+                    for i, text in task.questions.items()}  # fmt: skip
+            self.asked += len(said)
+            self.unclear += sum(words not in (["yes"], ["no"]) for words in said.values())
+            out.append({i: words[: 1 if self.cfg.lenient else None] == ["yes"] for i, words in said.items()})
         return out
 
     def dsg(self, task, images):
@@ -609,9 +634,9 @@ class Scorer:
         return cos.mean().item(), list(zip(phrases, cos.mean(0).tolist())), cos.mean(1).tolist()
 
 
-def is_yes(text) -> bool:
-    """DSG's rule: exactly "yes", after case, blanks and a full stop are gone."""
-    return text.strip().lower().rstrip(".").strip() == "yes"
+def said_words(text) -> list[str]:
+    """An answer's words, without case, punctuation and reasoning. DSG's rule: yes is yes alone; --lenient: what begins so."""
+    return re.findall(r"\w+", without_thoughts(text).lower())
 
 
 def to_uint8(x):
@@ -694,11 +719,15 @@ def gain(first, best, kind):
 
 
 def solve_task(i, task, draw, scorer, cfg, out, client) -> dict:
-    """All methods on one prompt, with the comparison on fresh seeds; saved as JSON and a sheet of pictures. -> seconds of each
-    search: (in the generator and the scorer, all)."""
-    result, clock, fresh = {"prompt": task.prompt, "methods": {}}, {}, cfg.seed + 500_000
-    for server in filter(None, (client, getattr(scorer, "server", None))):
-        server.task = i
+    """All methods on one prompt, with the comparison on fresh seeds; saved as JSON, method by method, and a sheet of pictures.
+    -> seconds of each search: (in the generator and the scorer, all)."""
+    result, clock, fresh = {"prompt": task.prompt, "methods": stored(out, i).get("methods", {})}, {}, cfg.seed + 500_000
+
+    def begin(part):
+        for server in filter(None, (client, getattr(scorer, "server", None))):
+            server.task = f"{i} {part}"
+
+    begin("fresh seeds")
     base = scorer(task, draw(task.prompt, cfg.fresh, fresh))[0]
 
     def with_fresh_seeds(p):
@@ -707,7 +736,8 @@ def solve_task(i, task, draw, scorer, cfg, out, client) -> dict:
         except (Refused, data.BadSample):
             return math.nan
 
-    for method in cfg.methods.split(","):
+    for method in (m for m in cfg.methods.split(",") if m not in result["methods"]):
+        begin(method)
         proposer = (HttpProposer(client, cfg) if client else Grammar(cfg.seed + i) if cfg.proposer == "grammar" else
                     LmProposer(cfg.seed + i, cfg.temperature))  # fmt: skip
         found = search(method, task, draw, scorer, proposer, cfg)
@@ -721,7 +751,7 @@ def solve_task(i, task, draw, scorer, cfg, out, client) -> dict:
             "words": len(best.prompt.split()), "elements": best.elements}  # fmt: skip
         if [method] == searched(cfg)[:1]:
             draw_sheet(trace, best, found.shown, out / f"{i:03d}.png")
-    write_json(out / f"{i:03d}.json", result)
+        write_json(out / f"{i:03d}.json", result)
     return clock
 
 
@@ -754,6 +784,12 @@ def mean_error(values) -> tuple[float, float]:
     return (v.mean() if len(v) else math.nan), (v.std(ddof=1) / math.sqrt(len(v)) if len(v) > 1 else math.nan)
 
 
+def overlap(a, b) -> float:
+    """Share of the words of two prompts that both have: how near the best one stays to the user's."""
+    a, b = (set(re.findall(r"\w+", t.lower())) for t in (a, b))
+    return len(a & b) / max(1, len(a | b))
+
+
 def summary(results, cfg) -> tuple[list[list], dict]:
     """Rows: gain on the searched seeds, on fresh ones with its standard error over prompts, without prompts that were right at
     once, iterations, pictures up to the stop. "seeds" selects pictures, so that fresh ones say nothing."""
@@ -762,17 +798,20 @@ def summary(results, cfg) -> tuple[list[list], dict]:
         some = [r["methods"][method] for r in results]
         fresh[method] = [gain(s["fresh_first"], s["fresh_best"], cfg.score) for s in some]
         hard = [g for g, s in zip(fresh[method], some) if not right_at_once(s, cfg)]
+        searched_hard = [gain(s["first"], s["best"], cfg.score) for s in some if not right_at_once(s, cfg)]
+        kept = [overlap(r["prompt"], s["prompt"]) for r, s in zip(results, some)]
         mean, error = mean_error(fresh[method])
         values = {"gain": mean_error([gain(s["first"], s["best"], cfg.score) for s in some])[0], "fresh_gain": mean,
-                  "fresh_error": error, "fresh_gain_hard": mean_error(hard)[0],
+                  "fresh_error": error, "fresh_gain_hard": mean_error(hard)[0], "gain_hard": mean_error(searched_hard)[0],
+                  "overlap": 100 * np.mean(kept),
                   **{k: np.mean([s[k] for s in some]) for k in ("iterations", "pictures", "words")}}  # fmt: skip
         out |= {f"{method}_{k}": float(v) for k, v in values.items()}
         rows.append([method, f"{values['gain']:+.1f}", *(["", ""] if method == "seeds" else
                      [f"{mean:+.1f} +- {error:.1f}", f"{values['fresh_gain_hard']:+.1f}"]), f"{values['iterations']:.1f}",
-                     f"{values['pictures']:.0f}", f"{values['words']:.0f}"])  # fmt: skip
+                     f"{values['pictures']:.0f}", f"{values['words']:.0f}", f"{values['overlap']:.0f}"])  # fmt: skip
     if {"opt2i", "paraphrase"} <= fresh.keys():
         mean, error = mean_error([a - b for a, b in zip(fresh["opt2i"], fresh["paraphrase"])])
-        rows.append(["opt2i - paraphrase", "", f"{mean:+.1f} +- {error:.1f}", "", "", "", ""])
+        rows.append(["opt2i - paraphrase", "", f"{mean:+.1f} +- {error:.1f}", "", "", "", "", ""])
     return rows, out
 
 
@@ -819,6 +858,18 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--prompts {cfg.prompts} must be at least 1, or a file")
     if not cfg.temperature > 0 and not (cfg.llm_url or cfg.replay):
         raise ValueError(f"--temperature {cfg.temperature} must be above 0 for the stand-in language model")
+    try:
+        empty = cfg.image_command and not shlex.split(cfg.image_command)
+    except ValueError as error:
+        raise ValueError(f"--image_command {cfg.image_command}: {error}") from error
+    if empty:
+        raise ValueError("--image_command names no program")
+    for name, needs, there in (("challenges", "--prompts from a file", not cfg.prompts.isdigit()),
+                               ("official_dsg", "--score dsg", cfg.score == "dsg"),
+                               ("clip", "--score dcs", cfg.score == "dcs"), ("lenient", "--vqa_url", cfg.vqa_url),
+                               ("image_model", "--image_url", cfg.image_url)):  # fmt: skip
+        if getattr(cfg, name) and not there:
+            raise ValueError(f"--{name} is for {needs}")
     if cfg.clip and not cfg.tokenizer:
         raise ValueError("--clip needs --tokenizer, CLIP's merges file")
     if cfg.score == "dcs" and not cfg.prompts.isdigit() and not cfg.clip:
@@ -853,9 +904,9 @@ def claim_folder(out, tasks, cfg) -> None:
     config = out / "config.json"
     old = json.loads(config.read_text()) if config.exists() else {}
     if not cfg.resume:
-        for name in ("[0-9]*.json", "[0-9]*.png", "exchanges.jsonl", "vqa.jsonl", "curves.png", "metrics.json"):
-            for path in out.glob(name):
-                path.unlink()
+        names = ("[0-9]*.json", "[0-9]*.png", "exchanges.jsonl", "vqa.jsonl", "curves.png", "metrics.json")
+        for path in (p for name in names for p in out.glob(name) if old):  # of a run; other folders' files are left alone
+            path.unlink()
         return
     differ = ckpt.differences(old, cfg, ckpt.FREE | SERVED) if old else []
     if not differ and any(stored(out, i).get("prompt", t.prompt) != t.prompt for i, t in enumerate(tasks)):
@@ -899,14 +950,15 @@ def run(cfg: Config) -> dict:
     mine = list(enumerate(tasks))[env.rank :: env.world]
     clocks = []
     for i, task in tqdm(mine, desc="prompts", unit="prompt", disable=not env.is_main, dynamic_ncols=True):
-        if "methods" not in stored(out, i):  # not there, or refused, which may have been an outage
+        if not {*methods} <= stored(out, i).get("methods", {}).keys():  # new, cut short, or refused, maybe by an outage
             try:
                 clocks.append(solve_task(i, task, draw, scorer, cfg, out, client))
             except (Refused, data.BadSample) as error:  # the user prompt itself
-                write_json(out / f"{i:03d}.json", {"prompt": task.prompt, "refused": str(error)})
+                write_json(out / f"{i:03d}.json", {**stored(out, i), "prompt": task.prompt, "refused": str(error)})
         if ddp.asked_to_stop():
             raise KeyboardInterrupt
     usage = ddp.gather_lists([client.usage] if client else [])  # after it, all results are written
+    answers = ddp.gather_lists([(scorer.asked, scorer.unclear)])
     if not env.is_main:
         return {}
     results = [stored(out, i) for i in range(len(tasks))]
@@ -922,7 +974,8 @@ def run(cfg: Config) -> dict:
     proposer = "replay" if cfg.replay else "http" if cfg.llm_url else cfg.proposer
     print(f"\n{len(tasks)} prompts, {cfg.score}, proposer: {proposer}, {cfg.images} pictures a prompt, {cfg.fresh} fresh ones")
     unit = "points" if cfg.score == "dsg" else "%"
-    head = ["method", f"gain, {unit}", "gain on fresh seeds", "... if not right at once", "iterations", "pictures", "words"]
+    head = ["method", f"gain, {unit}", "gain on fresh seeds", "... if not right at once", "iterations", "pictures", "words",
+            "words in common, %"]  # fmt: skip
     print(table(rows, head))
     paper = {"dsg": "OPT2I +10.9 to +24.9, paraphrasing +10.5 to +22.2",
              "dcs": "OPT2I +9.3 to +12.2, paraphrasing +8.0 to +11.0"}  # fmt: skip
@@ -942,6 +995,8 @@ def run(cfg: Config) -> dict:
               + table([[m, *v] for m, v in chosen.items()], ["method", *(f"best {k}" for k in ks)]))  # fmt: skip
         result |= {f"{m}_best_{k}": x for m, v in chosen.items() for k, x in zip(ks, v)}
     draw_curves(results, ks, chosen, cfg, out)
+    if asked := sum(a for a, _ in answers):
+        print(f"\nVQA server: {sum(u for _, u in answers)} of {asked} answers were neither yes nor no and count as no")
     if client:
         print(f"\nlanguage model: { {k: sum(u[k] for u in usage) for k in usage[0]} }")
     if clocks and shown:
@@ -956,21 +1011,22 @@ def draw_curves(results, ks, chosen, cfg, out) -> None:
     """Left: best score so far against prompts tried. Middle: an iteration's prompts against the user's, paper Fig. 3. Right:
     the k best pictures, paper Fig. 6. Means over the user prompts, scores x 100; an ended search keeps its last value."""
     budget, best, each, charts = 1 + cfg.steps * cfg.candidates, {}, {}, []
+    unit = "points" if cfg.score == "dsg" else "%"
 
-    def mean(lines, length):
-        return 100 * np.mean([np.pad(v, (0, length - len(v)), mode="edge") for v in lines], 0)
+    def padded(line, length):
+        return np.pad(line, (0, length - len(line)), mode="edge")
 
     for m in searched(cfg):
         curves = [r["methods"][m]["curve"] for r in results]
-        best[m] = (range(1, budget + 1), mean([np.maximum.accumulate(sum(c, [])) for c in curves], budget))
+        best[m] = (range(1, budget + 1), 100 * np.mean([padded(np.maximum.accumulate(sum(c, [])), budget) for c in curves], 0))
         if (iterations := iterations_of(m, cfg)[0]) > 1:
             for name, of in (("best", max), ("mean", np.mean)):
-                line = mean([over_iterations(c, of) for c in curves], iterations + 1)
+                line = np.nanmean([padded(over_iterations(c, of, cfg.score), iterations + 1) for c in curves], 0)
                 each[f"{m}, {name}"] = (range(iterations + 1), line)
     if best:
         charts.append(plot.lines(best, "best score so far, searched seeds", x="prompts tried", size=(620, 420)))
     if each:
-        charts.append(plot.lines(each, "score of an iteration's prompts - user's", x="iteration", size=(620, 420)))
+        charts.append(plot.lines(each, f"gain of an iteration's prompts, {unit}", x="iteration", size=(620, 420)))
     if len(ks) > 1:
         lines = {m: (np.log10(ks), v) for m, v in chosen.items()}
         charts.append(plot.lines(lines, "mean score of the k best pictures", x="log10 k", size=(620, 420)))
@@ -978,12 +1034,12 @@ def draw_curves(results, ks, chosen, cfg, out) -> None:
         plot.save(plot.row(charts), out / "curves.png")
 
 
-def over_iterations(curve, of) -> list[float]:
-    """Scores by iteration, the user prompt alone first -> of(an iteration's) minus the user's; one without a new prompt repeats
-    the last value."""
+def over_iterations(curve, of, kind) -> list[float]:
+    """Scores by iteration, the user prompt alone first -> gain of of(an iteration's); one without a new prompt repeats the last
+    value."""
     out = []
     for part in curve:
-        out.append(of(part) - curve[0][0] if part else out[-1])
+        out.append(gain(curve[0][0], of(part), kind) if part else out[-1])
     return out
 
 

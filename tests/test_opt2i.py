@@ -4,6 +4,7 @@ import http.server
 import json
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,7 +86,9 @@ def test_dsg_variants():
     dog = {1: False, 2: True, 3: True}
     assert (M.dsg_score(dog, parents, False), M.dsg_score(dog, parents), M.dsg_score(dog, {})) == (
         pytest.approx(1 / 3), 0, pytest.approx(2 / 3))  # fmt: skip
-    assert [M.is_yes(t) for t in ("Yes.", " yes", "YES", "yes, it is", "no", "")] == [True, True, True, False, False, False]
+    yes = ("Yes.", " yes", "YES", "yes!", "**Yes**", '"Yes"', "<think>no, or... yes?</think>\nYes")
+    assert all(M.said_words(t) == ["yes"] for t in yes)
+    assert not any(M.said_words(t) == ["yes"] for t in ("yes, it is", "no", "", "<think>yes", "yes and no"))
 
 
 def test_dcs():
@@ -138,6 +141,9 @@ def test_the_message():
         ('1. <PROMPT>"a cat"</PROMPT> 2. <PROMPT>A CAT</PROMPT> <PROMPT>paraphrase 1</PROMPT> <PROMPT> </PROMPT>', ["a cat"]),
         (f"<PROMPT>{'word ' * 90}</PROMPT><PROMPT>a cat</PROMPT>", ["a cat"]),
         ("<PROMPT>3.5 meter of rope</PROMPT>", ["3.5 meter of rope"]),
+        ("Each between <PROMPT> tags:\n1. <PROMPT>a cat</PROMPT>", ["a cat"]),
+        ("Each between <PROMPT> and </PROMPT>:\n1. <PROMPT>a cat</PROMPT>\n2. <PROMPT>one dog", ["a cat", "one dog"]),
+        ("In <PROMPT> tags:\n1. a cat\n2. one dog", ["a cat", "one dog"]),
         ("<think>1. <PROMPT>no</PROMPT> and it never ends", []),
         ("<PROMPT>a \ud800 cat\0</PROMPT>", ["a ? cat"]),
         ("", []),
@@ -428,7 +434,22 @@ def test_replay(tmp_path):
         M.ChatClient("", replay=tmp_path / "bad.jsonl")
 
 
-def test_too_few_prompts_are_asked_for_once_more():
+def test_an_answer_without_prompts_costs_a_retry_and_repeats_do_not_count(capsys):
+    with Server() as server:
+        server.plan[:] = [(200, said("I cannot do that.")), (200, said("<PROMPT>A Cat</PROMPT><PROMPT>one cat</PROMPT>")),
+                          (200, said("<PROMPT>ONE CAT</PROMPT>"))]  # fmt: skip
+        got = M.HttpProposer(client(server), M.Config()).propose("a cat", [M.Scored("a cat", 0.5)], 3)
+        assert got == ["one cat"] and len(server.seen) == 3  # the user's prompt and other cases are repeats
+        room = [body["max_tokens"] for _, _, _, body in server.seen]
+        assert room[1] == 2 * room[0]  # the answer may have been cut off
+        assert "no prompt" not in capsys.readouterr().err
+    with Server() as server:
+        server.plan[:] = [(200, said("no")), (200, said("never"))]
+        assert M.HttpProposer(client(server), M.Config()).propose("a cat", [], 3) == [] and len(server.seen) == 2
+        assert "no prompt in the language model's answers" in capsys.readouterr().err
+
+
+def test_too_few_prompts_are_asked_for_until_nothing_new_comes():
     with Server() as server:
         server.plan[:] = [
             (200, said("1. <PROMPT>a cat</PROMPT>")),
@@ -542,6 +563,8 @@ def test_questions_of_real_prompts_by_a_server():
 def test_same_seeds_give_the_same_pictures():
     draw = M.make_generator(M.Config(painter="painter_early", sampler_steps=2), "cpu")
     assert torch.equal(draw("a red star", 2, 5), draw("a red star", 2, 5))
+    blind = M.make_generator(M.Config(painter="painter_early", sampler_steps=2, guidance=0.0), "cpu")  # ignores the prompt
+    torch.testing.assert_close(blind("a red star", 2, 5), blind("two blue moons", 2, 5))  # the same noise for every prompt
     assert not torch.equal(draw("a red star", 2, 5), draw("a red star", 2, 6))
 
 
@@ -561,6 +584,83 @@ def test_budgets_are_equal():
         counts[method] = len(M.search(method, task, draw, scorer, M.Grammar(0), cfg).pictures)
         assert drawn[0] == counts[method]
     assert set(counts.values()) == {2 * (1 + 3 * 2)}
+
+
+def test_who_sees_the_history_and_which_seeds_are_drawn(tmp_path, monkeypatch):
+    cfg = M.Config(steps=2, candidates=2, images=2, fresh=4, target=2.0, seed=3)
+    task, drawn, shown = M.Task("a small red star on a dark background"), [], []
+
+    def draw(p, n, seed):
+        drawn.append((n, seed))
+        return torch.full((n, 3, 4, 4), (seed % 10) / 100)
+
+    def scorer(task, x):
+        return float(x.mean()), [("q", 0.5)], x.flatten(1).mean(1).tolist()
+
+    class Seeing(M.Grammar):
+        def propose(self, prompt, history, n):
+            shown.append([s.prompt for s in history])
+            return super().propose(prompt, history, n)
+
+    monkeypatch.setattr(M, "LmProposer", lambda seed, temperature: Seeing(seed))
+    histories = {}
+    for method in cfg.methods.split(","):
+        drawn.clear()
+        shown.clear()
+        M.search(method, task, draw, scorer, Seeing(0), cfg)
+        histories[method] = list(shown)
+        seeds = [s for _, s in drawn]
+        assert len(set(seeds)) == (5 if method == "seeds" else 1), method
+    assert histories["paraphrase"] == [[]] and histories["oneshot"] == [[task.prompt]] and histories["seeds"] == []
+    assert histories["opt2i"][0] == [task.prompt] and len(histories["opt2i"][1]) == 3
+    drawn.clear()
+    M.solve_task(0, task, draw, scorer, replace(cfg, methods="opt2i"), tmp_path, None)
+    fresh, searched = {s for n, s in drawn if n == 4}, {s for n, s in drawn if n == 2}
+    assert len(fresh) == 1 and not fresh & searched  # the comparison is not on the seeds that were searched
+
+
+def test_what_was_searched_before_a_server_failed_is_kept(tmp_path):
+    cfg = M.Config(steps=1, candidates=2, images=2, fresh=4, methods="opt2i,paraphrase", proposer="grammar", target=2.0)
+    task, down = M.Task("a small red star on a dark background"), [7]
+
+    def draw(p, n, seed):
+        down[0] -= 1
+        if down[0] == 0:
+            raise M.ServerError("gone")
+        return torch.full((n, 3, 4, 4), len(p) / 100)
+
+    def scorer(task, x):
+        return float(x.mean()), [("q", 0.5)], x.flatten(1).mean(1).tolist()
+
+    with pytest.raises(M.ServerError):
+        M.solve_task(0, task, draw, scorer, cfg, tmp_path, None)
+    assert list(M.stored(tmp_path, 0)["methods"]) == ["opt2i"]
+    clock = M.solve_task(0, task, draw, scorer, cfg, tmp_path, None)
+    assert list(clock) == ["paraphrase"] and list(M.stored(tmp_path, 0)["methods"]) == ["opt2i", "paraphrase"]
+
+
+def test_the_table_of_gains():
+    def found(first, best, fresh_first, fresh_best):
+        return {"first": first, "best": best, "fresh_first": fresh_first, "fresh_best": fresh_best, "iterations": 2, "pictures": 9,
+                "words": 3, "prompt": "a b c"}  # fmt: skip
+
+    results = [{"prompt": "a b d", "methods": {"opt2i": found(0.5, 0.9, 0.5, 0.7), "paraphrase": found(0.5, 0.8, 0.5, 0.6)}},
+               {"prompt": "a b c", "methods": {"opt2i": found(1.0, 1.0, 0.9, 0.8), "paraphrase": found(1.0, 1.0, 0.9, 0.9)}}]  # fmt: skip
+    rows, out = M.summary(results, M.Config(methods="opt2i,paraphrase"))
+    assert out["opt2i_gain"] == pytest.approx(20) and out["opt2i_fresh_gain"] == pytest.approx(5)
+    hard = out["opt2i_gain_hard"], out["opt2i_fresh_gain_hard"]  # without the second prompt
+    assert hard == pytest.approx((40, 20))
+    assert out["opt2i_overlap"] == pytest.approx(75) and out["paraphrase_fresh_gain"] == pytest.approx(5)
+    assert rows[-1][0] == "opt2i - paraphrase" and rows[-1][2] == "+0.0 +- 10.0"
+
+
+def test_dsg_tables_keep_parents_and_say_which_are_unknown(tmp_path, capsys):
+    head = "item_id,text,proposition_id,dependency,question_natural_language\n"
+    rows = ["x,a red cat,1,0,Is there a cat?", "x,a red cat,2,1,Is it red?", 'x,a red cat,3,"2,9",Q']
+    (tmp_path / "dsg.csv").write_text(head + "\n".join(rows))
+    (task,) = M.read_tasks(tmp_path / "dsg.csv", 5)
+    assert task.parents == {"1": [], "2": ["1"], "3": ["2", "9"]} and "1 parents" in capsys.readouterr().err
+    assert M.dsg_score({"1": False, "2": True, "3": True}, task.parents) == 0
 
 
 def test_the_grid_of_iterations_and_prompts():
@@ -604,7 +704,8 @@ def test_selection_of_the_best_pictures():
 
 
 def test_an_iteration_without_a_new_prompt_repeats_the_last():
-    assert M.over_iterations([[0.25], [0.5, 0.75], [], [1.0]], max) == [0, 0.5, 0.5, 0.75]
+    assert M.over_iterations([[0.25], [0.5, 0.75], [], [1.0]], max, "dsg") == [0, 50, 50, 75]
+    assert M.over_iterations([[0.25], [0.5, 0.75], [], [1.0]], max, "dcs") == [0, 200, 200, 300]
 
 
 def test_smoke_resume_and_two_processes(tmp_path):
@@ -662,7 +763,11 @@ def test_a_run_with_a_server_and_its_replay(tmp_path):
         ),
         (["--image_url", "http://y"], ["a generator of your own"]),
         (["--replay", "nowhere.jsonl"], ["nowhere.jsonl"]),
-        (["--clip", "x"], ["--tokenizer"]),
+        (["--clip", "x", "--score", "dcs"], ["--tokenizer"]),
+        (["--clip", "x"], ["--clip is for --score dcs"]),
+        (["--challenges", "Complex"], ["--challenges is for --prompts from a file"]),
+        (["--official_dsg", "--score", "dcs"], ["--official_dsg is for --score dsg"]),
+        (["--image_command", " "], ["--image_command names no program"]),
         (["--prompts", "x.csv", "--llm_url", "http://x", "--image_url", "http://y", "--score", "dcs"], ["needs --clip"]),
         (["--no-conciseness"], ["--conciseness", "--llm_url"]),
         (["--prompts", "0"], ["--prompts 0"]),
