@@ -39,6 +39,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -276,7 +277,7 @@ class Rocket(nn.Module):
         self.v = self.p = None
         if extra in ("siam", "byol"):
             self.v = pair(lambda w: mlp(w, hidden, dim, last_bn=False, bias=False))
-            self.p = pair(lambda w: nn.Sequential(*mlp(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+            self.p = pair(lambda w: nn.Sequential(nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
                                                   nn.Linear(hidden, dim)))  # fmt: skip
         elif extra == "bar":
             self.v = pair(lambda w: mlp(w, hidden, hidden, dim, last_bn=True))
@@ -375,8 +376,8 @@ class Test:
 
 
 def pairs_of_scenes(count, seed, size, part):
-    """Single objects, close up; captions name shape, colour and mostly texture, which strong views leave as they are, and
-    nothing that a crop changes. part: train or test, which have no object in common. As few training pairs as possible have the
+    """Single objects, close up; captions name shape, colour and mostly texture: nothing that a crop or light jitter
+    changes. part: train or test, which have no object in common. As few training pairs as possible have the
     same description: equal captions would be negatives of each other in a batch."""
     source = scenes.Source(6 * count if part == "train" else count, seed, size, brief=True, objects=(1, 1), grid=1, part=part)
     if part == "train":
@@ -420,11 +421,8 @@ def read_synonyms(path) -> dict[str, tuple[str, ...]]:
 
 def open_data(cfg: Config):
     """-> training source, [Test], tokenizer, synonyms"""
-    synonyms = scenes.SYNONYMS
-    if cfg.synonyms:
-        synonyms = read_synonyms(cfg.synonyms)
-    elif cfg.data:
-        synonyms = {}  # every edit is a swap or a deletion
+    # without any, every edit is a swap or a deletion
+    synonyms = read_synonyms(cfg.synonyms) if cfg.synonyms else {} if cfg.data else scenes.SYNONYMS
     if cfg.data:
         source = data.Shards(cfg.data, "train")
         alone = cfg.eval_data and all(n.startswith("train-") for n in data.Shards(cfg.data).names)  # CC3M has no test
@@ -434,12 +432,18 @@ def open_data(cfg: Config):
         tests = scene_tests(cfg.image_size)
     if cfg.eval_data:
         labelled = data.Shards(cfg.eval_data, data.held_out(cfg.eval_data))
-        forms = labelled.manifest.get("templates") or ["a photo of a {}."]
-        if not labelled.classes:
-            raise ValueError(f"--eval_data {cfg.eval_data}: manifest.json lists no classes; use data_prep/imagenet.py")
+        forms, metric = labelled.manifest.get("templates") or ["a photo of a {}."], labelled.manifest.get("metric", "top1")
+        if not labelled.classes or not all(isinstance(names, str) for names in labelled.classes):
+            raise ValueError(f"--eval_data {cfg.eval_data}: manifest.json lists no classes by name; use data_prep/imagenet.py")
+        if metric not in METRICS or not all(isinstance(f, str) and re.findall("{.*?}", f) == ["{}"] for f in forms):
+            raise ValueError(f"--eval_data {cfg.eval_data}: manifest.json needs a metric of {', '.join(METRICS)} and templates "
+                             "with one {}")  # fmt: skip
+        if not all(0 <= r.get("label", -1) < len(labelled.classes) for r in data.records(labelled) if r["key"]):
+            raise ValueError(f"--eval_data {cfg.eval_data} has pictures without a label of one of its {len(labelled.classes)} "
+                             "classes; prepare it with data_prep/imagenet.py")  # fmt: skip
         # "king penguin, Aptenodytes patagonica": a class's synonyms are separated by commas; all of them are averaged
         prompts = [[f.format(word.strip()) for word in names.split(",") for f in forms] for names in labelled.classes]
-        tests.append(Test(labelled, {"classes": prompts}, False, labelled.manifest.get("metric", "top1")))
+        tests.append(Test(labelled, {"classes": prompts}, False, metric))
     if cfg.tokenizer:
         return source, tests, Tokenizer.from_clip(cfg.tokenizer), synonyms
     return source, tests, Tokenizer.train(source.captions(), 4096), synonyms
@@ -486,7 +490,8 @@ def embed_images(model, test, cfg, env):
         if batch:
             x = torch.from_numpy(np.stack([img for img, _ in batch])).to(env.device)
             f = {k: v.cpu() for k, v in model.embed("img", augment.normalise(augment.to_float(x)), cfg.ensemble).items()}
-            items += [(r, {k: v[i] for k, v in f.items()}) for i, (_, r) in enumerate(batch)]
+            # copies: a view would be sent with all of its batch
+            items += [(r, {k: v[i].clone() for k, v in f.items()}) for i, (_, r) in enumerate(batch)]
     items = ddp.gather_lists(items) if env.world > 1 else items  # rank 0 alone draws pictures
     items = sorted(items, key=lambda item: item[0]["key"])
     if not items:
@@ -503,8 +508,6 @@ def evaluate(model, tests, tok, cfg, env):
     for test in tests:
         f, records = embed_images(model, test, cfg, env)
         top = list(f)[-1]  # both heads, where there are two
-        if test.tasks and not all("labels" in r or "label" in r for r in records):
-            raise ValueError(f"--eval_data {cfg.eval_data} has pictures without a label; prepare it with data_prep/imagenet.py")
         for task, prompts in test.tasks.items():
             w, name = class_weights(model, tok, prompts, cfg, env.device), task.replace(" ", "_")
             labels = torch.tensor([r["labels"][task] if "labels" in r else r["label"] for r in records])
@@ -628,10 +631,8 @@ def draw_views(source, views, path):
     """What the recipe makes of four pairs, the first that are whole."""
     cells, labels = [], []
     first = data.Subset(source, range(min(64, sum(source.sizes))))
-    made = (
-        x for batch in data.in_order(first, lambda s: (s, views(s, np.random.default_rng(s["row"]))), list, 1) for x in batch
-    )
-    for sample, one in itertools.islice(made, 4):
+    made = data.in_order(first, lambda s: (s, views(s, np.random.default_rng(s["row"]))), list, 1)
+    for sample, one in itertools.islice(itertools.chain.from_iterable(made), 4):
         images, rows, ids = views.collate([one])
         images = [augment.apply_colour(augment.to_float(x), r)[0] for x, r in zip(images, rows)]
         cells += [sample["image"], *[(x.permute(1, 2, 0) * 255).byte().numpy() for x in images]]

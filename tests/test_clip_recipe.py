@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
 
 from common import augment as A
 from common import ddp, optim
+from data_prep._write import png, prepare
 from methods import clip_recipe as M
 from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
 
@@ -360,6 +364,61 @@ class Fake(torch.nn.Module):
         return {"z": z, "h": h, "both": torch.cat([math.sqrt(w) * z, math.sqrt(1 - w) * h], -1)}
 
 
+def test_views_use_the_recipe_s_crops_colours_and_captions(monkeypatch):
+    source = M.pairs_of_scenes(20, 0, 32, "train")
+    tok, areas, crop = M.Tokenizer.train(source.captions(), 600), [], M.augment.crop_box
+    monkeypatch.setattr(M.augment, "crop_box", lambda w, h, scale, rng: areas.append(scale) or crop(w, h, scale, rng))
+    cfg = replace(SMOKE, strong_scale=0.3, jitter="full")
+    views = M.Views(cfg, M.RECIPES["rocket"], tok, {})
+    views(source.read(0, 0), np.random.default_rng(0))
+    assert areas == [(0.5, 1.0), *[(0.3, 1.0)] * M.RECIPES["rocket"].views]
+    chances = [getattr(views.strong, f"{k}_p") for k in ("jitter", "grey", "blur", "flip")]
+    assert views.strong.jitter == (0.4, 0.4, 0.4, 0.1) and chances == [0.8, 0.2, 0.5, 0.5]
+    assert (views.weak.jitter_p, views.weak.grey_p, views.weak.blur_p, views.weak.flip_p) == (0, 0, 0, 0)
+    sample = {**source.read(0, 0), "captions": ["One  red", "two blue", "three green"]}
+    plain = M.RECIPES["plain"]
+    for how, count in (("one", 1), ("multi", 2)):  # of a sample's captions: one for all views, or one for each
+        recipe = replace(M.RECIPES["rocket"], text=False)
+        made = [M.Views(replace(cfg, captions=how), recipe, tok, {})(sample, np.random.default_rng(i))[2] for i in range(20)]
+        assert max(len(set(texts)) for texts in made) >= count and (how == "multi" or all(len(set(t)) == 1 for t in made))
+    texts = {M.Views(replace(cfg, clean_text=True), plain, tok, {})(sample, np.random.default_rng(i))[2][0] for i in range(20)}
+    assert "one red" in texts and "One  red" not in texts
+
+
+def test_smoothing_is_the_recipe_s_and_not_swalip_s():
+    losses = {}
+    for name, extra in (("rocket", "none"), ("plain", "none"), ("rocket", "swal")):
+        cfg, model, (images, captions), _, _ = setup(name, extra)
+        model.eval()
+        losses[name, extra] = [M.method_loss(model, None, images, captions, extra, M.RECIPES[name], replace(cfg, smoothing=s))
+                               [0].item() for s in (0.0, 0.3)]  # fmt: skip
+    assert losses["rocket", "none"][0] != losses["rocket", "none"][1]
+    assert losses["plain", "none"][0] == losses["plain", "none"][1]
+    assert losses["rocket", "swal"][0] == losses["rocket", "swal"][1]
+
+
+@pytest.mark.parametrize(
+    "more, classes, words",
+    [({"metric": "accuracy"}, ["a", "b"], "metric of top1"), ({"templates": ["a {thing}"]}, ["a", "b"], "templates with one {}"),
+     ({}, [3, 4], "no classes by name"), ({}, ["a"], "without a label of one of its 1")],
+)  # fmt: skip
+def test_a_wrong_manifest_is_said_before_training(more, classes, words, tmp_path):
+    def make(item):
+        return str(item[1]), "png", png(Image.new("RGB", (8, 8))), {"label": item[1]}
+
+    prepare(tmp_path / "e", {"val": [("val", 0), ("val", 1)]}, make, classes=classes, **more)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        M.open_data(replace(SMOKE, eval_data=str(tmp_path / "e")))
+
+
+def test_the_best_weights_are_kept_beside_the_last(tmp_path):
+    M.train(replace(SMOKE, recipe="plain", extra="none", eval_every=2, out_dir=str(tmp_path)))
+    with safe_open(tmp_path / "best.safetensors", "pt") as f:
+        meta = json.loads(f.metadata()["meta"])
+    scores = [x for x in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if "zero_shot" in x]
+    assert meta["score"] == max(x["zero_shot"] for x in scores) and len(scores) > 1
+
+
 def test_t14_zero_shot_weights():
     cfg = SMOKE
 
@@ -405,9 +464,10 @@ def test_run_is_deterministic_and_resumes_exactly(tmp_path, capsys):
     whole = M.train(replace(cfg, out_dir=str(tmp_path / "a")))
     again = M.train(replace(cfg, out_dir=str(tmp_path / "b"), workers=1))
     assert whole == again and all(math.isfinite(v) for v in whole.values())
-
-    def stop_at_six(*args):
-        raise KeyboardInterrupt
+    lines = [json.loads(x) for x in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    rates = {x["step"]: x["lr"] for x in lines if "lr" in x}
+    want = {s: optim.warmup_cosine(s, cfg.steps, cfg.warmup, cfg.lr, 1e-6, 1e-5) for s in rates}
+    assert rates == pytest.approx(want) and len(rates) > 2
 
     (tmp_path / "c").mkdir()
     original = ddp.interrupted
