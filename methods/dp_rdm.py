@@ -238,10 +238,11 @@ def epsilon(q, z, steps, delta, conversion="improved", orders=ORDERS):
 # 3. MODULES: the tighter accountant, the inverses, randomness, the ledger, the network ---------------------------------------
 def epsilon_pld(q, z, steps, delta, h=1e-4):
     """Epsilon by the privacy loss distribution, an upper bound too and the tighter one: the larger of removing and adding. h:
-    grid of the losses, coarser where they are large. inf above 500, where no number means anything."""
+    grid of the losses, coarser where they are large. inf where the expected loss is above 500: no number means anything."""
     if not 0 < delta < 1 or not 0 <= q <= 1 or not z > 0:
         raise ValueError(f"delta {delta} must be in (0, 1), q {q} in [0, 1], the noise multiplier {z} above 0")
-    return max(_pld(q, z, steps, delta, h, add) for add in (False, True)) if steps and q else 0.0
+    ways = (False, True) if q < 1 else (False,)  # at 1 both are the same, and adding would lose all digits at small z
+    return max(_pld(q, z, steps, delta, h, add) for add in ways) if steps and q else 0.0
 
 
 def _hockey_stick(q, z, loss, add):
@@ -410,7 +411,7 @@ class Ledger:
             raise ValueError(f"budget {budget} must be above 0 and delta {delta} in (0, 1)")
         self.path, self.budget, self.delta = Path(path), float(budget), float(delta)
         self.rdp = functools.cache(lambda q, z: rdp(q, z, ORDERS))
-        self.head = {"budget": self.budget, "delta": self.delta, "bank": bank}
+        self.head, self.known = {"budget": self.budget, "delta": self.delta, "bank": bank}, (b"", {})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked():
             pass
@@ -439,11 +440,12 @@ class Ledger:
             yield file, charges
 
     def _read(self, text):
-        charges, lines = {}, text.decode("utf-8", "replace").splitlines()
+        done, charges = self.known if text.startswith(self.known[0]) else (b"", {})  # what was read before is not read again
+        charges, lines = dict(charges), text[len(done) :].decode("utf-8", "replace").splitlines()
         try:
-            head = json.loads(lines[0])
+            head = self.head if done else json.loads(lines[0])
             differ = [k for k, v in self.head.items() if head[k] != v]
-            for line in lines[1:]:
+            for line in lines[0 if done else 1 :]:
                 c = json.loads(line)
                 key, queries = (float(c["q"]), float(c["z"])), int(c["queries"])
                 if not (0 < key[0] <= 1 and 0 < key[1] < math.inf and 0 < queries == c["queries"]):
@@ -454,6 +456,7 @@ class Ledger:
         if differ:
             what = ", ".join(differ)  # no values: the fingerprint is private
             raise ValueError(f"{self.path} belongs to another budget or bank ({what}); use its own settings or another file")
+        self.known = text, charges
         return charges
 
     def _append(self, file, record):
@@ -466,14 +469,14 @@ class Ledger:
         return to_epsilon(ORDERS, total, self.delta)[0] if charges else 0.0
 
     def charge(self, q: float, z: float, queries: int = 1) -> None:
-        if not 0 < q <= 1 or not z > 0 or queries < 1 or queries != int(queries):
+        if not 0 < q <= 1 or not 0 < z < math.inf or not 1 <= queries < math.inf or queries != int(queries):
             raise ValueError(f"a charge needs q {q} in (0, 1], a noise multiplier {z} above 0, {queries} a whole number > 0")
         with self._locked() as (file, charges):
             self._refuse(charges, q, z, queries)
             self._append(file, {"q": q, "z": z, "queries": int(queries)})
 
     def check(self, q: float, z: float, queries: int) -> None:
-        """Refuses as charge() would, and charges nothing: half of the answers that somebody needs would be paid in vain."""
+        """Raises as charge() would, without charging: for callers who need all answers or none."""
         with self._locked() as (_, charges):
             self._refuse(charges, q, z, queries)
 
@@ -506,11 +509,13 @@ def nearest(query, bank, k, rows=None, norms=None, block=262_144):
         first, last = int(part[0]), int(part[-1]) + 1
         place = slice(first, last) if last - first == len(part) else part  # a run of rows needs no copy
         chosen = bank[place].float()
-        score = products(chosen, query.float()) / (chosen.norm(dim=1) if norms is None else norms[place])
+        length = chosen.norm(dim=1) if norms is None else norms[place]
+        # where a float32 length has over- or underflowed, NaN: such a row stays among the near ones
+        score = torch.where((length > 1e-18) & (length < 1e18), products(chosen, query.float()) / length, math.nan)
         near = torch.nonzero(~(score < least - 1e-5))[:, 0]  # NaN too: unit() names it
         best, scores = torch.cat([best, part[near]]), torch.cat([scores, score[near]])
         if len(scores) > k:
-            least = scores.topk(k).values[-1]
+            least = scores.nan_to_num(-math.inf).topk(k).values[-1]
             keep = ~(scores < least - 1e-5)
             best, scores = best[keep], scores[keep]
     best = best.sort().values
@@ -614,9 +619,9 @@ class Embedder:
         return torch.cat(out)
 
     @torch.no_grad()
-    def texts(self, texts):
-        ids = trim(self.tok(texts, self.net.text.context)).to(self.device)
-        return F.normalize(self.net.encode_text(ids).float(), dim=1).cpu()
+    def texts(self, texts, part=256):
+        ids = trim(self.tok(texts, self.net.text.context)).split(part)
+        return torch.cat([F.normalize(self.net.encode_text(i.to(self.device)).float(), dim=1).cpu() for i in ids])
 
 
 def generated(count, seed, private, part="train"):
@@ -738,6 +743,9 @@ class Answers:
 
     def add(self, answer):
         with open(self.path, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if file.tell() >= self.given.nbytes + answer.nbytes:
+                raise ValueError(f"{self.path}: another process answers the same queries; stop one of the two")
             file.truncate(self.given.nbytes)  # without a torn row
             file.write(answer.numpy().tobytes())
         self.given = torch.cat([self.given, answer[None]])
@@ -788,7 +796,8 @@ def evaluate(model, vae, features, real, embed, world, arm, cfg, env, out) -> tu
     and whether the judge sees the colour they name."""
     ledger = answers = None
     if 0 < arm.eps < math.inf:
-        name = f"{'' if cfg.secure else 'experiment_'}ledger_{arm.eps:g}_{arm.queries}.jsonl"
+        # one for all that this folder answers in earnest: other numbers of queries add up, another budget is refused
+        name = "ledger.jsonl" if cfg.secure else f"experiment_ledger_{arm.eps:g}_{arm.queries}.jsonl"
         if not cfg.secure:  # its noise is known to whoever knows the seed: the meter means nothing and starts anew
             (out / name).unlink(missing_ok=True)
         bank = hashlib.blake2b(world.private_bank.contiguous().numpy(), digest_size=12).hexdigest()
@@ -862,9 +871,13 @@ def attack(k, sigma, q, delta, trials, seed=0, secretly=1.0):
 
 
 # 6. TRAIN ----------------------------------------------------------------------------------------------------------------
-def neighbours_of(bank, k, block=2048):
-    """For every public picture its k nearest public embeddings (itself first, as released) -> (N, k) rows."""
-    return torch.cat([(bank[i : i + block] @ bank.T).topk(k, dim=1).indices for i in range(0, len(bank), block)])
+def neighbours_of(bank, k, env, block=512):
+    """For every public picture its k nearest public embeddings (itself first, as released) -> (N, k) rows. Blocks are shared
+    out among the processes."""
+    bank = bank.to(env.device)
+    mine = range(env.rank * block, len(bank), env.world * block)
+    parts = [(i, (bank[i : i + block] @ bank.T).topk(k, dim=1).indices.cpu()) for i in mine]
+    return torch.cat([rows for _, rows in sorted(ddp.gather_lists(parts), key=lambda part: part[0])])
 
 
 def method_loss(model, z0, neighbours, u, noise, noise_cond, cfg):
@@ -884,7 +897,7 @@ def train(cfg, env, vae, world):
     with torch.no_grad():
         means = (vae.encode(x.to(env.device).float() / 127.5 - 1)[0] for x in world.public.split(256))
         z = torch.cat([vae.to_latent(mean).cpu() for mean in means])
-    near = neighbours_of(world.public_bank, cfg.k)
+    near = neighbours_of(world.public_bank, cfg.k, env)
     ddp.reseed(cfg.seed, 0, 0)
     model = Generator(world.public_bank.shape[1], tuple(z.shape[1:3]), cfg).to(env.device)
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
@@ -949,7 +962,7 @@ def check(cfg: Config) -> None:
                          "what several spend adds up")  # fmt: skip
     if cfg.secure and cfg.seed:
         raise ValueError("--secure draws from the operating system and cannot be repeated; leave --seed out")
-    if not 0 < cfg.q <= 1 or not cfg.sigma > 0 or not 0 <= cfg.delta < 1 or not 0 <= cfg.lam <= 1:
+    if not 0 < cfg.q <= 1 or not 0 < cfg.sigma < math.inf or not 0 <= cfg.delta < 1 or not 0 <= cfg.lam <= 1:
         raise ValueError(f"--q {cfg.q} must be in (0, 1], --sigma {cfg.sigma} above 0, --delta {cfg.delta} in [0, 1), "
                          f"--lam {cfg.lam} in [0, 1]")  # fmt: skip
     cli.within(cfg, "steps k records images prompts trials sample_steps dim depth heads", 1)
@@ -961,7 +974,7 @@ def check(cfg: Config) -> None:
             fine = False
         if not fine:
             raise ValueError(f"--{name} {getattr(cfg, name)} must be a comma list of {what} numbers")
-    if not 0 <= cfg.drop <= 1 or not cfg.max_noise >= 0 or not 0 <= cfg.guidance < math.inf:
+    if not 0 <= cfg.drop <= 1 or not 0 <= cfg.max_noise < math.inf or not 0 <= cfg.guidance < math.inf:
         raise ValueError("--drop must be in [0, 1], --max_noise and --guidance must not be negative")
     if cfg.prompts < 6 and not (cfg.plan or cfg.attack):
         raise ValueError("--prompts must be at least 6: density and coverage look at five neighbours")
@@ -988,6 +1001,8 @@ def run(cfg: Config) -> dict:
     N = len(world.private_bank)
     if cfg.k > min(N, len(world.public_bank)):
         raise ValueError(f"--k {cfg.k} is more than the {min(N, len(world.public_bank)):,} records of one of the sets")
+    if len(world.test) < 6:
+        raise ValueError(f"the private set has {len(world.test)} held-out pictures; density and coverage need 6 at least")
     arms, features = make_arms(cfg, N, len(world.public_bank)), feature_model(cfg, embed, env.device)
     model = train(cfg, env, vae, world)
     ddp.stop()  # rank 0 evaluates alone, for longer than any timeout
@@ -1006,7 +1021,7 @@ def run(cfg: Config) -> dict:
     return result
 
 
-DOUBT = "delta x N is above 1/10, and 1 in the paper: that is the edge of what means something on real data"
+DOUBT = "delta x N is above 1/10 (the paper uses 1): the edge of what is meaningful on real data"
 
 
 def report(cfg, world, scores, pictures, out) -> None:

@@ -162,6 +162,9 @@ def test_closed_forms_and_order_of_the_bounds():
         assert M.to_epsilon(dense, T * M.rdp(1, z, dense), 1e-5, "classic")[0] == pytest.approx(
             rho + 2 * math.sqrt(rho * L), rel=1e-6
         )
+    for z, T, delta in ((0.25, 1, 1e-9), (0.25, 10, 1e-9), (0.35, 1, 1e-8)):  # little noise: the bound stays the tighter one
+        eps = M.epsilon_pld(1, z, T, delta)
+        assert balle_wang(z, T, eps) == pytest.approx(delta, rel=0.01) and eps < M.epsilon(1, z, T, delta)
     for q, z, T, delta in ((0.03, 1.3, 200, 1e-6), (0.5, 3.0, 10, 1e-4), (0.002, 0.7, 5000, 1e-5)):
         pld, improved = M.epsilon_pld(q, z, T, delta), M.epsilon(q, z, T, delta)
         assert pld < improved < M.epsilon(q, z, T, delta, "classic")
@@ -348,6 +351,9 @@ def test_ledger_counts_refuses_and_survives(tmp_path):
     assert ledger.spent() == pytest.approx(M.epsilon(q, z, allowed - 1, 1e-5))
     M.Ledger(path, 2.0, 1e-5, "bank a").charge(q, z)
     before = path.read_bytes()
+    for impossible in ((1.0, math.inf), (0.0, 1.0), (1.0, math.nan), (1.0, 1.0, 0), (1.0, 1.0, math.inf), (1.0, 1.0, 1.5)):
+        with pytest.raises(ValueError, match="a charge needs"):
+            ledger.charge(*impossible)
     with pytest.raises(M.BudgetExceeded, match="nothing was charged"):
         ledger.charge(q, z)
     assert path.read_bytes() == before and ledger.queries() == allowed
@@ -414,11 +420,55 @@ while True:
     assert answers >= 20 and answers <= M.Ledger(tmp_path / "l", 1e6, 1e-5).queries() <= answers + 1
 
 
+def test_tiny_and_huge_rows_do_not_change_the_answer_by_more_than_2_over_k():
+    """Lengths that float32 cannot hold: rows are normalised first, whatever their length."""
+    e, u = torch.zeros(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
+    e[0], u[0], u[1] = 1, 0.01, 1
+    for scale in (1e-25, 1.0, 1e25):
+        bank = torch.stack([*[e] * 20, *[scale * u] * 3])
+        a, b = (M.private_retrieve(e, rows, 4, 0.0) for rows in (bank, torch.cat([bank, scale * u[None]])))
+        assert (a - b).norm() <= 0.5 and torch.allclose(a, e), scale
+
+
+def test_two_writers_of_the_same_answers_do_not_overwrite_each_other(tmp_path):
+    arm, queries = M.Arm(10.0, 8, 3, 0.1, 1.0), torch.eye(4)
+    ledger = M.Ledger(tmp_path / "l", 1e6, 1e-5)
+    one, two = (M.Answers(tmp_path, arm, queries, ledger) for _ in range(2))
+    for x in (one, one, two):
+        ledger.charge(1.0, 5.0)
+    one.add(torch.ones(4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="another process answers"):
+        two.add(torch.zeros(4, dtype=torch.float64))
+    assert M.Answers(tmp_path, arm, queries, ledger).given.tolist() == [[1, 1, 1, 1]]
+
+
+def test_secure_noise_is_not_that_of_a_seed(tmp_path, monkeypatch):
+    """A run with --secure draws new noise each time, an experiment the same."""
+    seen, real = [], M.conditions
+
+    def remember(*args, **more):
+        tokens = real(*args, **more)
+        seen.append(tokens)
+        raise KeyboardInterrupt
+
+    cfg = M.Config(**{**M.PRESETS["smoke"], "out_dir": str(tmp_path / "0")})
+    M.run(cfg)
+    monkeypatch.setattr(M, "make_arms", lambda *args: [M.Arm(10.0, 8, 40, 0.05, 0.5)])
+    monkeypatch.setattr(M, "conditions", remember)
+    for secure in (True, True, False, False):
+        for path in (tmp_path / "0").glob("answers_*"):
+            path.unlink()
+        (tmp_path / "0/ledger.jsonl").unlink(missing_ok=True)
+        with pytest.raises(KeyboardInterrupt):
+            M.run(M.replace(cfg, secure=secure))
+    assert not torch.allclose(seen[0], seen[1]) and torch.equal(seen[2], seen[3]) and not torch.allclose(seen[1], seen[2])
+
+
 def test_an_experiment_leaves_the_real_meter_alone(tmp_path):
     cfg = M.Config(**{**M.PRESETS["smoke"], "out_dir": str(tmp_path)})
-    (tmp_path / "ledger_10_8.jsonl").write_text("of a run with --secure")
+    (tmp_path / "ledger.jsonl").write_text("of a run with --secure")
     M.run(cfg)
-    assert (tmp_path / "ledger_10_8.jsonl").read_text() == "of a run with --secure"
+    assert (tmp_path / "ledger.jsonl").read_text() == "of a run with --secure"
     assert len((tmp_path / "experiment_ledger_10_8.jsonl").read_text().splitlines()) == 9
 
 
@@ -426,11 +476,11 @@ def test_no_answer_is_paid_for_twice(tmp_path, monkeypatch):
     """--secure: stopped between two answers, before a picture is drawn, or drawn again with other settings: eight charges for
     eight prompts, and the same answers. Others are other prompts', and are not begun if the budget cannot pay for all."""
     cfg = M.Config(**{**M.PRESETS["smoke"], "out_dir": str(tmp_path), "secure": True})
-    charged = lambda: len((tmp_path / "ledger_10_8.jsonl").read_text().splitlines()) - 1  # noqa: E731
+    charged = lambda: len((tmp_path / "ledger.jsonl").read_text().splitlines()) - 1  # noqa: E731
     retrieve, draw = M.private_retrieve, M.sample
 
     def fifth_time_lucky(*args):
-        if (tmp_path / "ledger_10_8.jsonl").exists() and charged() == 5:
+        if (tmp_path / "ledger.jsonl").exists() and charged() == 5:
             raise KeyboardInterrupt
         return retrieve(*args)
 
@@ -454,8 +504,12 @@ def test_no_answer_is_paid_for_twice(tmp_path, monkeypatch):
     assert charged() == 9 and len(answers.read_bytes()) == 8 * 8 * 96 and answers.read_bytes().startswith(kept)
     with pytest.raises(M.BudgetExceeded):
         M.run(M.replace(cfg, prompts=7))
+    with pytest.raises(M.BudgetExceeded):  # another number of queries has no meter of its own
+        M.run(M.replace(cfg, queries="9"))
+    with pytest.raises(ValueError, match="another budget"):
+        M.run(M.replace(cfg, budgets="11"))
     assert charged() == 9
-    (tmp_path / "ledger_10_8.jsonl").unlink()
+    (tmp_path / "ledger.jsonl").unlink()
     with pytest.raises(ValueError, match="more answers than"):
         M.run(cfg)
 
