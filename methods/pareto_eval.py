@@ -185,7 +185,7 @@ def dsg_score(answers, parents, transitive=True):  # twin: dsg_score
 def top_m(score, prompt, m):
     """Post-hoc filtering: rows of the m best-scored pictures (N,) of each prompt (N,), in their old order."""
     rank = torch.argsort(score, descending=True, stable=True)
-    keep = [rank[prompt[rank] == p][:m] for p in prompt.unique()]
+    keep = [rank[rows[:m]] for rows in rows_of(prompt[rank], int(prompt.max()) + 1)]
     return torch.cat(keep).sort().values
 
 
@@ -444,7 +444,7 @@ class Folders:
                     rows_ok.append(i)
                 except data.BadSample as error:
                     bad.append(str(error))
-            if len(bad) > self.cfg.max_bad * len(paths):
+            if len(bad) > self.cfg.max_bad * len(paths) or len(bad) == len(paths):
                 raise ValueError(
                     f"{bad[0]}, and {len(bad) - 1} more: above --max_bad {self.cfg.max_bad:g} of {len(paths)} pictures"
                 )
@@ -625,9 +625,10 @@ def plan(cfg) -> list[Point]:
     if cfg.points:
         return read_points(cfg.points)
     out = []
+    own = {"codec": {"levels": "levels"}, "search": {"neighbours": "neighbours"}}
+    painter = {"guidance": "guidance", "steps": "sampler_steps"}
     for model in cfg.models.split(","):
-        knobs = {"codec": {"levels": "levels"}, "search": {"neighbours": "neighbours"}}  # of others:
-        for knob, field in knobs.get(model, {"guidance": "guidance", "steps": "sampler_steps"}).items():
+        for knob, field in own.get(model, painter).items():
             swept = knob == "steps" and cfg.at in numbers(cfg, "guidance")  # which draws these pictures at --steps
             values = [v for v in numbers(cfg, field) if not (swept and v == cfg.steps)]
             out += [Point(model, knob, v, given="picture" if model == "codec" else "text") for v in values]
@@ -710,6 +711,8 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--at {cfg.at:g} must be one of --guidance {cfg.guidance}: --top_m is taken from those pictures")
     if cfg.clip and not cfg.tokenizer:
         raise ValueError("--clip needs --tokenizer, CLIP's merges file")
+    if not cfg.points and not plan(cfg):
+        raise ValueError("no point is left to be measured: all values of the models' knobs are empty")
 
 
 def run(cfg: Config) -> dict:

@@ -434,7 +434,7 @@ def test_two_writers_of_the_same_answers_do_not_overwrite_each_other(tmp_path):
     arm, queries = M.Arm(10.0, 8, 3, 0.1, 1.0), torch.eye(4)
     ledger = M.Ledger(tmp_path / "l", 1e6, 1e-5)
     one, two = (M.Answers(tmp_path, arm, queries, ledger) for _ in range(2))
-    for x in (one, one, two):
+    for _ in range(3):
         ledger.charge(1.0, 5.0)
     one.add(torch.ones(4, dtype=torch.float64))
     with pytest.raises(ValueError, match="another process answers"):

@@ -488,6 +488,7 @@ def test_a_comma_without_quotes(world):
         (["--points", "p.csv", "--prompts", "p.csv", "--real", "r"], ["--answers", "--clip"]),
         (["--people", "nowhere"], ["nowhere"]),
         (["--k", "0"], ["--k 0"]),
+        (["--models", "late", "--guidance", "", "--sampler_steps", "", "--top_m", ""], ["no point is left"]),
     ],
 )
 def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
