@@ -226,7 +226,7 @@ def cmmd(x: torch.Tensor, y: torch.Tensor, sigma: float = 10.0, scale: float = 1
 def _check_features(k: int, **sets):
     for name, f in sets.items():
         if f.ndim != 2 or len(f) < k + 1:
-            raise ValueError(f"{name} features {tuple(f.shape)}: {k} neighbours need {k + 1} rows (N, D) at least")
+            raise ValueError(f"{name} features {tuple(f.shape)}: (N, D) with at least {k + 1} rows are needed")
         if not torch.isfinite(torch.stack(f.aminmax())).all():  # no copy of f
             raise ValueError(f"{name} features hold NaN or infinity")
 

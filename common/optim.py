@@ -51,7 +51,7 @@ class Ema:
 
 
 class Lars(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled for every matrix: trust * |w| / |g + wd w| (You, Gitman, Ginsburg 2017, arXiv
+    """SGD with momentum whose step is scaled for every tensor: trust * |w| / |g + wd w| (You, Gitman, Ginsburg 2017, arXiv
     1708.03888). Norms and biases (ndim 1) are neither decayed nor scaled, as SimCLR does; a single number is scaled,
     or the temperature of a contrastive loss would run away."""
 

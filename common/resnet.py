@@ -1,5 +1,5 @@
 """Pre-activation ResNets for 24 to 64 px pictures: a small one for CPU runs, and the wide ones of semi-supervised CIFAR
-(Zagoruyko and Komodakis 2016; WRN-28-8: 23.4 million parameters without a classifier). ResNet-50 comes from torchvision."""
+(Zagoruyko and Komodakis 2016; WRN-28-8: 23.4 million parameters with a classifier of 100). ResNet-50 comes from torchvision."""
 
 from __future__ import annotations
 

@@ -338,9 +338,11 @@ def main(argv=None) -> None:
         cli.main(run_all, All, argv=argv[1:])
     elif argv[0] == "tables" and len(argv) == 1:
         rewrite(json.loads((ROOT / "methods/results.json").read_text()))
+    elif argv[0] in ("-h", "--help"):
+        print(__doc__.strip())
     else:
-        print(__doc__.strip() if argv[0] in ("-h", "--help") else f"error: {argv[0]} is unknown; use: all, tables, or nothing")
-        sys.exit(0 if argv[0] in ("-h", "--help") else 2)
+        print(f"error: {argv[0]} is unknown; use: all, tables, or nothing", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

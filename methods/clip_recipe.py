@@ -19,11 +19,11 @@ Run        python methods/clip_recipe.py --preset smoke                        (
            torchrun --nproc_per_node=8 methods/clip_recipe.py --preset cc3m --data data/cc3m --eval_data data/imagenet
            --tokenizer MERGES --synonyms data/synonyms.tsv
 Data       generated, or shards by data_prep/captions.py, coco.py, cc12m.py; zero-shot classes by imagenet.py, cifar100.py
-Expect     laptop: zero-shot 71.3 plain, 73.6 rocket (+2.3 +- 1.9); Barlow added -1.9 +- 3.7, -1.3 +- 3.9; 95 %, 6 seeds
+Expect     laptop: zero-shot 71.3 plain, 73.6 rocket (+2.3 +- 1.9); with Barlow -1.9 +- 3.7, -1.3 +- 3.9; 95 %, 6 seeds
 Differs    from the paper: an exact Gaussian blur, its sigma scaled with the picture; synonyms from a table
            (data_prep/wordnet.py), a caption without such a word gets a swap; our own stop-words. The laptop run has a small
            ResNet, milder crops and no hue or grey in strong views: with the paper's, on captions that name colours, rocket
-           lost (85.8 to 89.2, one seed), for an augmentation has to leave its caption true. Arms have equal updates, as the
+           lost (85.8 to 89.2, one seed): an augmentation must keep its caption true. Arms have equal updates, as the
            paper has equal epochs: rocket's cost two or three times plain's. Reported: z of plain, z and h of rocket.
            from the released code: features are gathered WITH gradient (--gather no_grad repeats it); Barlow's correlation is
            summed over processes with gradient; plain is plain (there stop-word removal stays on); randomness belongs to the

@@ -331,7 +331,10 @@ def sub_caption(entry, key) -> str:
 
 def as_list(value) -> list[str]:
     """Summaries are one text in old files and a list in new ones."""
-    return [value] if isinstance(value, str) else list(value or [])
+    texts = [value] if isinstance(value, str) else list(value or [])
+    if odd := [t for t in texts if not isinstance(t, str)]:
+        raise TypeError(f"{odd[0]!r} stands where a text should")
+    return texts
 
 
 def items_of(entry, photo, size, min_side, image=0) -> tuple[list[Item], int]:
@@ -339,9 +342,8 @@ def items_of(entry, photo, size, min_side, image=0) -> tuple[list[Item], int]:
     summaries, negatives, scores = (entry.get(k) or {} for k in ("summaries", "negatives", "clip_scores"))
 
     def make(box, key, long):
-        return Item(
-            str(photo), box, as_list(summaries.get(key)), negatives.get(key) or {}, scores.get(key) or {}, long, key, image
-        )
+        wrong = {kind: as_list(texts) for kind, texts in (negatives.get(key) or {}).items()}
+        return Item(str(photo), box, as_list(summaries.get(key)), wrong, scores.get(key) or {}, long, key, image)
 
     out, without = [make(None, "base", whole_caption(entry))], 0
     masks = list(entry["mask_data"].values())
@@ -426,7 +428,11 @@ def read_boxes(folder, split, min_side, allow_missing=False, max_bad=0.01) -> li
             w, h = r["image"].size
             items, names = [Item(str(path), None, r["captions"], long="\n".join(r["captions"]), image=number)], set()
             for j, b in enumerate(r.get("boxes") or []):
-                x0, y0, x1, y1 = b["box"]
+                try:
+                    (x0, y0, x1, y1), _ = map(float, b["box"]), b["label"].strip()
+                except (TypeError, KeyError, ValueError, AttributeError) as error:
+                    raise ValueError(f"{folder}: the boxes of {r['key']} are not in the form {{label, box}}; prepare them by "
+                                     "data_prep/coco.py") from error  # fmt: skip
                 # COCO's box is that of its mask, which is all that DCI takes of a mask, too
                 if not b.get("iscrowd") and min(x1 - x0, y1 - y0) >= min_side and b["label"] not in names:
                     text = scenes.articles(f"a photo of a {b['label']}")
@@ -766,6 +772,21 @@ ARMS = {  # what is trained on, and with which loss
 }
 
 
+def items_of_arm(cfg, items) -> tuple[list[Item], int]:
+    """What the arm is trained on, and how many captions of it at each access. ValueError if that is less than a batch."""
+    many = 5 if cfg.captions == "pick5" and cfg.arms in ("dense", "dense+neg") else 1
+    if cfg.negatives == "rule" and not any("rule" in i.negatives for i in items):
+        items = with_rules(items, cfg.seed)
+    items = short_items(items) if cfg.arms == "short" else [i for i in items if len(i.captions) >= many]
+    if cfg.arms in ("dense+neg", "negclip"):
+        items = [i for i in items if i.negatives.get(cfg.negatives)]
+    if len(items) < cfg.batch_size:
+        raise ValueError(f"arm {cfg.arms}: {len(items)} crops have {many} captions and what the arm needs, fewer than "
+                         f"--batch_size {cfg.batch_size}; without negatives of the kind {cfg.negatives}, --negatives rule "
+                         "makes some")  # fmt: skip
+    return items, many
+
+
 def draw_texts(items, rows, key, many, u):
     """-> texts of each row: `many` captions without replacement (or the first ones, for key "first"), by uniform numbers u."""
     out = []
@@ -832,20 +853,9 @@ def train(cfg: Config) -> dict:
         result = evaluate(model, tok, test, cfg, env)
         log.finish(result)
         return result
-    items, many = open_items(cfg, "train"), 5 if cfg.captions == "pick5" else 1
-    if cfg.negatives == "rule" and not any("rule" in i.negatives for i in items):
-        items = with_rules(items, cfg.seed)
-    many = 1 if cfg.arms in ("short", "negclip", "dense+long") else many
-    items = short_items(items) if cfg.arms == "short" else [i for i in items if len(i.captions) >= many]
-    if cfg.arms in ("dense+neg", "negclip"):
-        items = [i for i in items if i.negatives.get(cfg.negatives)]
-    if len(items) < cfg.batch_size:
-        raise ValueError(f"arm {cfg.arms}: {len(items)} crops have {many} captions and what the arm needs, fewer than "
-                         f"--batch_size {cfg.batch_size}; without negatives of the kind {cfg.negatives}, --negatives rule "
-                         "makes some")  # fmt: skip
+    items, many = items_of_arm(cfg, open_items(cfg, "train"))
     pictures = hold(items, model.visual.image_size, cfg)
-    if cfg.context != model.text.context:
-        lengthen(model, cfg.context)
+    lengthen(model, cfg.context)
     if cfg.rank:
         add_lora(model, cfg.rank, cfg.lora_alpha, cfg.lora_dropout).to(env.device)
         if cfg.context != 77:
@@ -871,7 +881,7 @@ def train(cfg: Config) -> dict:
             rows = batch["row"].tolist()
             u = np.random.default_rng((cfg.seed, 11, micro)).random((micro_size, 2, 64))[env.rank * b :]  # for the global batch
             ids = tok(draw_texts(items, rows, first, many, u[:, 0]), model.text.context)
-            more = {"dense+neg": cfg.negatives, "negclip": cfg.negatives}.get(cfg.arms)
+            more = cfg.negatives if cfg.arms in ("dense+neg", "negclip") else ""
             ids_neg = tok(draw_texts(items, rows, more, 1, u[:, 1]), model.text.context) if more else None
             ids_long = tok([items[r].long for r in rows], model.text.context) if cfg.arms == "dense+long" else None
             longest = max(int(i.argmax(1).max()) + 1 for i in (ids, ids_neg, ids_long) if i is not None)
@@ -961,9 +971,11 @@ def run(cfg: Config) -> dict:
             write_toy(Path(cfg.data), cfg.images, cfg.test_images, cfg.seed)
         if env.world > 1:
             torch.distributed.barrier()
-    for split in ("train", "test"):
-        items = open_items(cfg, split, say=env.is_main)  # in the end those of the test, which are drawn below
-    for arm in cfg.arms.split(","):
+    arms, known = cfg.arms.split(","), open_items(cfg, "train", say=env.is_main)
+    for arm in (a for a in arms if a != "clip"):  # before anything is trained
+        items_of_arm(replace(cfg, arms=arm), known)
+    items = open_items(cfg, "test", say=env.is_main)
+    for arm in arms:
         one = replace(cfg, arms=arm, out_dir=str(out / arm))
         scores[arm] = ckpt.once(train, one)
     result = {f"{arm} {k}": v for arm, s in scores.items() for k, v in s.items()}

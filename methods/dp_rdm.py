@@ -19,8 +19,8 @@ Differs    from the paper: a small DiT, flow and Euler steps for a UNet, eps and
            pictures squeezed to squares, the distance's references, too; "public only" is the same model, told the noiseless
            mean of public neighbours (the paper's was trained with separate ones); epsilon and T set k, for q and sigma are
            fixed; 256 prompts. From released code: too few neighbours are summed and divided by k; a ledger; secure randomness.
-           Adjacency: one record added or removed, before somebody who knows all others and all answers. Not protected: people,
-           prompts, held-out pictures; float64 noise against attacks on its rounding. Tuning N, k, q, sigma is not accounted.
+           Adjacency: a record more or less, whatever else is known. Not protected: people with several records, prompts, test
+           pictures; tuning; float64 noise against attacks on its rounding. All models must have seen public pictures alone.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
            vae.py vit.py zoo.py and weights/   (copy these with this file)
 """
@@ -82,8 +82,8 @@ class Config:
     max_bad: float = 0.01  # share of damaged samples at which the run stops
     memory_gb: float = 64.0  # pictures of --public and --private are held in memory, by EACH process; ImageNet at 256 px: 250
     # the mechanism
-    k: int = 4  # neighbours in training and of the two arms without privacy; those of the private arms follow from the budget
-    sigma: float = 0.1  # noise on each coordinate of the mean: about 1 long in all 96, as the paper's 0.05 in 512 is
+    k: int = 4  # neighbours in training, of "public only" and "not private"; those of the others follow from the budget
+    sigma: float = 0.1  # std of the noise on each coordinate of the mean; 1 long in 96 dimensions, as 0.05 (paper) is in 512
     q: float = 0.02  # chance of a private record to be in the subsample of a query
     budgets: str = "5,10,20"  # epsilons, one private arm each
     queries: str = "1000,10000"  # T, queries that the budget must last for; one private arm each

@@ -490,13 +490,39 @@ def test_words_are_exchanged_before_they_are_shuffled():
     assert whole < 15, whole
 
 
+def test_alpha_and_beta_weigh_the_two_losses():
+    g = torch.Generator().manual_seed(0)
+    f, texts, negatives = (torch.nn.functional.normalize(torch.randn(4, 8, generator=g), dim=1) for _ in range(3))
+    ids = torch.zeros(4, 8, dtype=torch.long)
+
+    def loss(**more):
+        cfg = M.Config(arms="dense+neg", **more)
+        return M.method_loss(lambda *_: (f, torch.cat([texts, negatives]), torch.tensor(10.0)), f, ids, ids, None, cfg)
+
+    both, parts = loss(alpha=2.0, beta=3.0)
+    want = M.clip_pool_loss(10 * f @ texts.T), M.negatives_loss(10 * (f * texts).sum(1), 10 * (f * negatives).sum(1))
+    assert (parts["clip"], parts["neg"]) == (pytest.approx(want[0].item()), pytest.approx(want[1].item()))
+    assert both.item() == pytest.approx((2 * want[0] + 3 * want[1]).item())
+
+
+def test_what_an_arm_lacks_is_said_before_anything_is_trained(toy, tmp_path):
+    r = inside(M, "--data", toy, "--min_side", 16, "--negatives", "rule", "--batch_size", 4096, "--out_dir", tmp_path / "r")
+    user_error(r, "arm short", "--batch_size 4096")
+    assert not list((tmp_path / "r").glob("*/last.pt"))
+    assert M.as_list("one") == ["one"] and M.as_list(None) == []
+    with pytest.raises(TypeError, match="3 stands where a text should"):
+        M.as_list(["a", 3])
+
+
 def test_the_negatives_loss_teaches_negatives(toy, tmp_path):
     """Statistical: a short run from the stand-in; chance is 12.5 and 50. That dense captions lift sub-crop matching takes
     longer: RESULTS.md."""
     base = M.Config(data=str(toy), min_side=16, steps=30, batch_size=32, rank=0, lr=1e-3, log_every=30, save_every=30)
     got = {arm: M.train(M.replace(base, arms=arm, out_dir=str(tmp_path / arm))) for arm in ("clip", "dense", "dense+neg")}
     assert got["dense+neg"]["Neg"] > max(got["clip"]["Neg"], got["dense"]["Neg"]) + 5, got
-    assert got["dense"]["SCM"] > 30, got
+    assert got["dense"]["SCM"] > 60, got  # the stand-in has about 70
+    rate = json.loads((tmp_path / "dense/log.jsonl").read_text().splitlines()[0])["lr"]
+    assert rate == pytest.approx(1e-3 / 30)  # the last update's, of a linear fall to 0
 
 
 # Real data
