@@ -455,6 +455,40 @@ def test_an_oracle_has_everything_and_a_constant_scorer_nothing(world, monkeypat
         assert scores["constant"][f"cosine: {kind}, ties"] == 100 and scores["oracle"][f"cosine: blind {kind}"] == 0
 
 
+def test_the_blind_likelihood_is_taken_off_and_boxes_are_scored(world):
+    pairs, tok = world
+    seen_by = M.Scorer(model_of("coca", tok), tok, CFG, torch.device("cpu"))
+    with torch.no_grad():
+        seen = seen_by.see(pairs.pictures["image"][:6])
+        texts = [pairs.captions[i][0] for i in range(6)]
+        got, ids = seen_by.pairs(seen, texts), seen_by.ids(texts)
+        before = seen_by.likelihood(seen_by.blank, *ids)
+        torch.testing.assert_close(got["likelihood"], seen_by.likelihood(seen, *ids))
+        torch.testing.assert_close(got["likelihood - blind"], got["likelihood"] - before)
+        assert not torch.allclose(before, got["likelihood"])
+        boxes = M.Scorer(model_of("mask+boxes", tok), tok, CFG, torch.device("cpu"))
+        found = M.grounding(boxes, pairs.scenes[:8], boxes.see(pairs.pictures["image"][:8]), CFG)
+    assert 0 <= found <= 100
+
+
+def test_what_of_the_frozen_family_is_trained(world):
+    _, tok = world
+    for how, wanted in (("", set()), ("lora", {"A", "B"}), ("all", None)):
+        model = M.Frozen(CFG, M.Vision(CFG), M.LM(CFG, tok).stack, how)
+        free = {n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("projector")}
+        assert not any(n.startswith("vision") for n in free)
+        if wanted is None:
+            assert free == {f"stack.{n}" for n, _ in model.stack.named_parameters()}
+        else:
+            assert {n.split(".")[-1] for n in free} == wanted
+    images = torch.randn(2, 3, CFG.image_size, CFG.image_size)
+    inner = model.vision  # patches of the layer before the last, without the final norm
+    x, blocks = inner(images, layers=0), list(inner.blocks)
+    for block in blocks[:-1]:
+        x = block(x)
+    torch.testing.assert_close(model.features(images), x[:, 1:])
+
+
 def test_filtering_keeps_the_pairs_with_the_highest_scores(world, monkeypatch):
     pairs, tok = world
     good = {some[0] for some in pairs.captions[::2]}
