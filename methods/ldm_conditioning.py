@@ -106,7 +106,7 @@ class Config:
     min_crop: float = 0.8  # smallest crop, as a share of the area; 1 = no crops
     crop: str = "resize"  # resize: crops made as small as needed; direct: cut out at half the side, for a later --init
     flip: float = 0.5  # chance of a mirrored picture
-    sizes: str = "12,16,24,32,64"  # sides at which generated pictures are recorded, and that the control-swap distance asks for
+    sizes: str = "12,16,24,32,64"  # sides at which generated pictures are recorded, and that are asked for
     vae: str = ""  # autoencoder; "" = the stand-in of common/weights
     samples: int = 768  # pictures drawn for the Frechet distance
     inception: str = ""  # of --data: FID's Inception, for the distance to reconstructions; "" = not measured
@@ -511,6 +511,7 @@ class World:
     asked: list  # scenes, labels or captions
     eye: object  # for the Frechet distance: the judge of scenes, FID's Inception, or None
     real: torch.Tensor | None  # features of the real pictures
+    sizes: list  # sides of originals that are asked for: those of generated scenes, or five that occur
 
 
 def features(eye, images, device, grid=1):  # twin: features
@@ -533,7 +534,8 @@ def open_world(cfg: Config, device) -> tuple[nn.Module, World]:
         asked = make_scenes(cfg, cfg.samples, 3 * cfg.seed + 2)
         eye = zoo.load_judge().to(device)
         real = features(eye, to_unit(scenes.render(asked, cfg.image_size), "cpu"), device, cfg.grid)
-        return vae, World(train, val, *semantics(cfg, len(scenes.COLOURS) * len(scenes.SHAPES), device), asked, eye, real)
+        return vae, World(train, val, *semantics(cfg, len(scenes.COLOURS) * len(scenes.SHAPES), device), asked, eye, real,
+                          [int(s) for s in cfg.sizes.split(",")])  # fmt: skip
     train, val = (data.Latents(cfg.data, split, vae.fingerprint()) for split in ("train", "val"))
     if train.size != cfg.image_size:
         raise ValueError(f"{cfg.data} holds latents of {train.size} px, --image_size is {cfg.image_size}")
@@ -554,7 +556,9 @@ def open_world(cfg: Config, device) -> tuple[nn.Module, World]:
         mine = rows[ddp.rank() : len(rows) // ddp.world_size() * ddp.world_size() : ddp.world_size()]
         images = decode(vae, vae.to_latent(torch.stack([val.read(*row)["mean"] for row in mine])), device)
         real = ddp.gather_rows(features(eye, images, device))
-    return vae, World(train, val, *semantics(cfg, len(train.classes), device), asked, eye, real)
+    sides = sorted(int(min(val.read(*row)["controls"][5:])) for row in rows)  # a size that never occurs means nothing
+    sizes = sorted({sides[round(share * (len(sides) - 1))] for share in (0, 0.25, 0.5, 0.75, 1)})
+    return vae, World(train, val, *semantics(cfg, len(train.classes), device), asked, eye, real, sizes)
 
 
 def semantics(cfg, classes, device):
@@ -610,10 +614,10 @@ EVALUATION = 1_000_003  # the seed of its noise, far from training's
 @torch.no_grad()
 def evaluate(model, vae, world, items, cfg, env) -> dict[str, float]:
     """Validation loss, and how far the picture moves when only the requested size changes. A model that ignores sizes does not
-    move at all, so `heeds` says by how many percent the loss at low noise rises when it is told the next of --sizes. Also the
+    move at all, so `heeds` says by how many percent the loss at low noise rises when it is told the next of the sizes. Also the
     Frechet distance to real pictures; for scenes, is the right thing drawn? The work is divided over the processes."""
     out, device, total, recorded = {}, env.device, torch.zeros(4), set()
-    sizes = torch.tensor([float(s) for s in cfg.sizes.split(",")], device=device)
+    sizes = torch.tensor(world.sizes, dtype=torch.float32, device=device)
     used = min(sum(world.val.sizes), cfg.samples) // env.world * env.world
     part = slice(env.rank, used, env.world)
     rows = data.in_order(world.val, lambda s: items(s, np.random.default_rng(0)), items.collate, 256, part)
@@ -803,7 +807,9 @@ def draw(model, vae, world, items, cfg, device, folder):
     title, lines = f"{cfg.conditioning}, guidance {cfg.guidance:g}", 4 if cfg.task == "text" else 1
     sheet = plot.grid(to_uint8(images), 8, [name(a) for a in asked], title=title, cell=110, rows_of_text=lines)
     plot.save(sheet, folder / "samples.png")
-    sizes = [int(s) for s in cfg.sizes.split(",")]
+    sizes = world.sizes
+    if len(sizes) == 1:
+        return
     drawn = [to_uint8(decode(vae, pictures(model, vae, items, cfg, device, asked[:5], s, 7), device)) for s in sizes]
     moved = [(8 * np.abs(b.astype(int) - a)).clip(0, 255).astype(np.uint8) for a, b in zip(drawn[0], drawn[-1])]
     cells = [one[i] for i in range(5) for one in (*drawn, moved)]
@@ -908,9 +914,8 @@ PRESETS = {
     # ImageNet 256, DiT-XL/2; of the optimiser only the betas are the paper's; batch, EMA and length are usual values
     # (objective, drop rates, class tokens, warm-up and guidance are not known)
     "paper": dict(data="data/imagenet_latents", steps=600_000, batch_size=256, lr=1e-4, warmup=0, decay=0.0, grad_clip=0.0,
-                  ema_decay=0.9999, dtype="bfloat16", workers=12, objective="eps", image_size=256,
-                  sizes="64,128,256,512,1024", dim=1152, depth=28, heads=16, sample_steps=250,
-                  samples=10_000, inception="data/pt_inception-2015-12-05-6726825d.pth",
+                  ema_decay=0.9999, dtype="bfloat16", workers=12, objective="eps", image_size=256, dim=1152, depth=28,
+                  heads=16, sample_steps=250, samples=10_000, inception="data/pt_inception-2015-12-05-6726825d.pth",
                   log_every=100, save_every=5_000, out_dir="runs/ldm_conditioning_in1k"),
 }  # fmt: skip
 

@@ -306,23 +306,23 @@ def test_low_resolution_checkpoint_into_a_larger_model_and_class_into_text(tmp_p
     for positions, table in (("resample", M.resample_pos_embed(32, 8, 4)), ("extrapolate", sincos_2d(32, torch.arange(8), torch.arange(8))),
                              ("interpolate", None)):  # fmt: skip
         cfg = M.Config(**{**small, "image_size": 64, "base_size": 32, "init": path, "positions": positions})
-        world = M.World(None, None, 72, None, [], None, None)
+        world = M.World(None, None, 72, None, [], None, None, [])
         model = M.build(cfg, vae, world, "cpu")
         state = model.state_dict()
         assert all(torch.equal(state[k], v) for k, v in low.items() if k != "dit.pos_embed")
         assert state["dit.pos_embed"].shape == (1, 64, 32) and (table is None or torch.equal(state["dit.pos_embed"], table))
     cfg = M.Config(**{**small, "base_size": 32, "init": path, "task": "text"})
-    model = M.build(cfg, vae, M.World(None, None, M.zoo.Reader(600, 32, 1, 2), None, [], None, None), "cpu")
+    model = M.build(cfg, vae, M.World(None, None, M.zoo.Reader(600, 32, 1, 2), None, [], None, None, []), "cpu")
     assert torch.equal(model.state_dict()["dit.blocks.0.attn.qkv.weight"], low["dit.blocks.0.attn.qkv.weight"])
     with pytest.raises(ValueError, match="has conditioning attn\\+schedule, this arm attn"):
         M.build(
             replace(cfg, conditioning="attn"),
             vae,
-            M.World(None, None, M.zoo.Reader(600, 32, 1, 2), None, [], None, None),
+            M.World(None, None, M.zoo.Reader(600, 32, 1, 2), None, [], None, None, []),
             "cpu",
         )
     with pytest.raises(ValueError, match="does not fit"):
-        M.build(replace(cfg, task="class", dim=64), vae, M.World(None, None, 72, None, [], None, None), "cpu")
+        M.build(replace(cfg, task="class", dim=64), vae, M.World(None, None, 72, None, [], None, None, []), "cpu")
 
 
 # 5. Data -----------------------------------------------------------------------------------------------------------------
