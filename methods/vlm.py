@@ -15,7 +15,7 @@ Run        python methods/vlm.py [--preset smoke]                               
            python methods/vlm.py --ask picture.png --question "Is there a star?"
            torchrun --nproc_per_node=8 methods/vlm.py --preset paper --data data/coco --tokenizer MERGES
 Data       generated (common/scenes.py), or shards with captions by data_prep/captions.py, cc12m.py or coco.py (with boxes)
-Expect     laptop: InfoNCE's zero-shot 82.8, swap 57.3 (55.2 negclip); CoCa's open answers 74.7, blind 22.9; 3 seeds, fbf1095
+Expect     laptop: InfoNCE's zero-shot 83 +- 43, swap 56 (negclip 54); CoCa's open answers 74 +- 6, blind 23; 3 seeds, 1e6bfa9
 Differs    everything is tiny. FLAVA: unimodal losses share the paired batch, codes of patches are k-means centres, half of the
            captions in image-text matching are wrong. Frozen: InfoNCE's encoder, a language model of ours. One generator of
            negatives teaches negclip and makes the tests; mask, coca and frozen are taught answers (off: --no-asked).
