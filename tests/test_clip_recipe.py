@@ -484,6 +484,7 @@ def test_run_is_deterministic_and_resumes_exactly(tmp_path, capsys):
     assert all((tmp_path / d / n).read_bytes() == (tmp_path / "a" / n).read_bytes() for d in "bc" for n in names)
 
 
+@pytest.mark.hard  # five kills of each script are in test_hard.py
 def test_kill_minus_nine_and_start_again_gives_the_same_bytes(tmp_path):
     args = [sys.executable, "methods/clip_recipe.py", "--preset", "smoke", "--recipe", "rocket", "--extra", "none", "--steps", "60",
             "--save_every", "5"]  # fmt: skip
