@@ -609,11 +609,12 @@ class Scorer:
         for img in images:
             png = io.BytesIO()
             img.save(png, format="PNG")
-            said = {i: said_words(self.server.chat("", f"{text} Answer yes or no.", [png.getvalue()]))
+            heard = 1 if self.cfg.lenient else None  # words of an answer that count
+            said = {i: said_words(self.server.chat("", f"{text} Answer yes or no.", [png.getvalue()]))[:heard]
                     for i, text in task.questions.items()}  # fmt: skip
             self.asked += len(said)
             self.unclear += sum(words not in (["yes"], ["no"]) for words in said.values())
-            out.append({i: words[: 1 if self.cfg.lenient else None] == ["yes"] for i, words in said.items()})
+            out.append({i: words == ["yes"] for i, words in said.items()})
         return out
 
     def dsg(self, task, images):

@@ -794,10 +794,10 @@ def report(cfg, scores):
     started = bool(cfg.init)  # of one stage every arm starts from the file, of all the supervised one from scratch
     names = {"sup": "fine-tuning" if started and cfg.stage != "all" else "supervised only", "ssl": "SwAV + linear probe",
              "ssl+ft": "SwAV + fine-tuning", "fixmatch": "FixMatch-style", "suave": "Suave", "daino": "Daino"}  # fmt: skip
-    better = "better"
-    claims = (("sup", "suave", "Suave beats supervised only", better), ("sup", "daino", "Daino beats supervised only", better),
-              ("ssl", "suave", "Suave beats SwAV + linear probe", better),
-              ("ssl+ft", "suave", "Suave beats SwAV, then fine-tuning", better),
+    claims = (("sup", "suave", "Suave beats supervised only", "better"),
+              ("sup", "daino", "Daino beats supervised only", "better"),
+              ("ssl", "suave", "Suave beats SwAV + linear probe", "better"),
+              ("ssl+ft", "suave", "Suave beats SwAV, then fine-tuning", "better"),
               ("fixmatch", "suave", "Suave beats FixMatch", "+14.5, +5.6, +4.8"))  # fmt: skip
     for n in cfg.labels.split(","):
         some = {a: s for (a, labels), s in scores.items() if labels == n}

@@ -639,6 +639,16 @@ def test_what_was_searched_before_a_server_failed_is_kept(tmp_path):
     assert list(clock) == ["paraphrase"] and list(M.stored(tmp_path, 0)["methods"]) == ["opt2i", "paraphrase"]
 
 
+def test_answers_of_a_vqa_server_are_counted():
+    task, image = M.Task("a cat", {"1": "Is there a cat?", "2": "Is it red?"}), Image.new("RGB", (8, 8))
+    for lenient, want, unclear in ((False, {"1": False, "2": False}, 2), (True, {"1": True, "2": False}, 1)):
+        with Server() as server:
+            server.plan[:] = [(200, said("Yes, there is.")), (200, said("perhaps"))]
+            scorer = M.Scorer(M.Config(vqa_url=server.url, lenient=lenient), "cpu")
+            scorer.server.model = "m"
+            assert scorer.answers(task, [image]) == [want] and (scorer.asked, scorer.unclear) == (2, unclear)
+
+
 def test_the_table_of_gains():
     def found(first, best, fresh_first, fresh_best):
         return {"first": first, "best": best, "fresh_first": fresh_first, "fresh_best": fresh_best, "iterations": 2, "pictures": 9,
