@@ -1304,7 +1304,7 @@ def train(cfg: Config) -> dict:
         # nothing changes a picture: look at each once
         blocks = tqdm(pairs.pictures["image"].split(256), "features", disable=not env.is_main, mininterval=5)
         parts = [model.features(normalised(x.to(env.device))) for x in blocks]
-        pairs = replace(pairs, pictures={"features": torch.cat(parts), "row": pairs.pictures["row"]})
+        pairs = replace(pairs, pictures={"features": torch.cat(parts), "row": pairs.pictures["row"].to(env.device)})
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
     rate = cfg.lr * (3 if cfg.arms in ("frozen", "frozen+lora") else 1)  # few new weights between frozen ones
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), rate, (0.9, 0.98), fused=True)
