@@ -1,6 +1,6 @@
 """Writes the generated world of common/scenes.py to shards, so that the real readers are exercised.
 
-python data_prep/scenes.py --out data/scenes                       (10,000 + 1,000 + 1,000 scenes at 64 px, about 20 s)
+python data_prep/scenes.py --out data/scenes                       (10,000 + 1,000 + 1,000 scenes at 64 px, about 30 s)
 
 A record holds the captions, a long caption, the class (shape of the first object), and boxes as a tree (id, parent).
 """

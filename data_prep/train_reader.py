@@ -1,6 +1,6 @@
 """Trains the text encoder of the generated world (common/zoo.py): caption -> the objects that it names and their relations.
 
-python data_prep/train_reader.py --out_dir runs/reader                     (about 5 minutes on one core)
+python data_prep/train_reader.py --out_dir runs/reader                     (about 6 minutes on two cores)
 
 It stands where a text-to-image model has CLIP or T5: read beforehand, frozen afterwards. What a paraphrase leaves out stays
 uncertain, and the encoder learns how uncertain.

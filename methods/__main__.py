@@ -72,7 +72,7 @@ TEN = {
         "a loss on the decoder's own features", "lpl_ldm_samples.png",
         (Claim("LPL against its control: Frechet distance, lower is better", "lpl_fd_16", "control_fd_16", -1,
                "6 to 20 % lower (FID)"),
-         Claim("... log power of the high band (control: too little)", "lpl_high_16", "control_high_16", +1, "more detail", 2),
+         Claim("... log power of the high band (control: too little)", "lpl_high_16", "control_high_16", +1, "more detail", 3),
          Claim("... class right, points", "lpl_right_16", "control_right_16", None))),
     "ldm_conditioning": Paper(
         "On Improved Conditioning Mechanisms and Pre-training Strategies for Diffusion Models", "2411.03177",
@@ -88,7 +88,8 @@ TEN = {
                "simclr_300_probe", +1, "better"),
          Claim("X-CLR against CLIP on the same captions: class", "xclr_300_probe", "clip_300_probe", +1, "better"),
          Claim("... on the background of another class", "xclr_300_mixed_rand", "clip_300_mixed_rand", +1, "better"),
-         Claim("X-CLR against SupCon: colour, which is no label", "xclr_300_colour", "supcon_300_colour", +1, "better"))),
+         Claim("X-CLR against SupCon: class", "xclr_300_probe", "supcon_300_probe", +1, "better"),
+         Claim("... colour, which is no label", "xclr_300_colour", "supcon_300_colour", +1, "better"))),
     "semisup_cluster": Paper(
         "Semi-supervised learning made simple (Suave, Daino)", "2306.07483",
         "cluster prototypes are class prototypes", "semisup_cluster_prototypes.png",
@@ -102,7 +103,10 @@ TEN = {
         "sweep a generator's knobs, draw the fronts", "pareto_fronts.png",
         (Claim("guidance 8 against 1, late model: diversity inside a prompt", "late_guidance_8_diversity",
                "late_guidance_1_diversity", -1, "falls", 3),
-         Claim("... consistency", "late_guidance_8_consistency", "late_guidance_1_consistency", +1, "rises", 3))),
+         Claim("... consistency", "late_guidance_8_consistency", "late_guidance_1_consistency", +1, "rises", 3),
+         Claim("late model against early, guidance 3: consistency", "late_guidance_3_consistency",
+               "early_guidance_3_consistency", +1, "gains", 3),
+         Claim("... diversity inside a prompt", "late_guidance_3_diversity", "early_guidance_3_diversity", -1, "falls", 3))),
     "opt2i": Paper(
         "Improving Text-to-Image Consistency via Automatic Prompt Optimization (OPT2I)", "2403.17804",
         "a language model rewrites the prompt until the picture agrees", "opt2i_sheet.png",
@@ -140,16 +144,18 @@ def measured(claim: Claim, runs: dict[str, dict]) -> tuple[str, str]:
     if not values:
         return "", "not run"
     mean, many = float(np.mean(values)), len(values) > 1
-    text, half = f"{mean:+.{claim.digits}f}", 0.0
+    text, half = f"{round(mean, claim.digits) + 0.0:+.{claim.digits}f}", 0.0  # + 0.0: no "-0.0"
     if many:
         half = STUDENT[min(len(values), 10)] * float(np.std(values, ddof=1)) / len(values) ** 0.5
         text += f" ± {half:.{claim.digits}f}"
-    if claim.expects is None or not many:
-        status = "" if many else "one seed"
-    elif claim.expects == 0:
-        status = "no effect seen" if abs(mean) <= half else "an effect"
+    if not many:
+        status = "one seed"
+    elif abs(mean) <= half:
+        status = "not clear" if claim.expects != 0 else "no effect seen"
+    elif not claim.expects:
+        status = "" if claim.expects is None else "an effect"
     else:
-        status = "not clear" if abs(mean) <= half else "seen" if claim.expects * mean > 0 else "opposite"
+        status = "seen" if claim.expects * mean > 0 else "opposite"
     return f"{text} ({len(values)} seed{'s' * many})", status
 
 
@@ -163,7 +169,7 @@ def tables(results: dict) -> tuple[str, str]:
     """-> the README's table of ten, RESULTS.md's table of all claims."""
     ten = ["| | file and paper | idea | default run | ours, on the generated world | the paper, on its own data |",
            "|---|---|---|---|---|---|"]  # fmt: skip
-    every = ["| file | claim | ours | status | the paper | commit |", "|---|---|---|---|---|---|"]
+    every, commits = ["| file | claim | ours | status | the paper |", "|---|---|---|---|---|"], []
     for name, paper in TEN.items():
         found = results.get(name, {"runs": {}, "commit": ""})
         rows = [(c, *measured(c, found["runs"])) for c in paper.claims]
@@ -174,7 +180,9 @@ def tables(results: dict) -> tuple[str, str]:
         )
         theirs = "<br>".join(c.paper for c in paper.claims[:2] if c.paper)
         ten.append(f"| {picture} | {link} | {paper.idea} | {minutes(name)} min | {ours} | {theirs} |")
-        every += [f"| {name} | {c.text} | {value} | {status} | {c.paper} | {found['commit']} |" for c, value, status in rows]
+        every += [f"| {name} | {c.text} | {value} | {status} | {c.paper} |" for c, value, status in rows]
+        commits.append(f"{name} {', '.join(c[:7] + '+' * c.endswith('+') for c in found['commit'].split(', '))}")
+    every.append(f"\nCommits of these runs (+: with changes that were not yet committed): {'; '.join(commits)}.")
     return "\n".join(ten), "\n".join(every)
 
 

@@ -14,13 +14,13 @@ Symbols    N private records, k neighbours, sigma noise on the MEAN, q a record'
 Run        python methods/dp_rdm.py [--preset smoke]                      (CPU, no data; 3.1 min on two quiet cores)
            python methods/dp_rdm.py --plan --records 82800 (or --attack)  (tables of the budget; a planted record's traces)
 Data       generated: all private things are spotted; or shards (--public, --private) with --vae and --clip
-Expect     laptop: distance 57 public only, 56 as noisy, 46 at epsilon 10, T = 10,000; colour right 69, 61, 59 %; 3 seeds
+Expect     laptop: Frechet distance 57 public only, 56 as noisy, 46 at epsilon 10, T = 10,000; colour right 69, 61, 59 %
 Differs    from the paper: a small DiT, flow and Euler steps for a UNet, eps and DDIM; a learned null token, a KL autoencoder;
            pictures squeezed to squares, the distance's references, too; "public only" is the same model, told the noiseless
            mean of public neighbours (the paper's was trained with separate ones); epsilon and T set k, for q and sigma are
            fixed; 256 prompts. From released code: too few neighbours are summed and divided by k; a ledger; secure randomness.
-           Adjacency: a record more or less, whatever else is known. Not protected: people with several records, prompts, test
-           pictures; tuning; float64 noise against attacks on its rounding. All models must have seen public pictures alone.
+           Neighbouring sets: one record more or less, all others known. Not protected: people with several records; prompts;
+           test pictures; tuning; float64 noise against attacks on its rounding. All models must have seen public pictures alone.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
            vae.py vit.py zoo.py and weights/   (copy these with this file)
 """

@@ -15,7 +15,7 @@ Read first section 2, Model in section 3, then train(); five published condition
 Symbols    z0 clean latent, zt noisy one, eps noise, t in [0, 1] (1 = pure noise), zt = alpha z0 + sigma eps; s semantic
            tokens (B, L, D), c controls (B, 7) = crop box, flip | size; lambda, beta guidance of s and c; k = s' / s
 Run        python methods/ldm_conditioning.py [--preset smoke]                 (CPU, no data; 4.6 min on two quiet cores)
-           python methods/ldm_conditioning.py --preset transfer                (then: 64 px, with and without the former)
+           python methods/ldm_conditioning.py --preset transfer                (then: 64 px, from it and from scratch)
            torchrun --nproc_per_node=8 methods/ldm_conditioning.py --preset paper --data data/imagenet_latents --vae VAE
 Data       generated (common/scenes.py), or latents by data_prep/cache_latents.py, which records crop, size and flip
 Expect     laptop, adaln-sum and attn+schedule: control-swap distance x 100 8.68 and 0.49 (by construction: sizes act in

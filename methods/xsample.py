@@ -19,7 +19,7 @@ Data       generated (common/scenes.py), or shards by data_prep/imagenet.py, cif
            class names encoded by data_prep/cache_text.py, or any .npy / .safetensors with one row a sample or class
 Expect     laptop, 300 a class, linear probe, % right: class 57 untrained, 67 SimCLR, 82 CLIP, 84 X-CLR, 100 SupCon; colour 80
            untrained, 16 SupCon (chance 12.5), 100 the others; X-CLR over SimCLR +16 +- 13, over CLIP +1 +- 9 (no difference
-           seen); 95 %, 5 seeds. CLIP has captions of its batch that are equal as negatives. ImageNet, CC3M: not run
+           seen); 95 %, 5 seeds. In the CLIP arm equal captions of a batch are negatives. ImageNet, CC3M: not run
 Differs    from the paper, of which we had only the abstract: the loss is as that, its reviews and I-Con (ICLR 2025) state it,
            settings are recalled or ours. Crops are cut on the device from a square of --canvas pixels. --graph tree: 1 - path
            length / longest path, ours. The text encoder of generated captions is a bag of content words.
