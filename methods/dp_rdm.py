@@ -20,7 +20,7 @@ Differs    from the paper: a small DiT, flow and Euler steps for a UNet, eps and
            mean of public neighbours (the paper's was trained with separate ones); epsilon and T set k, for q and sigma are
            fixed; 256 prompts. From released code: too few neighbours are summed and divided by k; a ledger; secure randomness.
            Neighbouring sets: one record more or less, all others known. Not protected: people with several records; prompts;
-           test pictures; tuning; float64 noise against attacks on its rounding. All models must have seen public pictures alone.
+           test pictures; tuning; float64 noise against attacks on rounding. All models must have seen public pictures alone.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py resnet.py scenes.py tokenizer.py
            vae.py vit.py zoo.py and weights/   (copy these with this file)
 """

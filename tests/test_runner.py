@@ -33,6 +33,9 @@ def test_measured_by_hand():
     for expects, status in ((+1, "seen"), (-1, "opposite"), (0, "an effect"), (None, "")):
         assert M.measured(M.Claim("x", "a", "b", expects), clear)[1] == status
     assert M.measured(M.Claim("x", "a", "b", 0), runs)[1] == "no effect seen"
+    assert M.measured(M.Claim("x", "a", "b", None), runs)[1] == "not clear"
+    nothing = {"0": {"a": 0.0, "b": 0.1}, "1": {"a": 0.06, "b": 0.0}}
+    assert M.measured(M.Claim("x", "a", "b", None), nothing)[0] == "+0.0 ± 1.0 (2 seeds)"  # not -0.0
     assert M.measured(M.Claim("x", "a", "", +1, digits=2), runs) == ("+3.00 ± 2.48 (3 seeds)", "seen")
 
 
