@@ -227,8 +227,8 @@ def to_float(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 3, 1, 2).float() / 255
 
 
-def normalise(x: torch.Tensor, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> torch.Tensor:
-    return torch.stack([(x[:, i] - mean[i]) / std[i] for i in range(3)], 1)
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([(x[:, i] - IMAGENET_MEAN[i]) / IMAGENET_STD[i] for i in range(3)], 1)
 
 
 # Captions ---------------------------------------------------------------------------------------------------------------

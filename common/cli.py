@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 RANGES = {  # of the fields that all methods share: smallest and largest value
     "seed": (0, 2**31 - 1), "batch_size": (1, math.inf), "accum": (1, math.inf), "lr": (0, math.inf), "wd": (0, math.inf),
-    "wd_end": (0, math.inf), "lr_end": (0, math.inf), "warmup": (0, math.inf), "grad_clip": (0, math.inf), "ema_decay": (0, 1),
+    "warmup": (0, math.inf), "grad_clip": (0, math.inf), "ema_decay": (0, 1),
     "workers": (0, math.inf), "log_every": (1, math.inf), "eval_every": (0, math.inf), "save_every": (1, math.inf),
     "max_bad": (0, 1),
 }  # fmt: skip

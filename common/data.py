@@ -113,12 +113,7 @@ class Shards:
 
     def captions(self) -> list[str]:
         """All captions, without decoding a picture: what a tokenizer is trained on."""
-        out = []
-        for shard, size in enumerate(self.sizes):
-            for row in range(size):
-                with contextlib.suppress(BadSample):
-                    out += self.record(shard, row).get("captions", [])
-        return out
+        return [c for r in records(self) for c in r.get("captions", [])]
 
     def _index(self, shard: int):
         """(open file, [(key, {extension: (offset, size)})]) of one shard."""

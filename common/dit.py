@@ -105,11 +105,11 @@ class Block(nn.Module):
         self.cross = Attention(dim, heads, cross=True) if cross else None
         self.norm_cross = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6) if cross else None
 
-    def forward(self, x, c, context=None, mask=None):
+    def forward(self, x, c, context=None):
         s1, c1, g1, s2, c2, g2 = self.adaLN_modulation(c).chunk(6, 1)  # shift, scale, gate of attention; of the MLP
         x = x + g1.unsqueeze(1) * self.attn(modulate(self.norm1(x), s1, c1))
         if self.cross is not None:
-            x = x + self.cross(self.norm_cross(x), context, mask)
+            x = x + self.cross(self.norm_cross(x), context)
         return x + g2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), s2, c2))
 
 
@@ -190,9 +190,8 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x, t, y=None, add=None, context=None, mask=None):
-        """x (B, C, H, W), H = W = input_size; t (B,) time steps, 0 to 999; y (B,) labels; add (B, D); context (B, L, D) and
-        mask (B, L) bool."""
+    def forward(self, x, t, y=None, add=None, context=None):
+        """x (B, C, H, W), H = W = input_size; t (B,) time steps, 0 to 999; y (B,) labels; add (B, D); context (B, L, D)."""
         B, _, H, W = x.shape
         p = self.patch
         if (H, W) != (self.grid * p, self.grid * p):
@@ -202,7 +201,7 @@ class DiT(nn.Module):
         c = c if add is None else c + add
         x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
         for block in self.blocks:
-            x = block(x, c, context, mask)
+            x = block(x, c, context)
         x = self.final_layer(x, c)  # (B, N, p * p * out)
         x = x.view(B, H // p, W // p, p, p, -1).permute(0, 5, 1, 3, 2, 4)  # channels are the fastest within a token
         return x.reshape(B, -1, H, W)

@@ -3,7 +3,7 @@
     sets of pictures      frechet_distance, Moments (streaming), frechet_infinity, kernel_distance, cmmd, prdc, vendi,
                           inception_score; their features: inception_features(path), dino_input, clip_input
     pictures and texts    clip_score, ref_clip_score, retrieval_recall, caption_matches
-    classifiers           accuracy, roc_auc, knn_accuracy, linear_probe
+    classifiers           accuracy, knn_accuracy, linear_probe
 
 Statistics are taken in float64. A number belongs to its extractor, its resizing rule and its sample size: compare within one.
 """
@@ -27,9 +27,9 @@ def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
 
     The trace of the root is the nuclear norm of Rx Ry^T for any Rx^T Rx = Sx, Ry^T Ry = Sy: no matrix root. R is Cholesky's
     factor of the covariance; where that is singular (few rows, dependent columns), the QR factor of the centred features."""
-    if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"features {tuple(x.shape)} and {tuple(y.shape)}: two rows at least, and equal columns")
     _check_features(1, first=x, second=y)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"features {tuple(x.shape)} and {tuple(y.shape)} must have equal columns")
     means, roots = [], []
     for f in (x, y):
         f = f.to(torch.float64, copy=True)
@@ -120,20 +120,6 @@ def accuracy(scores: torch.Tensor, labels: torch.Tensor, per_class: bool = False
     return 100 * torch.stack([right[labels == c].mean() for c in labels.unique()]).mean().item()
 
 
-def roc_auc(scores: torch.Tensor, labels: torch.Tensor) -> float:
-    """Area under the ROC curve in percent: the chance that a positive scores above a negative, ties count half.
-
-    scores (N,), labels (N,) of 0 and 1. By ranks (Mann-Whitney U), O(N log N)."""
-    values, inverse, counts = scores.double().unique(return_inverse=True, return_counts=True)
-    mean_rank = counts.cumsum(0) - (counts - 1) / 2  # 1-based, averaged over ties
-    positive = labels.bool()
-    n1, n0 = int(positive.sum()), int((~positive).sum())
-    if not n1 or not n0:
-        raise ValueError("roc_auc needs both classes among the labels")
-    u = mean_rank[inverse][positive].sum() - n1 * (n1 + 1) / 2
-    return 100 * (u / (n1 * n0)).item()
-
-
 # Sets of pictures: distances between two sets of features ----------------------------------------------------------------
 
 
@@ -192,9 +178,9 @@ def frechet_infinity(real: torch.Tensor, fake: torch.Tensor, points: int = 15, s
     return torch.linalg.lstsq(A, torch.tensor(fd, dtype=torch.float64)[:, None]).solution[0].item()
 
 
-def kernel_distances(x, y, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> torch.Tensor:
-    """KID of random subsets, without replacement -> (subsets,): unbiased MMD^2 with the kernel (a . b / d + 1)^3. May be
-    negative. subset_size is lowered to the smaller set."""
+def kernel_distance(x, y, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> float:
+    """KID of features (N, D), (M, D), mean over random subsets without replacement: unbiased MMD^2 with the kernel
+    (a . b / d + 1)^3. May be negative. subset_size is lowered to the smaller set."""
     g, m = torch.Generator().manual_seed(seed), min(subset_size, len(x), len(y))
     if m < 2:
         raise ValueError(f"features {tuple(x.shape)} and {tuple(y.shape)}: the kernel distance needs two rows at least")
@@ -204,12 +190,7 @@ def kernel_distances(x, y, subsets: int = 100, subset_size: int = 1000, seed: in
         a, b = x[torch.randperm(len(x), generator=g)[:m]], y[torch.randperm(len(y), generator=g)[:m]]
         aa, bb, ab = ((u @ v.T / x.shape[1] + 1) ** 3 for u, v in ((a, a), (b, b), (a, b)))
         out.append((aa.sum() - aa.trace() + bb.sum() - bb.trace()) / (m * (m - 1)) - 2 * ab.mean())
-    return torch.stack(out)
-
-
-def kernel_distance(x, y, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> float:
-    """KID of features (N, D), (M, D): the mean over random subsets; their spread: kernel_distances(...).std()."""
-    return kernel_distances(x, y, subsets, subset_size, seed).mean().item()
+    return torch.stack(out).mean().item()
 
 
 def cmmd(x: torch.Tensor, y: torch.Tensor, sigma: float = 10.0, scale: float = 1000.0, block: int = 2048) -> float:
@@ -317,21 +298,14 @@ def prdc(real: torch.Tensor, fake: torch.Tensor, k: int = 5, closed: bool = Fals
             "density": held.mean().item() / k, "coverage": covered.double().mean().item()}  # fmt: skip
 
 
-def expected_coverage(n: int, m: int, k: int) -> float:
-    """Coverage of M samples of the real distribution itself: 1 - C(N - 1, k) / C(N + M - 1, k). The paper takes the smallest
-    k for which it is above 0.95."""
-    return 1 - math.comb(n - 1, k) / math.comb(n + m - 1, k)
-
-
 def vendi(x: torch.Tensor, kernel: str = "cosine", q: float = 1.0) -> float:
     """Vendi score (Friedman & Dieng 2022): the effective number of distinct rows, in [1, n]; grows with n, so compare equal n.
 
     x (n, D) with kernel "cosine", or the matrix K (n, n) itself, symmetric with ones on the diagonal, with "given".
     exp of the Renyi entropy of order q of K / n's eigenvalues: those of the smaller of F F^T and F^T F."""
-    if kernel not in ("cosine", "given") or x.ndim != 2 or not len(x):
-        raise ValueError(f"vendi: kernel {kernel!r} must be 'cosine' or 'given', x {tuple(x.shape)} two-dimensional")
-    if not torch.isfinite(x).all():
-        raise ValueError("vendi: the features hold NaN or infinity")
+    if kernel not in ("cosine", "given"):
+        raise ValueError(f"vendi: kernel {kernel!r} must be 'cosine' or 'given'")
+    _check_features(0, vendi=x)
     x, n = x.double(), len(x)
     if kernel == "cosine":
         x = F.normalize(x, dim=1)

@@ -29,7 +29,7 @@ FAMILIES = {
     "symbol": ("star", "cross", "heart"),
 }
 SHAPES = tuple(s for family in FAMILIES.values() for s in family)
-PRIVATE_SHAPES = ("arrow", "clover")  # never drawn unless private=True: what a public model has not seen
+PRIVATE_SHAPES = ("arrow", "clover")  # drawn with private=True alone; the judge knows them
 COLOURS = {
     "red": (214, 40, 40),
     "orange": (247, 134, 20),
@@ -189,6 +189,10 @@ def _coverage(things, grids, size: int):
 
 def render(scenes, size: int = 32) -> np.ndarray:
     """Scenes -> (N, size, size, 3) uint8 pictures. Several thousand a second on one core at 32 px."""
+    return np.concatenate([_render(scenes[i : i + 256], size) for i in range(0, len(scenes), 256)])
+
+
+def _render(scenes, size):
     axis = (np.arange(size) * 8) // size
     waves = {  # fixed phase, four periods a side
         "plain": np.zeros((size, size)),
@@ -353,15 +357,16 @@ YES_NO = ("object", "colour", "texture", "size", "place", "relation", "backgroun
 OPEN = {"what colour": tuple(COLOURS), "what shape": SHAPES, "count": ("one", "two", "three")}
 
 
+def _other(rng, options, taken):
+    options = [o for o in options if o not in taken]
+    return options[rng.integers(len(options))]
+
+
 def ask(s: Scene, rng, kinds=(*YES_NO, *OPEN)) -> tuple[str, str, str]:
     """A question about a scene: half of those with yes or no have the answer no, made by changing the one thing asked for."""
     kinds = [k for k in kinds if k != "relation" or len(s.things) > 1]
     kind, i, yes = kinds[rng.integers(len(kinds))], int(rng.integers(len(s.things))), rng.random() < 0.5
     t, others = s.things[i], s.things[:i] + s.things[i + 1 :]
-
-    def other(options, taken):
-        options = [o for o in options if o not in taken]
-        return options[rng.integers(len(options))]
 
     if kind == "count":
         return "How many objects are there?", OPEN["count"][len(s.things) - 1], kind
@@ -376,12 +381,12 @@ def ask(s: Scene, rng, kinds=(*YES_NO, *OPEN)) -> tuple[str, str, str]:
         a, b = s.things[:2]
         asked = s if yes else replace(s, things=(replace(a, cell=b.cell), replace(b, cell=a.cell), *s.things[2:]))
     elif kind == "background":
-        asked = s if yes else replace(s, tone=other(TONES, [s.tone]))
+        asked = s if yes else replace(s, tone=_other(rng, TONES, [s.tone]))
     elif not yes:
         pool = {"object": (SHAPES, [x.shape for x in s.things]), "colour": (COLOURS, [t.colour]),
                 "size": (SIZES, [t.size]), "texture": (TEXTURES, [t.texture]),
                 "place": (range(s.grid**2), [t.cell])}[kind]  # fmt: skip
-        t = replace(t, **{{"object": "shape", "place": "cell"}.get(kind, kind): other(*pool)})
+        t = replace(t, **{{"object": "shape", "place": "cell"}.get(kind, kind): _other(rng, *pool)})
         asked = replace(s, things=(*s.things[:i], t, *s.things[i + 1 :]))
     about = {"relation": s.things[0].shape, "background": asked.tone}.get(kind, t.shape)
     found = [q for q in questions(asked) if q["kind"] == kind and q["about"][0] == about]
@@ -400,17 +405,13 @@ def negatives(s: Scene, seed: int = 0) -> list[dict]:
         counter = replace(s, things=tuple(new))
         out.append(dict(kind=kind, caption=caption(counter), scene=counter))
 
-    def other(options, taken):
-        options = [o for o in options if o not in taken]
-        return options[rng.integers(len(options))]
-
     i = int(rng.integers(len(things)))
     t, shapes = things[i], [x.shape for x in things]
     pool = SHAPES if t.shape in SHAPES else PRIVATE_SHAPES
     if len(set(pool) - set(shapes)):
-        emit("replace_obj", things[:i] + [replace(t, shape=other(pool, shapes))] + things[i + 1 :])
+        emit("replace_obj", things[:i] + [replace(t, shape=_other(rng, pool, shapes))] + things[i + 1 :])
     for kind, options in (("colour", tuple(COLOURS)), ("size", tuple(SIZES)), ("texture", TEXTURES)):
-        new = replace(t, **{kind: other(options, [getattr(t, kind), "solid"])})  # captions do not name "solid": no wrong one
+        new = replace(t, **{kind: _other(rng, options, [getattr(t, kind), "solid"])})  # "solid" is not named
         emit("replace_att", things[:i] + [new] + things[i + 1 :])
     if len(things) > 1:
         a, b = things[:2]
@@ -418,8 +419,8 @@ def negatives(s: Scene, seed: int = 0) -> list[dict]:
             emit("swap_att", [replace(a, colour=b.colour), replace(b, colour=a.colour)] + things[2:])
         emit("swap_obj", [replace(b, cell=a.cell), replace(a, cell=b.cell)] + things[2:])  # the same words, exchanged
     if len(things) < min(3, s.grid**2) and t.shape in SHAPES:
-        cell = other(range(s.grid**2), [x.cell for x in things])
-        extra = Thing(other(SHAPES, shapes), other(tuple(COLOURS), [t.colour]), t.size, "solid", cell)
+        cell = _other(rng, range(s.grid**2), [x.cell for x in things])
+        extra = Thing(_other(rng, SHAPES, shapes), _other(rng, tuple(COLOURS), [t.colour]), t.size, "solid", cell)
         emit("add_obj", things + [extra])
     return out
 
@@ -434,7 +435,7 @@ class Source:
 
     def __init__(self, count: int, seed: int, size: int, brief: bool = False, **options):
         self.scenes = [scene(i, seed, **options) for i in range(count)]
-        self.images = np.concatenate([render(self.scenes[i : i + 256], size) for i in range(0, count, 256)])
+        self.images = render(self.scenes, size)
         self.texts = [[caption(s, 4 * i + v if v else 0, brief) for v in range(5)] for i, s in enumerate(self.scenes)]
         self.sizes = [count]
 

@@ -8,7 +8,7 @@ blank-separated chunks are cached: a caption costs one dictionary look-up a word
 Ids: 0-255 bytes, 256-511 the same at a word's end, then one id a merge, start of text, end of text (always the largest).
 
 Upstream runs ftfy first. Of what it mends, typographic quotes, ligatures and full-width forms are done here; wrongly
-decoded text is not: `fix_text` takes ftfy.fix_text where ids must match on such text too.
+decoded text is not.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ class Tokenizer:
     """merges: pairs of symbols, in rank order. special: whether text may spell the start and end tokens (upstream: yes;
     switch it off for untrusted text, an injected end token moves CLIP's pooling position)."""
 
-    def __init__(self, merges: list[tuple[str, str]], special: bool = True, fix_text=None):
+    def __init__(self, merges: list[tuple[str, str]], special: bool = True):
         table = _byte_symbols()
         self.byte_to_symbol = dict(table)
         symbols = [c for _, c in table]
         vocab = symbols + [c + "</w>" for c in symbols] + [a + b for a, b in merges] + [START, END]
-        self.merges, self.special, self.fix_text = list(merges), special, fix_text
+        self.merges, self.special = list(merges), special
         self.ids = {symbol: i for i, symbol in enumerate(vocab)}
         self.symbols = vocab
         self.symbol_to_byte = {c: b for b, c in table}
@@ -93,7 +93,7 @@ class Tokenizer:
     # Files: one merge a line after a header line, which is both OpenAI's and Hugging Face's form ---------------------
 
     @classmethod
-    def load(cls, path, limit: int | None = None, **options) -> Tokenizer:
+    def load(cls, path, limit: int | None = None) -> Tokenizer:
         """Merges file (.txt or .txt.gz), or a folder with merges.txt (and vocab.json, which it implies)."""
         path = Path(path)
         path = path / "merges.txt" if path.is_dir() else path
@@ -108,12 +108,12 @@ class Tokenizer:
         )
         if bad is not None or not pairs:
             raise ValueError(f"{path}: line {(bad or 0) + 2} is not a pair of symbols; expected CLIP's merges file")
-        return cls(pairs, **options)
+        return cls(pairs)
 
     @classmethod
-    def from_clip(cls, path, **options) -> Tokenizer:
+    def from_clip(cls, path) -> Tokenizer:
         """bpe_simple_vocab_16e6.txt.gz, or a Hugging Face folder with vocab.json and merges.txt: 49,408 ids."""
-        tok = cls.load(path, limit=CLIP_MERGES, **options)
+        tok = cls.load(path, limit=CLIP_MERGES)
         if len(tok.merges) != CLIP_MERGES:
             raise ValueError(f"{path} holds {len(tok.merges)} merges, CLIP's vocabulary has {CLIP_MERGES}")
         return tok
@@ -125,9 +125,9 @@ class Tokenizer:
         os.replace(tmp, path)
 
     @classmethod
-    def train(cls, texts, vocab_size: int, **options) -> Tokenizer:
+    def train(cls, texts, vocab_size: int) -> Tokenizer:
         """Merges the most frequent pair until the vocabulary is full or no pair occurs twice (ties: first in order)."""
-        tok = cls([], **options)
+        tok = cls([])
         if vocab_size < len(tok):
             raise ValueError(f"vocab_size {vocab_size} is below the {len(tok)} ids that bytes and special tokens need")
         counts = Counter(p for text in texts for chunk in tok.clean(text).split() for p in pieces(chunk))
@@ -143,12 +143,11 @@ class Tokenizer:
                 break
             merges.append(best)
             words = [(_merge(symbols, best), n) for symbols, n in words]
-        return cls(merges, **options)
+        return cls(merges)
 
     # Text -> ids -> text --------------------------------------------------------------------------------------------
 
     def clean(self, text: str) -> str:
-        text = self.fix_text(text) if self.fix_text else text
         if "&" in text and "<" not in text:  # ftfy does so first, and CLIP once more
             text = _unescape(text)
         text = text if text.isascii() else unicodedata.normalize("NFC", text.translate(TYPOGRAPHY))

@@ -224,11 +224,6 @@ class VAE(nn.Module):
         return digest.hexdigest()[:16]
 
 
-def kl(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, var) || N(0, 1)), summed over the latent, mean over the batch."""
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
-
-
 # Published files ----------------------------------------------------------------------------------------------------
 
 

@@ -94,7 +94,7 @@ class Block(nn.Module):
 
 def resize_positions(pos: torch.Tensor, grid: tuple[int, int], rule: str) -> torch.Tensor:
     """(1, 1 + M * M, D) -> (1, 1 + gh * gw, D); the class row is untouched. Bicubic in fp32. Rules:
-    "antialias" CLIP, timm, DINOv2 with registers; "plain" Hugging Face; "offset" DINO and DINOv2 without registers, whose
+    "antialias" CLIP, timm, DINOv2 with registers; "offset" DINO and DINOv2 without registers, whose
     scale factor (g + 0.1) / M shifts the sampling points a little, so it must be repeated to get the same features."""
     side = math.isqrt(pos.shape[1] - 1)
     if (side, side) == tuple(grid):
@@ -104,7 +104,7 @@ def resize_positions(pos: torch.Tensor, grid: tuple[int, int], rule: str) -> tor
         scale = [(g + 0.1) / side for g in grid]
         grid_pos = F.interpolate(grid_pos, scale_factor=scale, mode="bicubic")
     else:
-        grid_pos = F.interpolate(grid_pos, size=grid, mode="bicubic", antialias=rule == "antialias")
+        grid_pos = F.interpolate(grid_pos, size=grid, mode="bicubic", antialias=True)
     return torch.cat([pos[:, :1], grid_pos.flatten(2).transpose(1, 2).to(pos.dtype)], 1)
 
 
@@ -119,7 +119,7 @@ class ViT(nn.Module):
         super().__init__()
         if patch < 1 or image_size < patch or image_size % patch:
             raise ValueError(f"ViT: image {image_size} is not a multiple of the patch {patch}")
-        self.patch, self.width, self.registers, self.pos_rule = patch, width, registers, pos_rule
+        self.image_size, self.patch, self.width, self.registers, self.pos_rule = image_size, patch, width, registers, pos_rule
         self.out_dim = out_dim or width
         self.patch_embed = nn.Conv2d(3, width, patch, patch, bias=patch_bias)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))

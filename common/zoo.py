@@ -9,7 +9,8 @@
     load_vqa().answer(images, [["Is there a star?", "Is the star red?"]])    -> [[True, True]]
     load_rewriter()                         language model that paraphrases captions
 
-They let every method start without a download. common/weights/README.md says how each was made and how good it is.
+They let the methods that need a trained model start without a download. common/weights/README.md says how each was made and
+how good it is.
 """
 
 from __future__ import annotations
@@ -65,18 +66,6 @@ def cells(x: torch.Tensor, grid: int) -> torch.Tensor:
     x = F.interpolate(x, (32 * grid, 32 * grid), mode="bilinear", antialias=True) if x.shape[-1] != 32 * grid else x
     x = x.unflatten(2, (grid, 32)).unflatten(4, (grid, 32))  # (B, 3, g, 32, g, 32)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, 32, 32)
-
-
-def truth(s: scenes.Scene) -> dict[str, list[int]]:
-    """What a perfect judge reads: attribute -> index for every cell, -1 where an empty cell has no such attribute."""
-    out = {k: [-1] * s.grid**2 for k in ANSWERS}
-    out["shape"] = [ANSWERS["shape"].index("nothing")] * s.grid**2
-    for name in ("tone", "pattern"):
-        out[name] = [ANSWERS[name].index(getattr(s, name))] * s.grid**2
-    for t in s.things:
-        for name in ("shape", "colour", "size", "texture"):
-            out[name][t.cell] = ANSWERS[name].index(getattr(t, name))
-    return out
 
 
 def verify(judge: Judge, images: torch.Tensor, world: list[scenes.Scene]) -> dict[str, list[bool]]:
@@ -171,12 +160,12 @@ class Painter(nn.Module):
                             for i in range(count)])  # fmt: skip
 
     @torch.no_grad()
-    def draw(self, prompts: list[str], guidance: float = 3.0, steps: int = 16, seed: int = 0, noise=None, part: int = 256):
+    def draw(self, prompts: list[str], guidance: float = 3.0, steps: int = 16, seed: int = 0, part: int = 256):
         """-> images (N, 3, 32, 32), about [-1, 1], on the CPU. guidance 1: none. Picture i depends on its prompt, the seed
-        and i only, or on its row of `noise` (N, z, 8, 8)."""
+        and i only."""
         if guidance < 0 or steps < 1:
             raise ValueError(f"guidance {guidance} must not be negative, steps {steps} at least 1")
-        noise, out = self.noise(len(prompts), seed) if noise is None else noise, []
+        noise, out = self.noise(len(prompts), seed), []
         for i in range(0, len(prompts), part):
             z, context = noise[i : i + part].to(self.null), self.read(prompts[i : i + part])
             both = torch.cat([context, self.null.expand_as(context)])

@@ -38,6 +38,18 @@ class Config:
 PRESETS = {"laptop": {}, "smoke": dict(steps=3, batch_size=16, warmup=1, out_dir="runs/judge_smoke")}
 
 
+def truth(s: scenes.Scene) -> dict[str, list[int]]:
+    """What a perfect judge reads: attribute -> index for every cell, -1 where an empty cell has no such attribute."""
+    out = {k: [-1] * s.grid**2 for k in zoo.ANSWERS}
+    out["shape"] = [zoo.ANSWERS["shape"].index("nothing")] * s.grid**2
+    for name in ("tone", "pattern"):
+        out[name] = [zoo.ANSWERS[name].index(getattr(s, name))] * s.grid**2
+    for t in s.things:
+        for name in ("shape", "colour", "size", "texture"):
+            out[name][t.cell] = zoo.ANSWERS[name].index(getattr(t, name))
+    return out
+
+
 def blurred(x, share):
     """Mixes x (N, 3, S, S) with its 3 x 3 binomial blur; share (N,)."""
     kernel = torch.tensor([1.0, 2.0, 1.0])
@@ -61,7 +73,7 @@ def batch(first: int, count: int, seed: int, grids=(1, 2, 3), blur: float = 0.0)
             full = [t.cell for t in s.things]
             cell = full[i % len(full)] if i % 3 else i % grid**2
             images.append(pictures[i * grid**2 + cell])
-            for k, v in zoo.truth(s).items():
+            for k, v in truth(s).items():
                 answers[k].append(v[cell])
     return torch.stack(images), {k: torch.tensor(v) for k, v in answers.items()}
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from common import augment, ckpt, cli, data, ddp, optim, plot, scenes
 from common.log import RunLog
-from common.vae import VAE, kl, load_vae, read_tensors
+from common.vae import VAE, load_vae, read_tensors
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,11 @@ class Images:
 
     def collate(self, items):
         return torch.from_numpy(np.stack(items))
+
+
+def kl(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """KL(N(mean, var) || N(0, 1)), summed over the latent, mean over the batch."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
 
 
 def world(index: int, seed: int) -> scenes.Scene:

@@ -838,7 +838,6 @@ def build(cfg, env):
     if model.text.token_embed.num_embeddings != len(tok):
         known = model.text.token_embed.num_embeddings
         raise ValueError(f"--init knows {known} tokens and the tokenizer {len(tok)}; pass the --tokenizer of that model")
-    model.visual.image_size = math.isqrt(model.visual.pos_embed.shape[1] - 1) * model.visual.patch
     return model.to(env.device).requires_grad_(True), tok
 
 

@@ -208,8 +208,8 @@ def _quadrature(orders, q, z):
     ratio = np.logaddexp(math.log1p(-q), math.log(q) + (2 * x - 1) / (2 * z * z))
     log_w = -x * x / (2 * z * z) + math.log(h / (z * math.sqrt(2 * math.pi)))
     with np.errstate(over="ignore"):
-        first = orders[:, None] * np.expm1(ratio)
-    return np.broadcast_to(log_w, (len(orders), x.shape[1])), orders[:, None] * ratio, first
+        linear = orders[:, None] * np.expm1(ratio)
+    return np.broadcast_to(log_w, (len(orders), x.shape[1])), orders[:, None] * ratio, linear
 
 
 def to_epsilon(orders, total, delta, conversion="improved"):
@@ -227,12 +227,12 @@ def to_epsilon(orders, total, delta, conversion="improved"):
     return max(0.0, float(eps[i])), float(a[i])
 
 
-def epsilon(q, z, steps, delta, conversion="improved", orders=ORDERS):
+def epsilon(q, z, steps, delta, conversion="improved"):
     """Epsilon of `steps` queries with rate q and noise multiplier z = sigma k / 2, by Renyi differential privacy; 0 for
-    steps or q of 0. If the best order is the last of the grid, longer ones (`orders`) would give less."""
+    steps or q of 0."""
     if not steps or not q:
         return 0.0
-    return to_epsilon(orders, steps * rdp(q, z, orders), delta, conversion)[0]
+    return to_epsilon(ORDERS, steps * rdp(q, z, ORDERS), delta, conversion)[0]
 
 
 # 3. MODULES: the tighter accountant, the inverses, randomness, the ledger, the network ---------------------------------------
@@ -303,10 +303,10 @@ def _pld(q, z, steps, delta, h, add):
     return max(0.0, math.log((tail[j] + lost - delta) / scaled[j]))
 
 
-def solve(f, target, low, high, tolerance=1e-4, limit=200):
+def solve(f, target, low, high, tolerance=1e-4):
     """x in [low, high] where the monotone f crosses target, by plain halving, until f is within the tolerance."""
     falling = f(high) < f(low)
-    for _ in range(limit):
+    for _ in range(200):
         x = (low + high) / 2
         value = f(x)
         if abs(value - target) < tolerance:
@@ -603,7 +603,7 @@ class Embedder:
     def __init__(self, cfg, device):
         self.net = (load_clip(cfg.clip) if cfg.clip else zoo.load_clip()).to(device).eval().requires_grad_(False)
         self.tok = Tokenizer.from_clip(cfg.tokenizer) if cfg.clip else zoo.load_tokenizer()
-        self.side = math.isqrt(self.net.visual.pos_embed.shape[1] - 1) * self.net.visual.patch
+        self.side = self.net.visual.image_size
         self.device = device
 
     @torch.no_grad()
@@ -630,7 +630,7 @@ def generated(count, seed, private, part="train"):
     world = [scenes.scene(i, seed, (1, 1), grid=2, part=part) for i in range(count)]
     if private:
         world = [replace(s, things=(replace(s.things[0], texture="spotted"),)) for s in world]
-    x = np.concatenate([scenes.render(world[i : i + 256], 32) for i in range(0, count, 256)])
+    x = scenes.render(world, 32)
     return world, torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
 

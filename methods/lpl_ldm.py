@@ -299,7 +299,7 @@ def open_world(cfg: Config, device) -> World:
         part, eye = {}, zoo.load_judge().to(device)
         for i, (name, n) in enumerate((("train", cfg.images), ("val", min(512, cfg.samples)), ("real", cfg.samples))):
             world = [scenes.scene(j, 3 * cfg.seed + i, (1, 1), grid=1) for j in range(n)]
-            images = np.concatenate([scenes.render(world[j : j + 256], cfg.image_size) for j in range(0, n, 256)])
+            images = scenes.render(world, cfg.image_size)
             mean, logvar = encode(vae, images, device)
             part[name] = data.Table(mean=mean, logvar=logvar, label=[label(s) for s in world]), images, world
         classes = [f"{c} {s}" for c in scenes.COLOURS for s in scenes.SHAPES]

@@ -628,7 +628,7 @@ class Scorer:
         phrases = noun_phrases(task.prompt)
         if isinstance(images, torch.Tensor):
             images = [Image.fromarray(i) for i in to_uint8(images)]
-        side = math.isqrt(self.clip.visual.pos_embed.shape[1] - 1) * self.clip.visual.patch
+        side = self.clip.visual.image_size
         f_img = self.clip.encode_image(metrics.clip_input(images, side).to(self.device))
         f_txt = self.clip.encode_text(trim(self.tok(phrases, self.clip.text.context)).to(self.device))
         cos = dcs(f_img, f_txt)
@@ -820,7 +820,7 @@ def set_metrics(tasks, results, draw, judge, cfg) -> dict:
     """Frechet distance, precision, recall and diversity of all pictures of the first prompts, and of the best ones."""
     out, device = {}, next(judge.parameters()).device
     world = [scenes.scene(i, cfg.seed * 1000 + 900, (2, 2), grid=2) for i in range(512)]
-    x = np.concatenate([scenes.render(world[i : i + 256], 32) for i in range(0, 512, 256)])
+    x = scenes.render(world, 32)
     real = torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1
 
     def features(images):

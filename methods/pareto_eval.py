@@ -26,8 +26,8 @@ Differs    from the paper: no code was published and only its abstract is known 
            Retrieval-augmented models enter as folders, "search" is retrieval alone; fronts are taken within a task. "+-":
            standard error, from random halves of the prompts, of means over prompts; metrics of whole sets have none: half a set
            is another set, and repeated samples break nearest neighbours. From EvalGIM: the front is taken after rows without a
-           value are dropped, not before; conditional diversity is there; features are not half-precision; sets are compared at
-           equal sizes, also between groups and for filtered ones; DSG also per group; equal points stay.
+           value are dropped, not before; conditional diversity is measured; features are not half-precision; sets are compared
+           at equal sizes, also between groups and for filtered ones; DSG also per group; equal points stay.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py plot.py resnet.py scenes.py tokenizer.py vae.py vit.py
            zoo.py and weights/   (copy these with this file)
 """
@@ -217,19 +217,14 @@ class Extractor:
         if self.cfg.extractor == "dinov2":
             return self.net(metrics.dino_input(images).to(self.device)).float().cpu()
         if self.cfg.extractor == "clip":
-            return self.net.encode_image(clip_pictures(images, self.net).to(self.device)).float().cpu()
-        rows = [torch.from_numpy(np.array(i)).permute(2, 0, 1)[None] for i in images]  # sizes may differ
-        return torch.cat([self.net(r.to(self.device)).cpu() for r in rows])
+            return self.net.encode_image(metrics.clip_input(images, self.net.visual.image_size).to(self.device)).float().cpu()
+        rows = [torch.from_numpy(np.array(i)).permute(2, 0, 1)[None].to(self.device) for i in images]  # sizes may differ
+        return self.net.pooled(torch.cat([metrics.resize_299(r, self.cfg.resize) for r in rows])).cpu()
 
 
 def to_uint8(x):
     """(N, 3, S, S) in [-1, 1] -> (N, S, S, 3) array."""
     return ((x.clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-
-
-def clip_pictures(images, net):
-    side = round((net.visual.pos_embed.shape[1] - 1) ** 0.5) * net.visual.patch
-    return metrics.clip_input(images, side)
 
 
 class ClipScorer:
@@ -255,7 +250,8 @@ class ClipScorer:
         """-> unit embeddings (N, D)."""
         if isinstance(images, torch.Tensor):
             images = [Image.fromarray(i) for i in to_uint8(images)]
-        return F.normalize(self.net.encode_image(clip_pictures(images, self.net).to(self.device)), dim=1).cpu()
+        x = metrics.clip_input(images, self.net.visual.image_size).to(self.device)
+        return F.normalize(self.net.encode_image(x), dim=1).cpu()
 
     def __call__(self, images, texts):
         return 100 * (self.embed_images(images) * self.embed_texts(texts)).sum(1)
@@ -318,7 +314,7 @@ def real_scenes(p: Prompt, count: int, seed: int) -> list[scenes.Scene]:
 
 
 def pictures_of(world) -> torch.Tensor:
-    x = np.concatenate([scenes.render(world[i : i + 256], 32) for i in range(0, len(world), 256)])
+    x = scenes.render(world, 32)
     return torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1
 
 
@@ -412,7 +408,7 @@ class Folders:
     def dsg(self, path):
         """Score by the answers to FOLDER/NAME; to NAME alone only where there is one folder."""
         name = Path(os.path.relpath(path, Path(self.cfg.points).parent)).as_posix()
-        return dsg_score(*(self.answers.get(name) or (self.single and self.answers.get(path.name)) or ({}, {})))
+        return dsg_score(*(self.answers.get((name,)) or (self.single and self.answers.get((path.name,))) or ({}, {})))
 
     def files(self, point):
         """-> paths and prompt indices; -1 for a real picture that belongs to no prompt."""
@@ -502,11 +498,11 @@ def read_points(path) -> list[Point]:
     return out
 
 
-def read_answers(path, key=("file",)) -> dict:
-    """file, or another key -> (answers, parents)."""
+def read_answers(path, key=("file",)) -> dict[tuple, tuple[dict, dict]]:
+    """Values of the columns `key` -> (answers, parents)."""
     out: dict = {}
     for r in data.read_rows(path, (*key, "question_id", "answer")):
-        answers, parents = out.setdefault(r[key[0]] if len(key) == 1 else tuple(r[k] for k in key), ({}, {}))
+        answers, parents = out.setdefault(tuple(r[k] for k in key), ({}, {}))
         answers[r["question_id"]] = r["answer"].strip().lower().rstrip(".").strip() == "yes"
         parents[r["question_id"]] = parse_parents(r.get("dependency_id"))
     lost = sum(p not in answers for answers, parents in out.values() for some in parents.values() for p in some)
@@ -566,12 +562,9 @@ def marginal(fake, real, prompts, count, cfg) -> dict[str, float]:
 def halves(prompts, cfg):
     """Random halves of the N prompts. The deviation of a mean over halves equals the standard error of the mean over all:
     sigma^2 (1 / (N / 2) - 1 / N) = sigma^2 / N. [] for fewer than four prompts."""
-    if len(prompts) < 4:
-        return []
-    g = torch.Generator().manual_seed(cfg.seed)
-    return [
-        [prompts[i] for i in torch.randperm(len(prompts), generator=g)[: max(2, len(prompts) // 2)]] for _ in range(cfg.halves)
-    ]
+    g, size = torch.Generator().manual_seed(cfg.seed), len(prompts) // 2
+    many = cfg.halves if size > 1 else 0
+    return [[prompts[i] for i in torch.randperm(len(prompts), generator=g)[:size]] for _ in range(many)]
 
 
 def knee(points):
@@ -784,7 +777,7 @@ def report(cfg, prompts, real, sets, out) -> dict:
     used = [a for a in AXES if not all(math.isnan(rows[p][a]) for p in points)]
     needs = {"diversity": "two pictures of a prompt", "realism": "real pictures that are named like a prompt's"}
     for a in [a for a in AXES if a not in used]:
-        print(f"the fronts are without {a}, which needs {needs.get(a, 'scores')}")
+        print(f"the fronts are without {a}, which needs {needs[a]}")
     parts = halves(home, cfg)
     spread, stable = {p: [] for p in points}, dict.fromkeys(points, 0.0 if parts else math.nan)
     for half in parts:
@@ -923,27 +916,27 @@ def filtered_sets(cfg, home, real, sets) -> dict:
     return result
 
 
-def real_of_groups(groups, ids, size, real) -> dict:
-    """-> group: its real pictures, as many as the others have: those of its first `size` prompts, equally many each; else those
-    in a folder of its name; else all, which is said."""
+def real_of_groups(groups, ids, size, real) -> tuple[dict[str, dict], str]:
+    """-> group: its real pictures, as many as the others have: those named after its first `size` prompts, equally many each;
+    else those in a folder of its name; else all of them, and a line says so. And the group that has the fewest."""
     if (own := real["prompt"] >= 0).any():
         of = rows_of(real["prompt"], 1 + max(i for some in ids.values() for i in some))
-        least = min(len(of[i]) for g in groups for i in ids[g][:size])
-        rows = {g: torch.cat([of[i][:least] for i in ids[g][:size]]) for g in groups}
+        count = {g: min(len(of[i]) for i in ids[g][:size]) for g in groups}  # of its poorest prompt
+        rows = {g: torch.cat([of[i][: min(count.values())] for i in ids[g][:size]]) for g in groups}
     elif "group" in real and (real["group"] >= 0).any():
         rows = {g: (real["group"] == n).nonzero()[:, 0] for n, g in enumerate(groups)}
-        least = min(map(len, rows.values()))
-        rows = {g: r[:least] for g, r in rows.items()}
+        count = {g: len(r) for g, r in rows.items()}
+        rows = {g: r[: min(count.values())] for g, r in rows.items()}
     else:
         print("\ngroups are compared with the same real pictures, which are in no folder with a group's name")
-        rows = dict.fromkeys(groups, torch.arange(len(own)))
-    return {g: {k: v[r] for k, v in real.items() if len(v) == len(own)} for g, r in rows.items()}
+        count, rows = dict.fromkeys(groups, len(own)), dict.fromkeys(groups, torch.arange(len(own)))
+    return {g: {k: v[r] for k, v in real.items() if len(v) == len(own)} for g, r in rows.items()}, min(count, key=count.get)
 
 
 def by_group(cfg, prompts, real, sets, count, out, bare) -> dict:
     """Axes and set metrics of each group alone, with equally many prompts and real pictures. Prints worst group and gap of each
-    model, at --at or its last knob; a gap is never negative, so that chance alone makes one. `search` draws nothing twice, the
-    groups' prompts last: its gaps are partly that order's."""
+    model, at --at or its last knob; a gap is never negative, so that chance alone makes one. `search` never draws a
+    picture twice and serves the groups' prompts last, so part of its gaps comes from that order."""
     groups = sorted({p.group for p in prompts if p.group})
     if not groups:
         return {}
@@ -952,9 +945,9 @@ def by_group(cfg, prompts, real, sets, count, out, bare) -> dict:
     if not size:
         print(f"\nno table of groups: each prompt of {min(ids, key=lambda g: len(ids[g]))!r} lacks a picture of some model")
         return {}
-    kept, reals, why = [p for p in sets if p.knob != "top_m"], real_of_groups(groups, ids, size, real), ""
-    if empty := [g for g in groups if not len(reals[g]["prompt"])]:
-        why = f"a prompt of {empty[0]!r} has no real picture, and each of them should have as many"
+    kept, why, (reals, poorest) = [p for p in sets if p.knob != "top_m"], "", real_of_groups(groups, ids, size, real)
+    if not len(reals[poorest]["prompt"]):
+        why = f"{poorest!r} or one of its prompts has no real picture, and each of them should have as many"
     elif min(size * count, *(len(reals[g]["prompt"]) for g in groups)) <= cfg.k:
         why = f"the smallest has {size} prompts, too few pictures for --k {cfg.k} neighbours"
     if why:

@@ -347,7 +347,7 @@ def scene_set(count, seed, size, part):
     test, which share no object; of the train part there are 324 different pictures."""
     world = [scenes.scene(i, seed, (1, 1), grid=1, part=part) for i in range(count)]
     world = [replace(s, pattern="plain", things=(replace(s.things[0], texture="solid"),)) for s in world]
-    images = np.concatenate([scenes.render(world[i : i + 256], size) for i in range(0, count, 256)])
+    images = scenes.render(world, size)
     return {"row": torch.arange(count), "side": torch.full((count, 2), size),
             "image": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
             "label": torch.tensor([scenes.SHAPES.index(s.things[0].shape) for s in world])}  # fmt: skip
@@ -725,7 +725,7 @@ def check(cfg: Config) -> None:
                dtype=("float32", "bfloat16"), backbone=("small", "wide", "resnet18", "resnet50", "vit"),
                head=("swav", "dino"))  # fmt: skip
     cli.within(cfg, "steps ratio images image_size local_size width hidden embed_dim", 1)
-    cli.within(cfg, "freeze queue local_crops ssl_prototypes canvas", 0)
+    cli.within(cfg, "freeze queue local_crops ssl_prototypes canvas wd_end lr_end", 0)
     cli.within(cfg, "pretrain finetune smoothing ema_ssl", 0, 1)
     if cfg.accum != 1:
         raise ValueError("--accum must be 1: micro-batches would shrink the batch that Sinkhorn balances")

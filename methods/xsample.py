@@ -361,7 +361,7 @@ def scene_set(count, seed, size, part, how=""):
         s = scenes.scene(i, seed, (1, 1), grid=1, part=part)
         tone, pattern = backgrounds(s.things[0].shape, rng, how)
         world.append(replace(s, tone=tone, pattern=pattern))
-    images = np.concatenate([scenes.render(world[i : i + 256], size) for i in range(0, count, 256)])
+    images = scenes.render(world, size)
     things = [s.things[0] for s in world]
     fields = {"row": torch.arange(count), "side": torch.full((count, 2), size),
               "image": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),

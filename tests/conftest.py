@@ -24,6 +24,15 @@ def pytest_collection_modifyitems(config, items):
             items[:] = [i for i in items if not i.get_closest_marker(name)]
 
 
+@pytest.fixture
+def one_thread():
+    """As the processes of `helpers.both`, for results that are compared byte for byte."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def shared():
     """Folder with the small real data sets; tests that need it are skipped without it."""

@@ -1,6 +1,7 @@
 """Running scripts as a user does, and functions in several processes."""
 
 import contextlib
+import importlib
 import io
 import itertools
 import os
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import torch
@@ -76,6 +78,18 @@ def in_processes(world, function, *args, path):
     """function(env, *args) in `world` gloo processes -> list of results by rank."""
     mp.start_processes(_worker, (world, free_port(), function, args, str(path)), nprocs=world, start_method="forkserver")
     return [torch.load(f"{path}/{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def _script(env, name, args):
+    done = inside(importlib.import_module(name), *args)
+    return {"code": done.returncode, "out": done.stdout, "err": done.stderr}
+
+
+def both(module, *args):
+    """What torchrun(2) gives for a script's module, from two processes that have read torch already: its first process's words."""
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = in_processes(2, _script, module.__name__, [str(a) for a in args], path=folder)
+    return subprocess.CompletedProcess(args, first["code"] or second["code"], first["out"], first["err"] or second["err"])
 
 
 def clip_merges(path):

@@ -23,7 +23,7 @@ from common import augment as A
 from common import ddp, optim
 from data_prep._write import png, prepare
 from methods import clip_recipe as M
-from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
+from tests.helpers import ROOT, both, in_processes, inside, run, torchrun, user_error
 
 ENV = ddp.Env(0, 1, torch.device("cpu"))
 SMOKE = M.Config(**M.PRESETS["smoke"])
@@ -49,6 +49,16 @@ def slow_clip(a, b, s, e=0.0):
 
 
 # Section 2: the losses ------------------------------------------------------------------------------------------------
+
+
+def test_roc_auc_equals_all_pairs():
+    torch.manual_seed(0)
+    s, y = torch.randint(0, 9, (80,)).float(), torch.rand(80) < 0.3
+    pos, neg = s[y], s[~y]
+    want = ((pos[:, None] > neg).double() + 0.5 * (pos[:, None] == neg)).mean() * 100
+    assert M.roc_auc(s, y.long()) == pytest.approx(want.item())
+    with pytest.raises(ValueError, match="both classes"):
+        M.roc_auc(s, torch.ones(80))
 
 
 def test_t1_without_strong_views_it_is_infonce():
@@ -576,8 +586,8 @@ def test_wrong_input_is_one_sentence(args, words, tmp_path):
 
 
 def test_batch_must_divide(tmp_path):
-    r = torchrun(2, "methods/clip_recipe.py", "--preset", "smoke", "--batch_size", "15", "--out_dir", tmp_path)
-    assert r.returncode != 0 and "batch_size 15 cannot be divided by 2 processes" in r.stderr
+    r = both(M, "--preset", "smoke", "--batch_size", "15", "--out_dir", tmp_path)
+    user_error(r, "batch_size 15 cannot be divided by 2 processes")
 
 
 def test_changed_settings_do_not_continue_an_old_run(tmp_path):

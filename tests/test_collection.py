@@ -117,18 +117,26 @@ def copy_out(path, folder):
         shutil.copytree(ROOT / "common/weights", folder / "common/weights")
 
 
-@pytest.mark.parametrize("path", METHODS, ids=ids)
-def test_a_method_can_be_copied_out_and_importing_it_does_no_work(path, tmp_path):
-    copy_out(path, tmp_path / "mine")
+IMPORT_EACH = """
+import importlib, sys, torch
+sys.dont_write_bytecode, paths = True, list(sys.path)
+for name in sys.argv[1:]:  # each from its own copy, with what it brought alone
+    for module in [m for m in sys.modules if m.split(".")[0] in ("methods", "common")]:
+        del sys.modules[module]
+    sys.path[:] = [f"../{name}", *paths]
+    before = torch.random.get_rng_state(), torch.get_num_threads()
+    importlib.import_module(f"methods.{name}")
+    same = torch.equal(before[0], torch.random.get_rng_state()) and before[1] == torch.get_num_threads()
+    print(name, same and not torch.distributed.is_initialized())
+"""
+
+
+def test_a_method_can_be_copied_out_and_importing_it_does_no_work(tmp_path):
+    for path in METHODS:
+        copy_out(path, tmp_path / path.stem)
     (tmp_path / "empty").mkdir()
-    code = (
-        f"import sys, torch; sys.path.insert(0, {str(tmp_path / 'mine')!r})\n"
-        "before = torch.random.get_rng_state(), torch.get_num_threads()\n"
-        f"import methods.{path.stem}; after = torch.random.get_rng_state(), torch.get_num_threads()\n"
-        "print(torch.equal(before[0], after[0]) and before[1] == after[1] and not torch.distributed.is_initialized())"
-    )
-    done = run("-c", code, cwd=tmp_path / "empty")
-    assert done.stdout.strip() == "True", done.stderr
+    done = run("-c", IMPORT_EACH, *ids, cwd=tmp_path / "empty")
+    assert done.stdout.split() == [word for name in ids for word in (name, "True")], done.stderr
     assert not list((tmp_path / "empty").iterdir())  # nothing written
 
 

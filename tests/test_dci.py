@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_prep import coco
 from methods import dci as M
-from tests.helpers import in_processes, inside, run, torchrun, user_error
+from tests.helpers import both, in_processes, inside, user_error
 
 SMALL = ["--preset", "smoke"]
 TOY = torch.tensor([[4.0, 1, 0, 2], [3, 0, 5, 5]])
@@ -403,13 +403,13 @@ def test_two_processes_equal_one(arm, pool, tmp_path):
             torch.testing.assert_close(got[k], v, atol=1e-4, rtol=1e-3, msg=f"{k}: {arm}")
 
 
-def test_smoke_in_one_and_two_processes(tmp_path):
-    one = run("methods/dci.py", *SMALL, "--out_dir", tmp_path / "a", OMP_NUM_THREADS="1")  # as torchrun's processes
+def test_smoke_in_one_and_two_processes(tmp_path, one_thread):
+    one = inside(M, *SMALL, "--out_dir", tmp_path / "a")
     assert one.returncode == 0, one.stderr
     for words in ("SCM", "chance", "12.5", "81.17 -> 88.37", "the negatives loss lifts"):
         assert words in one.stdout
     assert Image.open(tmp_path / "a/samples.png").width > 600
-    two = torchrun(2, "methods/dci.py", *SMALL, "--lora_dropout", 0, "--out_dir", tmp_path / "b")
+    two = both(M, *SMALL, "--lora_dropout", 0, "--out_dir", tmp_path / "b")
     assert two.returncode == 0, two.stderr
     a, b = (json.loads((tmp_path / d / "metrics.json").read_text()) for d in "ab")
     assert {k: v for k, v in a.items() if k.startswith("clip ")} == pytest.approx(

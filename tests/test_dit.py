@@ -103,20 +103,18 @@ def test_patches_come_back_in_place():
 def test_block_by_hand():
     model = shaken(tiny(cross=True))
     x, c, context = torch.randn(2, 16, 32), torch.randn(2, 32), torch.randn(2, 3, 32)
-    mask = torch.tensor([[True, True, True], [True, False, False]])
     block = model.blocks[0]
     m = block.adaLN_modulation(c).view(2, 6, 32)
 
     def norm(v):
         return (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
 
-    def attend(q, k, v, valid=None):
+    def attend(q, k, v):
         out = torch.zeros_like(q)
         for b in range(2):
             for h in range(4):
                 s = slice(8 * h, 8 * h + 8)
                 scores = q[b, :, s] @ k[b, :, s].T / 8**0.5
-                scores = scores if valid is None else scores.masked_fill(~valid[b], -torch.inf)
                 out[b, :, s] = scores.softmax(-1) @ v[b, :, s]
         return out
 
@@ -126,11 +124,11 @@ def test_block_by_hand():
     h = norm(x) * (1 + m[:, None, 1]) + m[:, None, 0]
     want = x + m[:, None, 2] * linear(block.attn.proj, attend(*linear(block.attn.qkv, h).chunk(3, -1)))
     k, v = linear(block.cross.kv, context).chunk(2, -1)
-    want = want + linear(block.cross.proj, attend(linear(block.cross.q, norm(want)), k, v, mask))
+    want = want + linear(block.cross.proj, attend(linear(block.cross.q, norm(want)), k, v))
     h = norm(want) * (1 + m[:, None, 4]) + m[:, None, 3]
     h = torch.nn.functional.gelu(linear(block.mlp.fc1, h), approximate="tanh")
     want = want + m[:, None, 5] * linear(block.mlp.fc2, h)
-    torch.testing.assert_close(block(x, c, context, mask), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(block(x, c, context), want, rtol=1e-4, atol=1e-5)
 
 
 def test_qkv_order_matters():

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_prep import coco
 from methods import dp_rdm as M
-from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
+from tests.helpers import ROOT, both, in_processes, inside, user_error
 
 SMALL = ["--preset", "smoke"]
 
@@ -652,14 +652,14 @@ def test_two_processes_equal_one(tmp_path):
             torch.testing.assert_close(got[k], v, atol=1e-6, rtol=1e-4)
 
 
-def test_smoke_in_one_and_two_processes_and_resume(tmp_path):
-    one = run("methods/dp_rdm.py", *SMALL, "--out_dir", tmp_path / "a", OMP_NUM_THREADS="1")  # as torchrun's processes
+def test_smoke_in_one_and_two_processes_and_resume(tmp_path, one_thread):
+    one = inside(M, *SMALL, "--out_dir", tmp_path / "a")
     assert one.returncode == 0, one.stderr
     for words in ("public only", "not private", "epsilon 10", "spent by 8 queries", "above 1/10"):
         assert words in one.stdout
     score = json.loads((tmp_path / "a/metrics.json").read_text())
     assert 0 < score["epsilon 10, 8 queries spent"] <= 10 and score["public only spent"] == 0
-    two = torchrun(2, "methods/dp_rdm.py", *SMALL, "--out_dir", tmp_path / "b")
+    two = both(M, *SMALL, "--out_dir", tmp_path / "b")
     assert two.returncode == 0, two.stderr
     assert json.loads((tmp_path / "b/metrics.json").read_text()) == pytest.approx(score, rel=1e-3, abs=1e-2)
     calls, real = [], M.ddp.interrupted

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from common import augment, ckpt, ddp, scenes
 from common.dit import read_tensors, sincos_2d
 from methods import ldm_conditioning as M
-from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
+from tests.helpers import ROOT, both, in_processes, inside, run, user_error
 
 HOWS = ("adaln-sum", "attn", "attn+schedule")
 
@@ -479,7 +479,7 @@ def test_command_line_in_one_and_two_processes(tmp_path):
         "metrics.json",
     ):
         assert (tmp_path / "1" / name).exists(), name
-    two = torchrun(2, "methods/ldm_conditioning.py", "--preset", "smoke", "--out_dir", tmp_path / "2")
+    two = both(M, "--preset", "smoke", "--out_dir", tmp_path / "2")
     assert two.returncode == 0, two.stderr
     a, b = (json.loads((tmp_path / d / "metrics.json").read_text()) for d in "12")
     for key in ("adaln-sum_val_loss", "attn+schedule_val_loss"):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from common import data, ddp, vae
 from common.dit import DiT
 from methods import lpl_ldm as M
-from tests.helpers import ROOT, in_processes, inside, run, torchrun, user_error
+from tests.helpers import ROOT, both, in_processes, inside, run, user_error
 
 NORMS = ("standardise", "cross")
 
@@ -457,7 +457,7 @@ def test_command_line_in_one_and_two_processes(tmp_path):
     assert inside(M, *other).returncode == 0 and not (tmp_path / "w/pretrain").exists()  # other arms from the same phase 1
     same = [(tmp_path / d / "control/model.safetensors").read_bytes() for d in "1w"]
     assert same[0] == same[1]
-    two = torchrun(2, "methods/lpl_ldm.py", "--preset", "smoke", "--out_dir", tmp_path / "2")
+    two = both(M, "--preset", "smoke", "--out_dir", tmp_path / "2")
     assert two.returncode == 0, two.stderr
     a, b = (json.loads((tmp_path / d / "metrics.json").read_text()) for d in "12")
     for key in ("control_val_loss", "lpl_val_loss"):

@@ -18,16 +18,6 @@ def gauss(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_roc_auc_equals_all_pairs():
-    torch.manual_seed(0)
-    s, y = torch.randint(0, 9, (80,)).float(), torch.rand(80) < 0.3
-    pos, neg = s[y], s[~y]
-    want = ((pos[:, None] > neg).double() + 0.5 * (pos[:, None] == neg)).mean() * 100
-    assert M.roc_auc(s, y.long()) == pytest.approx(want.item())
-    with pytest.raises(ValueError, match="both classes"):
-        M.roc_auc(s, torch.ones(80))
-
-
 def test_accuracy_and_mean_per_class():
     scores, y = torch.eye(3)[[0, 0, 0, 1, 0]], torch.tensor([0, 0, 0, 1, 1])
     assert M.accuracy(scores, y) == pytest.approx(80) and M.accuracy(scores, y, per_class=True) == pytest.approx(75)
@@ -210,8 +200,8 @@ def test_kernel_distance_constants_and_bias():
     assert M.kernel_distance(zero, one, subsets=3) == pytest.approx(7)
     pair = torch.tensor([[0.0], [1.0]])
     assert M.kernel_distance(pair, pair, subsets=1) == pytest.approx(-3.5)
-    same = M.kernel_distances(gauss(400, 8), gauss(400, 8, seed=1), 40, 100)
-    assert abs(same.mean()) < 3 * same.std() / 40**0.5 + 0.02  # unbiased
+    same = [M.kernel_distance(gauss(100, 8, seed=2 * i), gauss(100, 8, seed=2 * i + 1), 1, 100) for i in range(40)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / 40**0.5 + 0.02  # unbiased
     with pytest.raises(ValueError, match="two rows"):
         M.kernel_distance(one[:1], one)
 
@@ -281,8 +271,7 @@ def test_prdc_roles():
 def test_density_and_coverage_have_their_expectation():
     got = [M.prdc(gauss(60, 8, seed=i), gauss(40, 8, seed=i + 1000), 3) for i in range(200)]
     assert np.mean([g["density"] for g in got]) == pytest.approx(1, abs=0.04)
-    assert np.mean([g["coverage"] for g in got]) == pytest.approx(M.expected_coverage(60, 40, 3), abs=0.02)
-    assert M.expected_coverage(10_000, 10_000, 5) == pytest.approx(0.96877, abs=1e-5)
+    assert np.mean([g["coverage"] for g in got]) == pytest.approx(1 - math.comb(59, 3) / math.comb(99, 3), abs=0.02)
     for bad, words in ((gauss(5, 2), "6 rows"), (torch.full((9, 2), torch.nan), "NaN")):
         with pytest.raises(ValueError, match=words):
             M.prdc(gauss(9, 2), bad)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from common.log import write_json
 from methods import opt2i as M
-from tests.helpers import inside, run, torchrun, user_error
+from tests.helpers import both, inside, user_error
 
 SMALL = ["--preset", "smoke", "--proposer", "grammar"]
 
@@ -718,19 +718,19 @@ def test_an_iteration_without_a_new_prompt_repeats_the_last():
     assert M.over_iterations([[0.25], [0.5, 0.75], [], [1.0]], max, "dcs") == [0, 200, 200, 300]
 
 
-def test_smoke_resume_and_two_processes(tmp_path):
-    one = run("methods/opt2i.py", *SMALL, "--out_dir", tmp_path / "a", OMP_NUM_THREADS="1")  # as torchrun's processes
+def test_smoke_resume_and_two_processes(tmp_path, one_thread):
+    one = inside(M, *SMALL, "--out_dir", tmp_path / "a")
     assert one.returncode == 0, one.stderr
     for words in ("gain on fresh seeds", "opt2i", "paraphrase", "Frechet distance", "the paper, on the searched seeds"):
         assert words in one.stdout
     assert Image.open(tmp_path / "a/000.png").width > 300 and (tmp_path / "a/curves.png").exists()
-    two = torchrun(2, "methods/opt2i.py", *SMALL, "--out_dir", tmp_path / "b")
+    two = both(M, *SMALL, "--out_dir", tmp_path / "b")
     assert two.returncode == 0, two.stderr
     for name in ("000.json", "001.json", "metrics.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     kept = (tmp_path / "a/000.json").stat().st_mtime_ns
     (tmp_path / "a/001.json").unlink()  # killed before the second prompt was done
-    assert run("methods/opt2i.py", *SMALL, "--out_dir", tmp_path / "a", OMP_NUM_THREADS="1").returncode == 0
+    assert inside(M, *SMALL, "--out_dir", tmp_path / "a").returncode == 0
     assert (tmp_path / "a/000.json").stat().st_mtime_ns == kept
     assert (tmp_path / "a/001.json").read_bytes() == (tmp_path / "b/001.json").read_bytes()
     other = [M, *SMALL, "--score", "dcs", "--prompts", 1, "--out_dir", tmp_path / "a"]

@@ -16,7 +16,7 @@ from PIL import Image
 from common import data, ddp
 from data_prep._write import png, prepare
 from methods import semisup_cluster as M
-from tests.helpers import ROOT, damage, in_processes, inside, torchrun, user_error
+from tests.helpers import ROOT, both, damage, in_processes, inside, user_error
 
 ENV = ddp.Env(0, 1, torch.device("cpu"))
 
@@ -397,7 +397,7 @@ def test_smoke_prints_the_table_and_two_processes_run(tmp_path):
     assert (tmp_path / "1/suave_2_finetune/samples/clusters.png").exists()
     again = inside(M, *SMALL, "--out_dir", tmp_path / "1", "--finetune", "0.25")
     assert again.stdout == one.stdout and "step/s" not in again.stderr  # finished phases are kept
-    two = torchrun(2, "methods/semisup_cluster.py", *SMALL, "--out_dir", tmp_path / "2", "--method", "suave,daino,ssl+ft")
+    two = both(M, *SMALL, "--out_dir", tmp_path / "2", "--method", "suave,daino,ssl+ft")
     assert two.returncode == 0, two.stderr
 
 

@@ -19,7 +19,7 @@ from common.vision import torchvision  # noqa: F401
 from common.vit import CLIP, TextTransformer, ViT
 from data_prep._write import png, prepare
 from methods import xsample as M
-from tests.helpers import ROOT, in_processes, inside, torchrun, user_error
+from tests.helpers import ROOT, both, in_processes, inside, user_error
 
 N, D = 6, 8
 
@@ -337,7 +337,7 @@ def test_one_and_two_processes_and_the_report(tmp_path):
     a = json.loads((tmp_path / "1/metrics.json").read_text())
     assert {f"{m}_6_probe" for m in ("simclr", "supcon", "clip", "xclr")} <= a.keys()
     assert (tmp_path / "1/xclr_text_6/samples/neighbours.png").exists() and (tmp_path / "1/curves.png").exists()
-    two = torchrun(2, "methods/xsample.py", *SMALL, "--out_dir", tmp_path / "2", *more)
+    two = both(M, *SMALL, "--out_dir", tmp_path / "2", *more)
     assert two.returncode == 0, two.stderr
     for m in ("simclr", "supcon", "clip", "xclr"):
         name = M.arm_of(M.Config(out_dir=""), m, 6).out_dir

@@ -13,7 +13,7 @@ import torch
 from common import metrics, scenes, zoo
 from common.vit import load_clip
 from data_prep import cache_latents, train_clip, train_judge, train_reader, train_rewriter, train_vae, train_vqa
-from tests.helpers import clip_merges, inside, torchrun, user_error
+from tests.helpers import both, clip_merges, inside, user_error
 
 
 def pictures(world, size=32):
@@ -184,8 +184,8 @@ def test_one_and_two_processes_train_the_same_autoencoder(more, tmp_path, monkey
     flags = ["--preset", "smoke", "--warmup", 1, "--log_every", 1, "--steps", 3, *more]
     if more:
         flags += ["--gan_start", 0]
-    assert torchrun(1, "data_prep/train_vae.py", *flags, "--out_dir", tmp_path / "one").returncode == 0
-    assert torchrun(2, "data_prep/train_vae.py", *flags, "--out_dir", tmp_path / "two").returncode == 0
+    assert inside(train_vae, *flags, "--out_dir", tmp_path / "one").returncode == 0
+    assert both(train_vae, *flags, "--out_dir", tmp_path / "two").returncode == 0
     one, two = ([json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
     for a, b in zip(one, two):
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-3)
@@ -204,7 +204,7 @@ def test_a_clip_of_your_own_pictures(tmp_path):
     clip = load_clip(tmp_path / "one/model.safetensors").eval()
     x, want = torch.randn(2, 3, 32, 32), zoo.load_clip(tmp_path / "one/model.safetensors")
     assert torch.equal(clip.encode_image(x), want.encode_image(x)) and clip.visual.blocks[0].attn.heads == 4
-    assert torchrun(2, "data_prep/train_clip.py", *small, "--out_dir", tmp_path / "two").returncode == 0
+    assert both(train_clip, *small, "--out_dir", tmp_path / "two").returncode == 0
     for (name, a), b in zip(clip.state_dict().items(), load_clip(tmp_path / "two/model.safetensors").state_dict().values()):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3, msg=name)
     user_error(inside(train_clip, "--data", tmp_path / "s"), "belong together")
@@ -248,9 +248,7 @@ def test_latent_cache(tmp_path):
     assert inside(*base, "--out", tmp_path / "b").returncode == 0
     for f in (tmp_path / "a").glob("*.safetensors"):
         assert f.read_bytes() == (tmp_path / "b" / f.name).read_bytes()
-    done = torchrun(
-        2, "data_prep/cache_latents.py", *base[1:], "--out", tmp_path / "two"
-    )  # every second file by either process
+    done = both(*base, "--out", tmp_path / "two")  # every second file by either process
     assert done.returncode == 0, done.stderr
     for f in (tmp_path / "a").glob("*.safetensors"):
         assert f.read_bytes() == (tmp_path / "two" / f.name).read_bytes()
