@@ -18,7 +18,7 @@ Run        python methods/dci.py --preset smoke                              (CP
            torchrun --nproc_per_node=2 methods/dci.py --preset paper --data DIR --init CLIP --tokenizer MERGES
            python methods/dci.py --arms clip --data data/coco_mini --min_side 32 --init CLIP --tokenizer MERGES   (boxes)
 Data       a generated copy of DCI's files (schema of the release), the release itself with SA-1B's photos beside it, or shards
-           with boxes by data_prep/coco.py (their pictures are unpacked once, below DIR/.pictures). DCI: CC BY-NC 4.0, photos:
+           with boxes by data_prep/coco.py. DCI: CC BY-NC 4.0, photos:
            SA-1B research licence
 Expect     laptop: SCM 70.5 +- 9.1 CLIP, 84.1 +- 5.9 dense, 75.9 +- 4.9 with L_neg; Neg 43, 66, 92; order 22, 35, 32; 3 seeds
 Differs    from the released code: pooling "hardest" takes the minimum of the positives before anything is pooled (there it
@@ -34,11 +34,9 @@ Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.p
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import math
-import os
 import re
 import sys
 from dataclasses import dataclass, field, replace
@@ -108,22 +106,19 @@ class Config:
 
 
 # 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
-def caption_pool(scores, how="avg", own=None):
+def caption_pool(scores, how="avg", first=0):
     """Scores of pictures with M captions of each item (b, B, M), or (B, B * M) side by side -> (b, B).
 
-    avg, max, min over an item's captions; hardest: the best-scored caption of other items, the worst of the own one, own (b,)
-    being the column of each row's own item (default: the diagonal)."""
-    if scores.ndim == 2:
-        scores = scores.view(len(scores), len(scores), -1)
-    if how == "avg":
-        return scores.mean(2)
-    if how not in ("max", "min", "hardest"):
-        raise ValueError(f"pooling {how!r} is unknown; choose from avg, max, min, hardest")
+    avg, max, min over an item's captions; hardest: the best-scored caption of other items, the worst of the own one, which is
+    item first + i for picture i."""
+    scores = scores.view(len(scores), len(scores), -1) if scores.ndim == 2 else scores
+    plain = {"avg": torch.mean, "max": torch.amax, "min": torch.amin}
+    if how in plain:
+        return plain[how](scores, 2)
     if how != "hardest":
-        return scores.amax(2) if how == "max" else scores.amin(2)
-    own = torch.arange(len(scores), device=scores.device) if own is None else own
-    mine = torch.arange(scores.shape[1], device=scores.device) == own[:, None]
-    return torch.where(mine, scores.amin(2), scores.amax(2))
+        raise ValueError(f"pooling {how!r} is unknown; choose from avg, max, min, hardest")
+    own = torch.eye(*scores.shape[:2], dtype=torch.bool, device=scores.device).roll(first, 1)
+    return torch.where(own, scores.amin(2), scores.amax(2))
 
 
 def clip_pool_loss(scores, how="avg", to_pictures=None, first=0):
@@ -131,12 +126,11 @@ def clip_pool_loss(scores, how="avg", to_pictures=None, first=0):
 
     Several processes: scores (b, B, M) of the own pictures with all captions, to_pictures (b, B, M) of the own items' captions
     with all pictures, first: number of the first own item."""
-    if scores.ndim == 2:
-        scores = scores.view(len(scores), len(scores), -1)
+    scores = scores.view(len(scores), len(scores), -1) if scores.ndim == 2 else scores
     label = torch.arange(len(scores), device=scores.device) + first
     other = scores.transpose(0, 1) if to_pictures is None else to_pictures
-    return (F.cross_entropy(caption_pool(scores, how, label), label)
-            + F.cross_entropy(caption_pool(other, how, label), label)) / 2  # fmt: skip
+    return (F.cross_entropy(caption_pool(scores, how, first), label)
+            + F.cross_entropy(caption_pool(other, how, first), label)) / 2  # fmt: skip
 
 
 def negatives_loss(pos, neg):
@@ -224,8 +218,7 @@ def add_lora(model: CLIP, rank: int, alpha: float, dropout: float) -> CLIP:
             block.attn.qkv = LoRA(block.attn.qkv, rank, alpha, dropout, parts=3)
             block.attn.proj = LoRA(block.attn.proj, rank, alpha, dropout)
             block.mlp.fc1, block.mlp.fc2 = (LoRA(m, rank, alpha, dropout) for m in (block.mlp.fc1, block.mlp.fc2))
-        if isinstance(tower.proj, nn.Linear):
-            tower.proj = LoRA(tower.proj, rank, alpha, dropout)
+        tower.proj = LoRA(tower.proj, rank, alpha, dropout)
     return model
 
 
@@ -257,7 +250,7 @@ LINK = "\nThe following can also be seen in the image:\n"
 class Item:
     """A picture or a crop of it with its captions, the first of them the summary, the rest alternates."""
 
-    photo: str  # path
+    photo: str | tuple  # path; of shards (source, shard, row)
     box: tuple | None  # crop (x0, y0, x1, y1), padded; None: all of it
     captions: list[str]
     negatives: dict[str, list[str]] = field(default_factory=dict)
@@ -408,9 +401,6 @@ def read_boxes(folder, split, min_side, allow_missing=False, max_bad=0.01) -> li
     """Shards with captions and boxes (data_prep/coco.py): the picture with its captions, one box of each class with its name;
     negatives exchange words, or the name for that of another class. Damaged pictures of the test split are refused."""
     source, out, number, damaged, mute = data.Shards(folder, split), [], 0, 0, 0
-    seen = hashlib.blake2b(repr(source.manifest.get("shards", source.names)).encode(), digest_size=6).hexdigest()
-    pictures = Path(folder, ".pictures", seen)  # other shards, other pictures
-    pictures.mkdir(parents=True, exist_ok=True)
     for shard, size in enumerate(source.sizes):
         for row in range(size):
             try:
@@ -421,12 +411,8 @@ def read_boxes(folder, split, min_side, allow_missing=False, max_bad=0.01) -> li
             if not r.get("captions"):
                 mute += 1
                 continue
-            path = pictures / f"{split}-{shard}-{row}.png"
-            if not path.exists():  # several processes may write it
-                r["image"].save(f"{path}.{os.getpid()}", format="PNG")
-                os.replace(f"{path}.{os.getpid()}", path)
-            w, h = r["image"].size
-            items, names = [Item(str(path), None, r["captions"], long="\n".join(r["captions"]), image=number)], set()
+            (w, h), place = r["image"].size, (source, shard, row)
+            items, names = [Item(place, None, r["captions"], long="\n".join(r["captions"]), image=number)], set()
             for j, b in enumerate(r.get("boxes") or []):
                 try:
                     (x0, y0, x1, y1), _ = map(float, b["box"]), b["label"].strip()
@@ -436,7 +422,7 @@ def read_boxes(folder, split, min_side, allow_missing=False, max_bad=0.01) -> li
                 # COCO's box is that of its mask, which is all that DCI takes of a mask, too
                 if not b.get("iscrowd") and min(x1 - x0, y1 - y0) >= min_side and b["label"] not in names:
                     text = scenes.articles(f"a photo of a {b['label']}")
-                    items.append(Item(str(path), padded(b["box"], w, h), [text], long=text, key=f"m-{j}-sc", image=number))
+                    items.append(Item(place, padded(b["box"], w, h), [text], long=text, key=f"m-{j}-sc", image=number))
                     names.add(b["label"])
             out, number = out + items, number + 1
     if damaged > (max_bad * sum(source.sizes) if split == "train" or allow_missing else 0):
@@ -519,7 +505,7 @@ def write_toy(root: Path, count: int, test: int, seed: int, size: int = 64) -> N
     """Generated pictures in exactly the release's form: objects are masks, the spot of a spotted object is a mask below it.
     Short captions leave out sizes and ground, summaries name everything; all three kinds of negatives. No object (shape, colour
     and size) of the test pictures is in a training picture."""
-    for sub in ("photos", "complete", "annotations"):
+    for sub in ("photos", "complete"):
         (root / sub).mkdir(parents=True, exist_ok=True)
     splits = {"train": [], "valid": [], "test": []}
     for i in range(count + test):
@@ -551,7 +537,6 @@ def write_toy(root: Path, count: int, test: int, seed: int, size: int = 64) -> N
         extra = f"The background is {s.tone} and {s.pattern}."
         entry = dict(image=f"sa_{i:07d}.png", height=size, width=size, short_caption=first, extra_caption=extra,
                      mask_keys=list(masks), mask_data=masks)  # fmt: skip
-        write_json(root / "annotations" / name, entry)
         write_json(root / "complete" / name, {**entry, "summaries": summaries, "negatives": negatives})
     write_json(root / "splits.json", splits)
 
@@ -577,30 +562,27 @@ def toy_negatives(s, seed) -> dict[str, list[str]]:
             for k, v in (("basic", changed), ("layout", moved), ("swaps", swaps))}  # fmt: skip
 
 
+def crop_of(item, size):
+    """The item's crop as CLIP sees it: short side to `size`, then the centre; long crops lose their ends."""
+    if isinstance(item.photo, tuple):
+        source, *place = item.photo
+        img = source.read(*place)["image"]
+    else:
+        img = data.decode_image(Path(item.photo).read_bytes(), item.photo)
+    return metrics.short_side(img.crop(item.box) if item.box else img, size, size)
+
+
 class Crops:
-    """Items as a source of pictures for data.Batches and data.in_order: cut when they are read."""
+    """Items as a source of pictures for data.load: cut when they are read."""
 
     def __init__(self, items, size):
-        self.items, self.size, self.sizes = items, size, [len(items)]
+        self.items, self.size, self.sizes, self.folder = items, size, [len(items)], "the photos of the crops"
 
     def read(self, shard, row):
-        item = self.items[row]
         try:
-            img = data.decode_image(Path(item.photo).read_bytes(), item.photo)
+            return {"image": crop_of(self.items[row], self.size)}
         except OSError as error:
-            raise data.BadSample(f"{item.photo} cannot be read ({error.strerror})") from error
-        return {"image": img.crop(item.box) if item.box else img, "row": row}
-
-    def view(self, sample, rng=None):
-        """What CLIP sees of it, every time the same: short side to size, then the centre; long crops lose their ends."""
-        return {**sample, "image": np.asarray(metrics.short_side(sample["image"], self.size, self.size))}
-
-
-def collate(parts):
-    if not parts:
-        return {}
-    image = torch.from_numpy(np.stack([p["image"] for p in parts])).permute(0, 3, 1, 2)
-    return {"image": image, "row": torch.tensor([p["row"] for p in parts])}
+            raise data.BadSample(f"{self.items[row].photo} cannot be read ({error.strerror})") from error
 
 
 def normalised(images):  # twin: normalised
@@ -639,10 +621,11 @@ def picture_features(model, items, env, part=64):
     source, out = Crops(items, model.visual.image_size), []
     for i in range(part * env.rank, len(items), part * env.world):
         try:
-            rows = [source.view(source.read(0, r)) for r in range(i, min(i + part, len(items)))]
+            images = [np.asarray(source.read(0, r)["image"]) for r in range(i, min(i + part, len(items)))]
         except data.BadSample as error:
             raise ValueError(f"{error}; the test needs every photo") from error
-        f = F.normalize(model.encode_image(normalised(collate(rows)["image"].to(env.device))).float(), dim=1)
+        x = normalised(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(env.device))
+        f = F.normalize(model.encode_image(x).float(), dim=1)
         out.append((i, f.cpu()))
     return torch.cat([f for _, f in sorted(ddp.gather_lists(out), key=lambda x: x[0])]).to(env.device)
 
@@ -791,23 +774,23 @@ def draw_texts(items, rows, key, many, u):
     """-> texts of each row: `many` captions without replacement (or the first ones, for key "first"), by uniform numbers u."""
     out = []
     for item, v in zip((items[r] for r in rows), u):
-        pool = item.captions if key in ("captions", "first") else item.negatives[key]
+        pool = item.captions if key in ("first", "pick1", "pick5") else item.negatives[key]
         order = range(many) if key == "first" else np.argsort(v[: len(pool)])[:many]
         out += [pool[i] for i in order]
     return out
 
 
-def method_loss(model, images, ids, ids_neg, ids_long, cfg):
-    """ids (b * M, L) captions of this process's crops; ids_neg, ids_long: (b, L) or None -> (loss, parts for the log)."""
+def method_loss(model, images, ids, many, cfg):
+    """ids: `many` captions of each of this process's b crops, then, in arms with negatives or whole descriptions, one more text
+    of each -> (loss, parts for the log)."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-        out = model(images, torch.cat([i for i in (ids, ids_neg, ids_long) if i is not None]))
+        out = model(images, ids)
     f, texts, scale = (v.float() for v in out)
     b = len(images)
-    M, first = len(ids) // b, ddp.rank() * b
-    own, rest = texts[: b * M].view(b, M, -1), texts[b * M :]
+    first = ddp.rank() * b
+    own, rest = texts[: b * many].view(b, many, -1), texts[b * many :]
     if cfg.arms == "negclip":
-        loss = negclip_loss(f, own[:, 0], rest, scale)
-        return loss, {"scale": scale}
+        return negclip_loss(f, own[:, 0], rest, scale), {"scale": scale}
     if cfg.arms == "dense+long":
         long = clip_pool_loss(scale * (f @ ddp.gather_rows(rest).T)[..., None], "avg",
                               scale * (rest @ ddp.gather_rows(f).T)[..., None], first)  # fmt: skip
@@ -821,8 +804,7 @@ def method_loss(model, images, ids, ids_neg, ids_long, cfg):
     l_clip = clip_pool_loss(scores, cfg.pool, to_pictures, first)
     if cfg.arms != "dense+neg":
         return l_clip, {"clip": l_clip, "scale": scale}
-    pos = scores[torch.arange(b), torch.arange(b) + first]  # (b, M)
-    pos = {"avg": pos.mean(1), "max": pos.amax(1)}.get(cfg.pool, pos.amin(1))
+    pos = caption_pool(scores, cfg.pool, first).diagonal(first)  # (b,)
     l_neg = negatives_loss(pos, scale * (f * rest).sum(1))
     return cfg.alpha * l_clip + cfg.beta * l_neg, {"clip": l_clip, "neg": l_neg, "scale": scale}
 
@@ -852,24 +834,22 @@ def train(cfg: Config) -> dict:
         result = evaluate(model, tok, test, cfg, env)
         log.finish(result)
         return result
-    items, many = items_of_arm(cfg, open_items(cfg, "train"))
-    pictures = hold(items, model.visual.image_size, cfg)
     lengthen(model, cfg.context)
-    if cfg.rank:
+    if cfg.rank:  # before any picture is read, which draws random numbers, too
         add_lora(model, cfg.rank, cfg.lora_alpha, cfg.lora_dropout).to(env.device)
         if cfg.context != 77:
             model.text.pos_embed.requires_grad_(True)
+    items, many = items_of_arm(cfg, open_items(cfg, "train"))
+    side = model.visual.image_size
+    pictures = data.load(Crops(items, side), np.arange(len(items)), side, env, cfg.memory_gb, cfg.workers, cfg.max_bad)
     fixed = model.text.pos_embed[:20].detach().clone()
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, fused=True)
     start, _ = ckpt.resume(out / "last.pt", cfg, model=model, opt=opt)
     micro_size = cfg.batch_size // cfg.accum
     b = env.share(cfg.batch_size, accum=cfg.accum)
-    stream = (data.InMemory(pictures, micro_size, env, cfg.seed, start * cfg.accum) if isinstance(pictures, dict) else
-              data.Batches(pictures, pictures.view, collate, micro_size, env, cfg.seed, start * cfg.accum, cfg.workers,
-                           cfg.max_bad))  # fmt: skip
+    stream = data.endless(pictures, side, micro_size, env, cfg.seed, start * cfg.accum, cfg.workers, cfg.max_bad)
     log = RunLog(cfg, env, cfg.arms, start)
-    first = "first" if cfg.captions == "first" else "captions"
     for step in range(start, cfg.steps):
         ddp.reseed(cfg.seed, env.rank, step)  # LoRA's dropout
         rate = cfg.lr * (1 - max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
@@ -879,14 +859,13 @@ def train(cfg: Config) -> dict:
             batch = next(stream)
             rows = batch["row"].tolist()
             u = np.random.default_rng((cfg.seed, 11, micro)).random((micro_size, 2, 64))[env.rank * b :]  # for the global batch
-            ids = tok(draw_texts(items, rows, first, many, u[:, 0]), model.text.context)
-            more = cfg.negatives if cfg.arms in ("dense+neg", "negclip") else ""
-            ids_neg = tok(draw_texts(items, rows, more, 1, u[:, 1]), model.text.context) if more else None
-            ids_long = tok([items[r].long for r in rows], model.text.context) if cfg.arms == "dense+long" else None
-            longest = max(int(i.argmax(1).max()) + 1 for i in (ids, ids_neg, ids_long) if i is not None)
-            ids, ids_neg, ids_long = (i if i is None else i[:, : min(i.shape[1], -(-longest // 8) * 8)].to(env.device)
-                                      for i in (ids, ids_neg, ids_long))  # fmt: skip
-            loss, parts = method_loss(wrapped, normalised(batch["image"].to(env.device)), ids, ids_neg, ids_long, cfg)
+            texts = draw_texts(items, rows, cfg.captions, many, u[:, 0])
+            if cfg.arms in ("dense+neg", "negclip"):
+                texts += draw_texts(items, rows, cfg.negatives, 1, u[:, 1])
+            elif cfg.arms == "dense+long":
+                texts += [items[r].long for r in rows]
+            ids = trim(tok(texts, model.text.context), 8).to(env.device)
+            loss, parts = method_loss(wrapped, normalised(batch["image"].to(env.device)), ids, many, cfg)
             (loss / cfg.accum).backward()
             mean_loss += loss.detach() / cfg.accum
         if cfg.context != 77:
@@ -928,20 +907,6 @@ def train(cfg: Config) -> dict:
     return result
 
 
-def hold(items, size, cfg):
-    """All crops as one tensor if they are small, else a source that cuts them when needed."""
-    source = Crops(items, size)
-    if len(items) * 3 * size * size > cfg.memory_gb * 2**30:
-        return source
-    parts = [p for p in data.in_order(source, source.view, collate, 256, workers=cfg.workers) if p]
-    lost = len(items) - sum(len(p["row"]) for p in parts)
-    if lost > cfg.max_bad * len(items):
-        raise ValueError(f"{lost} of {len(items)} crops cannot be read, more than --max_bad {cfg.max_bad}")
-    if lost and ddp.rank() == 0:
-        print(f"{lost} of {len(items)} crops cannot be read and were left out", file=sys.stderr)
-    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-
-
 def check(cfg: Config) -> None:
     """One sentence for what a user can get wrong."""
     cli.choose(cfg, "arms", arms=ARMS, pool=("avg", "max", "min", "hardest"), captions=("first", "pick1", "pick5"),
@@ -970,8 +935,10 @@ def run(cfg: Config) -> dict:
             write_toy(Path(cfg.data), cfg.images, cfg.test_images, cfg.seed)
         if env.world > 1:
             torch.distributed.barrier()
-    arms, known = cfg.arms.split(","), open_items(cfg, "train", say=env.is_main)
-    for arm in (a for a in arms if a != "clip"):  # before anything is trained
+    arms = cfg.arms.split(",")
+    trained = [a for a in arms if a != "clip"]  # the starting point alone needs no training pictures
+    known = open_items(cfg, "train", say=env.is_main) if trained else []
+    for arm in trained:  # before anything is trained
         items_of_arm(replace(cfg, arms=arm), known)
     items = open_items(cfg, "test", say=env.is_main)
     for arm in arms:
@@ -1016,8 +983,7 @@ def draw_items(items, path) -> None:
     """Pictures with their crops, first captions and first negatives, eight in all."""
     cut = {i.image for i in items if i.key != "base"}
     chosen = [i for i in items if i.image in cut][:8]
-    pictures = [data.decode_image(Path(i.photo).read_bytes(), i.photo) for i in chosen]
-    shown = [np.asarray(metrics.short_side(p.crop(i.box) if i.box else p, 128, 128)) for p, i in zip(pictures, chosen)]
+    shown = [np.asarray(crop_of(i, 128)) for i in chosen]
     wrong = [next((t for k in ("swaps", "rule") for t in i.negatives.get(k, [])), "") for i in chosen]
     texts = [f"{i.captions[0]}  NOT: {w}" if w else i.captions[0] for i, w in zip(chosen, wrong)]
     plot.save(plot.grid(shown, 4, texts, None, "crops, captions and negatives", 210, 6), path)

@@ -85,7 +85,7 @@ class Config:
     control_init: str = "zero"  # last layer of the control embedders: zero or normal
     drop_semantic: float = 0.1  # chance that class or text becomes the null one
     drop_control: float = 0.1  # chance that the controls are left out, drawn independently
-    guidance: float = 2.0  # lambda, of semantics; 1 = none; its branch without both is trained on the product of the drops
+    guidance: float = 2.0  # lambda, of semantics; 1 = none; the branch without both learns from drop_semantic x drop_control
     control_guidance: float = 1.0  # beta, of controls; 1 = ordinary guidance, 0 = controls ignored
     sample_steps: int = 16  # of DDIM / Euler; the paper: 50 for curves, 250 for its table of controls
     class_tokens: int = 4  # learned tokens of each class, which blocks attend to
@@ -528,6 +528,8 @@ def open_world(cfg: Config, device) -> tuple[nn.Module, World]:
     vae = (load_vae(cfg.vae) if cfg.vae else zoo.load_vae()).to(device)
     if cfg.image_size % (vae.factor * cfg.patch):
         raise ValueError(f"--image_size {cfg.image_size} must be a multiple of {vae.factor * cfg.patch}: autoencoder x patch")
+    if cfg.samples < 2 * ddp.world_size():
+        raise ValueError(f"--samples {cfg.samples} must be two pictures a process at least")
     if not cfg.data:
         train = scene_latents(cfg, vae, device, cfg.images, 3 * cfg.seed)
         val = scene_latents(replace(cfg, views=1), vae, device, min(512, cfg.samples), 3 * cfg.seed + 1)
@@ -616,30 +618,28 @@ def evaluate(model, vae, world, items, cfg, env) -> dict[str, float]:
     """Validation loss, and how far the picture moves when only the requested size changes. A model that ignores sizes does not
     move at all, so `heeds` says by how many percent the loss at low noise rises when it is told the next of the sizes. Also the
     Frechet distance to real pictures; for scenes, is the right thing drawn? The work is divided over the processes."""
-    out, device, total, recorded = {}, env.device, torch.zeros(4), set()
+    out, device, total = {}, env.device, torch.zeros(4)
     sizes = torch.tensor(world.sizes, dtype=torch.float32, device=device)
     used = min(sum(world.val.sizes), cfg.samples) // env.world * env.world
     part = slice(env.rank, used, env.world)
     rows = data.in_order(world.val, lambda s: items(s, np.random.default_rng(0)), items.collate, 256, part)
     shape = world.val.read(0, 0)["mean"].shape
     noise = zip(*(x[part].split(256) for x in draw_noise(EVALUATION, 0, used, shape, device)))
-    for (mean, logvar, controls, semantic), (u, n1, n2) in zip(rows, noise):
-        z0 = vae.to_latent(mean.to(device), logvar.to(device), n1[: len(mean)])  # without damaged rows
+    for (mean, logvar, controls, semantic), numbers in zip(rows, noise):
+        u, n1, n2 = (x[: len(mean)] for x in numbers)  # without damaged rows
+        z0 = vae.to_latent(mean.to(device), logvar.to(device), n1)
         no = torch.zeros(len(z0), dtype=torch.bool, device=device)
-        semantic = to_device(semantic, device)
-        controls, losses = controls.to(device), []
-        u, n2 = u[: len(z0)], n2[: len(z0)]
+        semantic, controls, losses = to_device(semantic, device), controls.to(device), []
         wrong = controls.clone()
         wrong[:, 5:] = sizes[((controls[:, 5:, None] - sizes).abs().argmin(2) + 1) % len(sizes)]
         for c, t in ((controls, u[:, 0]), (controls, 0.2 * u[:, 0]), (wrong, 0.2 * u[:, 0])):
             losses.append(diffusion_loss(model, z0, time_of(cfg.objective, t), n2, cfg.objective, noise_scale(cfg), controls=c,
                                          drop_s=no, drop_c=no, **semantic))  # fmt: skip
         total += len(z0) * torch.tensor([1.0, *losses])
-        recorded |= {tuple(size) for size in controls[:, 5:].tolist()}
     total = ddp.all_sum(total.to(device))
     out["val_loss"] = (total[1] / total[0]).item()
     mine = slice(env.rank, None, env.world)
-    if len(set(ddp.gather_lists(list(recorded)))) > 1:  # of one size alone, nothing can be learned about sizes
+    if len(sizes) > 1:  # of one size alone, nothing can be learned about sizes
         out["heeds"] = 100 * (total[3] / total[2] - 1).item()
         # The control-swap distance: same noise, same semantics, only the requested size differs
         few = world.asked[: max(1, min(64, len(world.asked)) // env.world) * env.world]
@@ -664,8 +664,6 @@ def evaluate(model, vae, world, items, cfg, env) -> dict[str, float]:
 
 def spread(zs):
     """Mean over pairs of sizes of the root mean square difference: zs (sizes, B, ...) -> float."""
-    if len(zs) < 2:
-        return 0.0
     pairs = [(zs[i] - zs[j]).square().flatten(1).mean(1).sqrt().mean() for i in range(len(zs)) for j in range(i)]
     return torch.stack(pairs).mean().item()
 
@@ -717,7 +715,6 @@ def train(cfg: Config) -> dict:
     model = build(cfg, vae, world, env.device)
     wrapped = ddp.wrap(torch.compile(model) if cfg.compile else model, env)
     ema, shown = optim.Ema(model, cfg.ema_decay), copy.deepcopy(model).eval()
-    params = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), cfg.lr, (0.9, 0.95), 1e-8, fused=True)
     state = {"model": model, "ema": ema, "opt": opt}
     start, _ = ckpt.resume(out / "last.pt", cfg, **state)
@@ -734,8 +731,8 @@ def train(cfg: Config) -> dict:
 
     log = RunLog(cfg, env, out.name, start)
     for step in range(start, cfg.steps):
-        fall = (cfg.steps - step) / max(1.0, cfg.decay * cfg.steps)
-        optim.set_lr(opt, cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup), fall if cfg.decay else 1.0))
+        rate = min(1.0, (step + 1) / max(1, cfg.warmup), (cfg.steps - step) / max(1.0, cfg.decay * cfg.steps))
+        optim.set_lr(opt, cfg.lr * rate)
         mean_loss = 0.0
         for micro in range(cfg.accum):
             mean, logvar, controls, semantic = (to_device(x, env.device) for x in next(batches))
@@ -755,7 +752,7 @@ def train(cfg: Config) -> dict:
                 )
             (loss / cfg.accum).backward()
             mean_loss += loss.detach() / cfg.accum
-        norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
         ema.update(model)
@@ -796,7 +793,7 @@ def to_uint8(x):  # twin: to_uint8
 
 def draw(model, vae, world, items, cfg, device, folder):
     """A sheet of samples, and one that changes only the requested size."""
-    asked = (world.asked * 16)[:16]
+    asked = world.asked[:16]
     images = decode(vae, pictures(model, vae, items, cfg, device, asked), device)
 
     def name(a):

@@ -296,16 +296,14 @@ def open_world(cfg: Config, device) -> World:
     if cfg.image_size < 2 * vae.factor or cfg.samples < 2 * ddp.world_size():
         raise ValueError("--image_size must give latents of 2 pixels a side, --samples two pictures a process")
     if not cfg.data:
-        part, eye = {}, zoo.load_judge().to(device)
-        for i, (name, n) in enumerate((("train", cfg.images), ("val", min(512, cfg.samples)), ("real", cfg.samples))):
-            world = [scenes.scene(j, 3 * cfg.seed + i, (1, 1), grid=1) for j in range(n)]
-            images = scenes.render(world, cfg.image_size)
-            mean, logvar = encode(vae, images, device)
-            part[name] = data.Table(mean=mean, logvar=logvar, label=[label(s) for s in world]), images, world
+        counts = (cfg.images, min(512, cfg.samples), cfg.samples)  # to train on, to validate with, to compare with
+        worlds = [[scenes.scene(j, 3 * cfg.seed + i, (1, 1), grid=1) for j in range(n)] for i, n in enumerate(counts)]
+        images = [scenes.render(world, cfg.image_size) for world in worlds]
+        latents = [encode(vae, x, device) for x in images[:2]]
+        train, val = (data.Table(mean=m, logvar=v, label=[label(s) for s in w]) for (m, v), w in zip(latents, worlds))
         classes = [f"{c} {s}" for c in scenes.COLOURS for s in scenes.SHAPES]
-        real = to_unit(part["real"][1], "cpu")
-        return World(vae, part["train"][0], part["val"][0], classes, spectrum(real), eye, features(eye, real, device),
-                     part["real"][2])  # fmt: skip
+        real, eye = to_unit(images[2], "cpu"), zoo.load_judge().to(device)
+        return World(vae, train, val, classes, spectrum(real), eye, features(eye, real, device), worlds[2])
     train, val = (data.Latents(cfg.data, split, vae.fingerprint()) for split in ("train", "val"))
     if train.size != cfg.image_size:
         raise ValueError(f"{cfg.data} holds latents of {train.size} px, --image_size is {cfg.image_size}")
@@ -438,8 +436,7 @@ def kept_mib(model, vae, closure):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = closure()
-    del loss
+        closure()
     return sum(seen.values()) / 2**20
 
 
@@ -495,7 +492,7 @@ def train(cfg: Config, arm: str) -> dict:
                 began += time.monotonic() - before  # a diagnostic, no part of a step
             (loss / cfg.accum).backward()
             mean_loss += loss.detach() / cfg.accum
-        norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
         ema.update(model)
@@ -542,12 +539,10 @@ def train(cfg: Config, arm: str) -> dict:
 
 def phase_one(cfg: Config) -> Config:
     """The settings that phase 1 depends on, so that runs with other arms may start from it (--after)."""
-    plain = Config()
     method = ("after", "weight", "lpl_start", "tau", "norm", "detach_stats", "mask", "depth_weights", "recompute", "guidance",
               "sample_steps", "samples", "inception", "eval_every")  # fmt: skip
-    return replace(
-        cfg, out_dir=str(Path(cfg.out_dir, "pretrain")), steps=cfg.pretrain, **{k: getattr(plain, k) for k in method}
-    )
+    plain = {k: getattr(Config, k) for k in method}
+    return replace(cfg, out_dir=str(Path(cfg.out_dir, "pretrain")), steps=cfg.pretrain, **plain)
 
 
 def settings(cfg: Config, arm) -> Config:

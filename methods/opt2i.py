@@ -119,8 +119,7 @@ class Config:
 # 2. THE IDEA (start reading here) ------------------------------------------------------------------------------------
 @dataclass
 class Scored:
-    """A prompt with its score (DSG: in [0, 1]; dCS: a cosine) against the user prompt, mean of its
-    pictures, and that of each element."""
+    """A prompt, its score against the user prompt (DSG: in [0, 1]; dCS: a cosine; mean of its pictures), each element's."""
 
     prompt: str
     score: float
@@ -479,12 +478,11 @@ class LmProposer:
 # 4. DATA: prompts with questions, generators, scorers ------------------------------------------------------------------------
 @dataclass
 class Task:
-    """A user prompt and its questions {id: text}, parents {id: ids}; scene: of generated prompts."""
+    """A user prompt and its questions {id: text}, parents {id: ids}."""
 
     prompt: str
     questions: dict = field(default_factory=dict)
     parents: dict = field(default_factory=dict)
-    scene: scenes.Scene | None = None
 
 
 def make_tasks(cfg) -> list[Task]:
@@ -495,7 +493,7 @@ def make_tasks(cfg) -> list[Task]:
         s = scenes.scene(i, cfg.seed * 1000 + 800, (2, 2), grid=2)
         asked = [q for q in scenes.questions(s) if q["kind"] != "place" and "solid" not in q["about"]]
         texts, parents = ({q["id"]: q[k] for q in asked} for k in ("text", "parents"))
-        out.append(Task(zoo.ground_first(scenes.caption(s)), texts, parents, s))
+        out.append(Task(zoo.ground_first(scenes.caption(s)), texts, parents))
     return out
 
 
@@ -553,7 +551,7 @@ def by_command(cfg, prompt, seed):
         filled = [re.sub(r"\{prompt\}|\{seed\}|\{out\}", lambda m: values[m[0]], a) for a in shlex.split(cfg.image_command)]
         for _ in range(2):  # a failure that is not the prompt's may pass
             try:
-                done = subprocess.run(filled, capture_output=True, text=True, timeout=cfg.timeout)  # no shell: a prompt is data
+                done = subprocess.run(filled, capture_output=True, errors="replace", timeout=cfg.timeout)  # no shell
                 problem = f"status {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1][:200]}"
                 if not done.returncode and out.exists():
                     break
@@ -764,7 +762,7 @@ def searched(cfg) -> list[str]:
 def selections(results, cfg) -> tuple[list[int], dict[str, list[float]]]:
     """Post-hoc selection (paper, Sec. 3.5): -> numbers k, method -> mean score of its k best pictures, DSG in percent, cosines
     times 100; over prompts that were not right at once. Of every search the pictures up to the number that the shortest one
-    drew: the best of many are better than the best of few. Searches of full length: --target 2."""
+    drew: the best of many are better than the best of few. For searches of full length pass --target 2."""
     some = [r["methods"] for r in results if all(not right_at_once(m, cfg) for m in r["methods"].values())]
     most = min((len(m["picture_scores"]) for s in some for m in s.values()), default=0)
     ks = [k for k in (1, 4, 10, 25, 50, 100, 200, 400, 600) if k < most]
@@ -818,20 +816,17 @@ def summary(results, cfg) -> tuple[list[list], dict]:
 
 def set_metrics(tasks, results, draw, judge, cfg) -> dict:
     """Frechet distance, precision, recall and diversity of all pictures of the first prompts, and of the best ones."""
-    out, device = {}, next(judge.parameters()).device
-    world = [scenes.scene(i, cfg.seed * 1000 + 900, (2, 2), grid=2) for i in range(512)]
-    x = scenes.render(world, 32)
-    real = torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1
+    device, method, n, out = next(judge.parameters()).device, searched(cfg)[0], cfg.fresh, {}
+    world = scenes.render([scenes.scene(i, cfg.seed * 1000 + 900, (2, 2), grid=2) for i in range(512)], 32)
 
+    @torch.no_grad()
     def features(images):
-        with torch.no_grad():
-            return torch.cat([judge.features(p.to(device), 2).cpu() for p in images.split(256)])
+        return torch.cat([judge.features(p.to(device), 2).cpu() for p in images.split(256)])
 
-    f_real, method = features(real), searched(cfg)[0]
+    f_real = features(torch.from_numpy(world).permute(0, 3, 1, 2) / 127.5 - 1)
     for name in ("first", "best"):
         prompts = [t.prompt if name == "first" else r["methods"][method]["prompt"] for t, r in zip(tasks, results)]
-        sets = [draw(p, cfg.fresh, cfg.seed + 500_000) for p in prompts]
-        each, n = [features(s) for s in sets], cfg.fresh
+        each = [features(draw(p, n, cfg.seed + 500_000)) for p in prompts]
         f = [F.normalize(v.double(), dim=1) for v in each]
         inner = [1 - ((v.sum(0).square().sum() - n) / (n * (n - 1))).item() for v in f] if n > 1 else [math.nan]
         fake = torch.cat(each)

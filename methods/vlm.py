@@ -61,7 +61,7 @@ class Config:
     seed: int = 0  # of weights, scenes, data order, questions and masks
     steps: int = 400  # optimiser updates of each arm; of lm at most 1,000
     batch_size: int = 64  # GLOBAL number of pictures, divided by the number of processes
-    accum: int = 1  # micro-batches an update; no negatives of each other, words are averaged in each
+    accum: int = 1  # micro-batches an update; negatives come from the same one, and words are averaged in it
     lr: float = 1.5e-3  # peak, AdamW; of frozen and frozen+lora, with few new weights, three times as much
     wd: float = 0.05  # weight decay
     warmup: int = 30  # updates of linear warm-up, then half a cosine
@@ -149,10 +149,10 @@ def llip_scores(tokens, keys, f_txt, queries):
 
 def masked_ce(logits, target):
     """Cross-entropy at the hidden places, target (B, L) with -100 elsewhere; 0, not NaN, if nothing is hidden. The mean is over
-    the hidden places of all processes. In the tutorial's section 2.3.3 an encoder keeps Z of X: over ln 2 this is an upper
-    bound, in bits a token, of what Z leaves open of the hidden ones, the distortion; what the masks leave is the rate."""
+    the hidden places of all processes. Section 2.3.3 of the tutorial: divided by ln 2, this bounds from above, in bits a hidden
+    token, the distortion H(X | Z), what the encoder's output Z leaves unknown; what the masks leave visible bounds the rate."""
     loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=-100, reduction="sum")
-    count = ddp.all_sum((target != -100).sum().float().detach())
+    count = ddp.all_sum((target != -100).sum().float())
     return loss * ddp.world_size() / count.clamp(min=1)
 
 
@@ -955,7 +955,7 @@ def chair(given, objects, classes, references):
 
 class Scorer:
     """How well pictures and texts fit, for every head of every family, and what a model writes; all benchmarks go through it.
-    The head "likelihood - blind" takes off what the text has before a grey picture, that is, without one."""
+    The head "likelihood - blind" subtracts the text's score before a grey picture, which stands for no picture."""
 
     def __init__(self, model, tok, cfg, device):
         self.model, self.tok, self.cfg, self.device = model, tok, cfg, device
@@ -1043,7 +1043,7 @@ def evaluate(model, tok, test: Pairs, cfg, env) -> dict:
         stages["questions"] = lambda: questions(score, test, rows, seen, cfg)
     if writes:
         stages["captions"] = lambda: captions(score, seen, test, rows)
-    if isinstance(model, Masked) and model.box is not None and world:
+    if isinstance(model, Masked) and model.box is not None:
         stages["boxes"] = lambda: {"box IoU > 0.5": grounding(score, world, seen, cfg)}
     bar = tqdm(stages, f"{cfg.arms} tests", unit="test", leave=False, disable=not env.is_main)
     for name in bar:
@@ -1084,6 +1084,20 @@ def zero_shot(score, cfg) -> dict:
     return out
 
 
+def against(score, seen, true, wrong, name) -> tuple[dict, dict, dict]:
+    """True captions against wrong ones -> by head: share of right ones, of ties, of right ones before a grey picture; and both
+    scores."""
+    a, b = (score.pairs(seen, texts) for texts in (true, wrong))
+    grey = [score.pairs(score.blank.expand(len(true), -1, -1), texts) for texts in (true, wrong)]
+    out = {}
+    for head in a:
+        right, ties = prefers(a[head], b[head])
+        out |= {f"{head}: {name}": 100 * right, f"{head}: {name}, ties": 100 * ties}
+        if head != "likelihood - blind":
+            out[f"{head}: blind {name}"] = 100 * prefers(grey[0][head], grey[1][head])[0]
+    return out, a, b
+
+
 def compositional(score, cfg) -> dict:
     """ARO's and SugarCrepe's form by kind, one wrong caption a picture, and the same before a grey picture; Winoground's form
     from exchanged words, where the wrong caption has its own picture. "add" starts from one object fewer than the largest
@@ -1095,14 +1109,8 @@ def compositional(score, cfg) -> dict:
         rows = [i for i, some in enumerate(made) if some]
         wrong = [made[i][i % len(made[i])] for i in rows]
         texts = [scenes.caption(world.scenes[i], brief=True) for i in rows], [n["caption"] for n in wrong]
-        seen = score.see(world.pictures["image"])[rows]
-        true, false = (score.pairs(seen, t) for t in texts)
-        blind = [score.pairs(score.blank.expand(len(rows), -1, -1), t) for t in texts]
-        for head in score.model.heads:
-            right, ties = prefers(true[head], false[head])
-            out |= {f"{head}: {kind}": 100 * right, f"{head}: {kind}, ties": 100 * ties}
-            if head != "likelihood - blind":
-                out[f"{head}: blind {kind}"] = 100 * prefers(blind[0][head], blind[1][head])[0]
+        found, true, false = against(score, score.see(world.pictures["image"])[rows], *texts, kind)
+        out |= found
         if kind == "swap":
             counter = torch.from_numpy(scenes.render([n["scene"] for n in wrong], cfg.image_size)).permute(0, 3, 1, 2)
             there = [score.pairs(score.see(counter), t) for t in texts]
@@ -1126,18 +1134,11 @@ def read_sugarcrepe(path, keys) -> tuple[list[int], list[str], list[str], list[s
 def sugarcrepe(score, seen, keys, cfg) -> dict:
     """By kind, and of all rows together before a grey picture, too."""
     places, true, wrong, kinds = read_sugarcrepe(cfg.sugarcrepe, keys)
-    own = seen[places]
-    a, b, out = score.pairs(own, true), score.pairs(own, wrong), {"SugarCrepe rows": float(len(places))}
-    blind = [score.pairs(score.blank.expand(len(places), -1, -1), texts) for texts in (true, wrong)]
-    for head in a:
-        if head != "likelihood - blind":
-            out[f"{head}: blind SugarCrepe"] = 100 * prefers(blind[0][head], blind[1][head])[0]
-        right, ties = prefers(a[head], b[head])
-        out |= {f"{head}: SugarCrepe": 100 * right, f"{head}: SugarCrepe, ties": 100 * ties}
-        for kind in sorted(set(kinds)):
-            mine = torch.tensor([k == kind for k in kinds])
-            out[f"{head}: SugarCrepe {kind}"] = 100 * prefers(a[head][mine], b[head][mine])[0]
-    return out
+    out, a, b = against(score, seen[places], true, wrong, "SugarCrepe")
+    for kind in sorted(set(kinds)):
+        mine = torch.tensor([k == kind for k in kinds])
+        out |= {f"{head}: SugarCrepe {kind}": 100 * prefers(a[head][mine], b[head][mine])[0] for head in a}
+    return out | {"SugarCrepe rows": float(len(places))}
 
 
 def questions(score, test, rows, seen, cfg) -> dict:
@@ -1379,7 +1380,7 @@ def check(cfg: Config) -> None:
     cli.within(cfg, "noise keep mask_words mask_patches wrong drop_tokens", 0, 1)
     cli.within(cfg, "objects", 1, 3)
     cli.within(cfg, "shots", 0)
-    cli.within(cfg, "context", 8)
+    cli.within(cfg, "context", 16)
     if cfg.patch < 2 or cfg.patch & (cfg.patch - 1):
         raise ValueError(f"--patch {cfg.patch} must be a power of two, 2 at least")
     stem = [max(16, cfg.width >> i) for i in range(cfg.patch.bit_length() - 1)]
@@ -1392,12 +1393,8 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--eval_data {cfg.eval_data} needs --data: a model of generated scenes knows no photographs")
     if "mask+boxes" in cfg.arms.split(",") and cfg.data:
         raise ValueError("the arm mask+boxes needs generated scenes, whose objects have one name each; leave --data out")
-    if cfg.sugarcrepe and not Path(cfg.sugarcrepe).is_file():
-        raise ValueError(f"--sugarcrepe {cfg.sugarcrepe} does not exist")
     if cfg.sugarcrepe and not cfg.data:
-        raise ValueError("--sugarcrepe needs --data (or --eval_data) with the pictures of COCO's val2017")
-    if not cfg.data and cfg.codes > cfg.pairs * (cfg.image_size // cfg.patch) ** 2:
-        raise ValueError(f"--codes {cfg.codes} is more than the patches of --pairs {cfg.pairs} training pictures")
+        raise ValueError(f"--sugarcrepe {cfg.sugarcrepe} needs --data, and COCO's val2017 there or in --eval_data")
 
 
 def run(cfg: Config) -> dict:

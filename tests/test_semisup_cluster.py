@@ -217,7 +217,7 @@ def step(env, method, stage, mix, seed=0, length=0, **kw):
     teacher = M.copy.deepcopy(net).requires_grad_(False) if method == "daino" else None
     B_u, B_l = M.batch_sizes(cfg)
     u = next(data.endless(world.train, 16, B_u, env)) if B_u else None
-    y = next(data.endless(world.labelled[2], 16, B_l, env, 1)) if B_l else None
+    y = next(data.endless(world.labelled, 16, B_l, env, 1)) if B_l else None
     queue = M.Queue(2, length, cfg.embed_dim)
     queue.z.copy_(F.normalize(torch.randn(2, length, cfg.embed_dim, generator=torch.Generator().manual_seed(1)), dim=2))
     if teacher:
@@ -373,7 +373,7 @@ def test_clusters_become_classes(tmp_path, monkeypatch):
     def world(cfg, env):
         train = part(300, 0, 16)
         rows = data.pick(train["label"], 20, 0)
-        return M.World(train, part(500, 1, 16), list(names), {20: {k: v[rows] for k, v in train.items()}})
+        return M.World(train, part(500, 1, 16), list(names), {k: v[rows] for k, v in train.items()})
 
     monkeypatch.setattr(M, "open_world", world)
     cfg = M.Config(method="suave", stage="semi", image_size=16, batch_size=48, width=8, hidden=64, embed_dim=32, labels="20",
@@ -458,7 +458,7 @@ def test_pictures_without_a_label_and_damaged_labelled_ones(tmp_path):
     cfg = replace(CFG, data=str(tmp_path / "s"), labels="15", method="suave", stage="semi")
     world = M.open_world(cfg, ENV)
     assert len(world.train["label"]) == 130 and (world.train["label"] == -1).sum() == 78
-    assert world.labelled[15]["label"].bincount().tolist() == [15] * 3
+    assert world.labelled["label"].bincount().tolist() == [15] * 3
     assert M.train(replace(cfg, steps=1, warmup=0, out_dir=str(tmp_path / "r")))["prototypes"] >= 0
     assert damage(tmp_path / "s", 0.01) == 1  # of 130 pictures; the phase without labels does not mind, nor does 5 %
     assert not M.open_world(replace(cfg, stage="ssl"), ENV).labelled

@@ -279,11 +279,11 @@ def test_imagenet9_objectnet_and_mit_states_are_read(tmp_path, monkeypatch):
     folder_of(tmp_path / "mit", ["old cat", "new_cat", "old dog", "new dog", "adj dog"], 8)
     cfg = M.replace(CFG, in9=str(tmp_path / "in9"), objectnet=str(tmp_path / "on"), mit_states=str(tmp_path / "mit"))
     env, model = ddp.Env(0, 1, torch.device("cpu")), M.Encoder(CFG).eval()
-    out = M.further_tests(model, lambda f: torch.eye(2)[torch.zeros(len(f)).long()], [], [], None, cfg, env)  # always class 0
+    out = M.further_tests(model, lambda f: torch.eye(2)[torch.zeros(len(f)).long()], [], [], cfg, env)  # always class 0
     assert out["in9_original"] == 50 and out["objectnet"] == 100 and out["in9_gap"] == 100 - 50
     assert 0 <= out["mit_objects"] <= 100
     monkeypatch.setattr(M, "half_probe", lambda f, y, cfg: y.bincount().tolist())
-    out = M.further_tests(model, None, [], [], None, M.replace(CFG, mit_states=str(tmp_path / "mit")), env)
+    out = M.further_tests(model, None, [], [], M.replace(CFG, mit_states=str(tmp_path / "mit")), env)
     assert out == {"mit_attributes": [0, 16, 16], "mit_objects": [16, 24]}  # "adj" is no attribute
     (tmp_path / "in9/in_to_in9.json").write_text('{"0": 0}')
     with pytest.raises(ValueError, match="1,000 classes"):
@@ -508,7 +508,7 @@ def test_embeddings_that_do_not_fit(tmp_path):
         (["--grad_clip", "-1"], ["--grad_clip -1", "at least 0"]),
         (["--probe_l2", "nan"], ["--probe_l2"]),
         (["--text_width", "0"], ["--text_width 0"]),
-        (["--in9", "."], ["--in9", "1,000 classes"]),
+        (["--in9", "."], ["--in9 .", "bg_challenge"]),
     ],
 )
 def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
