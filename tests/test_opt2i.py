@@ -529,7 +529,8 @@ def test_an_answer_that_was_cut_ends_with_a_whole_prompt():
 
 def test_pictures_by_command_and_by_endpoint(tmp_path):
     (tmp_path / "draw.py").write_text(
-        "import sys; from PIL import Image; p, s, o = sys.argv[1:]; Image.new('RGB', (8, 8), (len(p), int(s) % 256, 0)).save(o)"
+        "import sys; from PIL import Image; p, s, o = sys.argv[1:]; Image.new('RGB', (8, 8), (len(p), int(s) % 256, 0)).save(o)\n"
+        "sys.stderr.buffer.write(b'\\xff')"  # no UTF-8, and no matter
     )
     cfg = M.Config(image_command=f"{M.sys.executable} {tmp_path}/draw.py {{prompt}} {{seed}} {{out}}")
     images = M.make_generator(cfg, "cpu")("a; touch cat's `x`", 2, 1)  # no shell reads the prompt

@@ -339,6 +339,33 @@ def test_yes_or_no(text, want):
     assert M.yes_or_no(text) == want
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("arm", ["coca", "mask", "frozen"])
+def test_questions_are_answered_by_the_likelier_candidate(world, arm):
+    """Yes or no by their probabilities, one candidate after the other; equal ones are no answer."""
+    tok, model = world[1], model_of(arm, world[1])
+    score = M.Scorer(model, tok, CFG, torch.device("cpu"))
+    seen = model.see(torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(4)))
+    texts, options = (
+        ["Is there a star?", "What colour is the moon?", "Is it red?"],
+        [("yes", "no"), ("red", "blue", "green"), ("no", "no")],
+    )
+    best, sure = score.answers(seen, texts, options)
+    for i in range(2):
+        total = []
+        for word in options[i]:
+            ids, counted = M.rows_of(tok, [texts[i]], [word], CFG.context)
+            if arm == "mask":
+                counted &= ids < model.mask_id - 2  # the end is no word
+                given = model.cloze(seen[i : i + 1], ids, counted)[0].log_softmax(1)
+            else:
+                given = model.logits(seen[i : i + 1], ids)[0].log_softmax(1).roll(1, 0)  # of each word, before it
+            total.append(sum(given[j, ids[0, j]].item() for j in range(ids.shape[1]) if counted[0, j]))
+        p = torch.tensor(total).softmax(0)
+        assert best[i] == int(p.argmax()) and sure[i] == pytest.approx(p.max().item(), rel=1e-4)
+    assert best[2] == -1 and sure[2] == pytest.approx(0.5)
+
+
 def test_pope():
     truth = [True, False] * 50
     always = M.pope_score([True] * 100, truth)
