@@ -492,6 +492,15 @@ def test_init_has_to_predict_what_is_trained(tmp_path):
     torch.save({"x": torch.zeros(1)}, tmp_path / "w.pt")  # published weights do not say it
     user_error(inside(M, *start[:-3], tmp_path / "w.pt", *start[-2:]), "predicts eps")
     assert inside(M, "--preset", "smoke", "--out_dir", tmp_path / "q").returncode == 0
+    weights = tmp_path / "q/lpl/model.safetensors"
+    done = inside(M, *start[:-3], weights, "--image_size", 64, "--out_dir", tmp_path / "s")
+    assert done.returncode == 0, done.stderr
+    cfg, vae_ = M.Config(init=str(weights), image_size=64), M.zoo.load_vae()
+    model, kept = M.build(cfg, vae_, 72).state_dict(), load_file(weights)
+    assert model["pos_embed"].shape[1] == 4 * kept["pos_embed"].shape[1]  # four times as many tokens
+    assert all(torch.equal(model[k], v) for k, v in kept.items() if k != "pos_embed")
+    with pytest.raises(ValueError, match="72 classes and 8 channels, the data 5"):
+        M.build(cfg, vae_, 5)
     (tmp_path / "q/pretrain/last.pt").unlink()
     for arm in ("control", "lpl"):
         (tmp_path / "q" / arm / "metrics.json").unlink()

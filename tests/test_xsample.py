@@ -346,6 +346,18 @@ def test_one_and_two_processes_and_the_report(tmp_path):
             assert logs[0][0]["step"] == 1 and logs[0][0][key] == pytest.approx(logs[1][0][key], abs=1e-4), (m, key)
 
 
+def test_starting_from_a_trained_backbone(tmp_path):
+    """--init brings the body, bit for bit, and nothing else; another network's file is refused."""
+    old = M.Encoder(CFG)
+    M.ckpt.export(tmp_path / "w.safetensors", old.state_dict())
+    new = M.Encoder(CFG)
+    M.load_backbone(new, tmp_path / "w.safetensors")
+    a, b = old.state_dict(), new.state_dict()
+    assert all(torch.equal(a[k], b[k]) == k.startswith("body.") for k in a if "weight" in k and a[k].ndim > 1)
+    with pytest.raises(ValueError, match="does not hold this backbone"):
+        M.load_backbone(M.Encoder(M.replace(CFG, width=CFG.width + 8)), tmp_path / "w.safetensors")
+
+
 @pytest.mark.hard  # five kills of each script are in test_hard.py
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     args = [sys.executable, "methods/xsample.py", *SMALL, "--steps", "60", "--save_every", "5", "--method", "xclr"]
