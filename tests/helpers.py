@@ -17,9 +17,10 @@ import torch.multiprocessing as mp
 
 from common import zoo
 
-mp.set_forkserver_preload(["torch", "tests.helpers"])  # processes of `in_processes` start from one that has read torch
-
 ROOT = Path(__file__).resolve().parent.parent
+METHODS = sorted(p.stem for p in (ROOT / "methods").glob("[a-z]*.py"))
+# Processes of in_processes() are forked from one that has read everything, which takes a process of its own seconds
+mp.set_forkserver_preload(["pytest", "tests.helpers", "common.vision", *(f"methods.{name}" for name in METHODS)])
 
 
 def run(*args, cwd=ROOT, timeout=300, **env):
