@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import os
+import sys
 import tarfile
 import threading
 import zlib
@@ -506,6 +507,10 @@ def load(source, rows, size: int, env, gb: float, workers: int = 0, max_bad: flo
     if len(rows) - count > max_bad * max(len(rows), 1000) or not count:
         bad = f"{len(rows) - count} of {len(rows)} pictures are damaged"
         raise ValueError(f"{source.folder}: {bad}, more than --max_bad {max_bad}; prepare them again")
+    if count < len(rows) and env.is_main:
+        first = np.setdiff1d(rows, held["row"][:count].numpy())[0]
+        print(f"{source.folder}: {len(rows) - count} of {len(rows)} pictures are damaged and left out, sample {first} first",
+              file=sys.stderr)  # fmt: skip
     return {k: v[:count].to(env.device) for k, v in held.items()}
 
 

@@ -16,10 +16,9 @@ Symbols    B crops, M captions of each, s (B, B, M) scores times the logit scale
 Run        python methods/dci.py --preset smoke                              (CPU, no data, under 30 s)
            python methods/dci.py                                             (CPU, no data; 5.3 min on two quiet cores)
            torchrun --nproc_per_node=2 methods/dci.py --preset paper --data DIR --init CLIP --tokenizer MERGES
-           python methods/dci.py --arms clip --data data/coco_mini --min_side 32 --init CLIP --tokenizer MERGES   (boxes)
+           python methods/dci.py --arms clip --data data/coco --min_side 32 --init CLIP --tokenizer MERGES        (boxes)
 Data       a generated copy of DCI's files (schema of the release), the release itself with SA-1B's photos beside it, or shards
-           with boxes by data_prep/coco.py. DCI: CC BY-NC 4.0, photos:
-           SA-1B research licence
+           with boxes by data_prep/coco.py. DCI: CC BY-NC 4.0, photos: SA-1B research licence
 Expect     laptop: SCM 70.5 +- 9.1 CLIP, 83.8 +- 10.0 dense, 75.9 +- 7.8 with L_neg; Neg 43, 66, 89; order 22, 36, 21; 3 seeds
 Differs    from the released code: pooling "hardest" takes the minimum of the positives before anything is pooled (there it
            comes too late: 0.154 for 0.904 on the test matrix), max and min do not fall back to the mean; missing photos
@@ -502,7 +501,7 @@ def shuffled(text: str, rng) -> str:
 
 
 def write_toy(root: Path, count: int, test: int, seed: int, size: int = 64) -> None:
-    """Generated pictures in exactly the release's form: objects are masks, the spot of a spotted object is a mask below it.
+    """Generated pictures in the form of the release's complete/: objects are masks, a spot is a mask below its object.
     Short captions leave out sizes and ground, summaries name everything; all three kinds of negatives. No object (shape, colour
     and size) of the test pictures is in a training picture."""
     for sub in ("photos", "complete"):
@@ -582,7 +581,7 @@ class Crops:
         try:
             return {"image": crop_of(self.items[row], self.size)}
         except OSError as error:
-            raise data.BadSample(f"{self.items[row].photo} cannot be read ({error.strerror})") from error
+            raise data.BadSample(f"{error.filename} cannot be read ({error.strerror})") from error
 
 
 def normalised(images):  # twin: normalised

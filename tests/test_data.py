@@ -296,6 +296,17 @@ def test_in_memory_batches_are_parts_of_one_stream():
     assert len(rows(1, batch=25)[0]["row"]) == 25  # more than an epoch in one batch
 
 
+def test_what_is_left_out_of_memory_is_said(tmp_path, capsys):
+    body = {i: b"damaged" if i in (3, 8) else picture((i, 0, 0)) for i in range(12)}
+    prepare(tmp_path, {"train": list(body)}, lambda i: (str(i), "png", body[i], {"label": i}), per_shard=5)
+    rows = [8, 2, 3, 11]
+    held = D.load(D.Shards(tmp_path, "train"), rows, 16, env(), gb=1)
+    assert held["row"].tolist() == [2, 11] and held["label"].tolist() == [2, 11]
+    assert "2 of 4 pictures are damaged and left out, sample 3 first" in capsys.readouterr().err
+    D.load(D.Shards(tmp_path, "train"), rows, 16, env(1, 2), gb=1)
+    assert not capsys.readouterr().err  # one process says it
+
+
 def test_pictures_in_memory_and_from_the_loader(folder):
     source = D.Shards(folder, "train")
     part = D.Subset(source, [24, 0, 8])

@@ -65,8 +65,11 @@ def test_a_conversation(server, tmp_path):
     client = opt2i.ChatClient(url, name, timeout=120, retries=1, pause=0.1, max_tokens=24, log=log)
     history = [opt2i.Scored("a red star", 0.5, [("Is there a star?", 0.75)])]
     text = client.chat(*opt2i.meta_prompt("a red star", history, 5))
-    assert isinstance(text, str) and len(text) > 0
     assert client.usage["requests"] == 1 and client.usage["completion_tokens"] == 24 and client.usage["prompt_tokens"] > 200
+    body = {"model": name, "messages": [{"role": "user", "content": "a red star"}], "max_tokens": 24}
+    reply = client.request("/chat/completions", body)
+    assert isinstance(reply["choices"][0]["message"]["content"], str) and reply["choices"][0]["finish_reason"] == "length"
+    assert isinstance(text, str)  # cut off after 24 tokens, too: its last whole line, if there is one
     kept = json.loads(log.read_text())
     assert kept["answer"] == text and kept["model"] == name
     again = opt2i.ChatClient("http://127.0.0.1:9/v1", replay=log)  # nobody listens there
