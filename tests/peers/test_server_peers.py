@@ -65,11 +65,11 @@ def test_a_conversation(server, tmp_path):
     client = opt2i.ChatClient(url, name, timeout=120, retries=1, pause=0.1, max_tokens=24, log=log)
     history = [opt2i.Scored("a red star", 0.5, [("Is there a star?", 0.75)])]
     text = client.chat(*opt2i.meta_prompt("a red star", history, 5))
-    assert client.usage["requests"] == 1 and client.usage["completion_tokens"] == 24 and client.usage["prompt_tokens"] > 200
+    assert client.usage["requests"] == 1 and 0 < client.usage["completion_tokens"] <= 24 and client.usage["prompt_tokens"] > 200
     body = {"model": name, "messages": [{"role": "user", "content": "a red star"}], "max_tokens": 24}
-    reply = client.request("/chat/completions", body)
-    assert isinstance(reply["choices"][0]["message"]["content"], str) and reply["choices"][0]["finish_reason"] == "length"
-    assert isinstance(text, str)  # cut off after 24 tokens, too: its last whole line, if there is one
+    choice = client.request("/chat/completions", body)["choices"][0]
+    assert isinstance(choice["message"]["content"], str) and choice["finish_reason"] in ("length", "stop")
+    assert isinstance(text, str)  # an answer cut off after 24 tokens keeps its whole lines, of which random words have none
     kept = json.loads(log.read_text())
     assert kept["answer"] == text and kept["model"] == name
     again = opt2i.ChatClient("http://127.0.0.1:9/v1", replay=log)  # nobody listens there
