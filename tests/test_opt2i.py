@@ -210,7 +210,7 @@ def said(text, **more):
 
 
 def client(server, **options):
-    return M.ChatClient(server.url, "m", "secret", **{"pause": 0.01, "retries": 3, "timeout": 5.0, **options})
+    return M.ChatClient(server.url, "m", "secret", **{"pause": 0.01, "retries": 3, "timeout": 60.0, **options})
 
 
 def test_a_request_has_the_right_form():
@@ -253,18 +253,18 @@ def no_http(handler):
     handler.wfile.write(b"garbage\r\n\r\n")
 
 
-def slow(handler):
-    time.sleep(1.0)
-    drop(handler)
+def silent(handler):
+    handler.connection.recv(1)  # until the client has gone
 
 
 @pytest.mark.parametrize(
-    "trouble", [(429, {}), (500, b"oops"), (503, {}), (200, b"not json"), (200, b"[1]"), drop, cut_short, slow]
+    "trouble", [(429, {}), (500, b"oops"), (503, {}), (200, b"not json"), (200, b"[1]"), drop, cut_short, silent]
 )
 def test_passing_trouble_costs_a_retry(trouble):
     with Server() as server:
         server.plan[:] = [trouble, trouble, (200, said("at last"))]
-        assert client(server, timeout=0.4).chat("s", "u") == "at last" and len(server.seen) == 3
+        patience = 2.0 if trouble is silent else 60.0  # a busy machine may take a second for a good answer
+        assert client(server, timeout=patience).chat("s", "u") == "at last" and len(server.seen) == 3
 
 
 @pytest.mark.parametrize("trouble", [(401, {"error": "who are you"}), (404, b"nothing here"), (400, b"bad")])
@@ -379,7 +379,7 @@ def test_a_server_that_drips_is_given_up():
         handler.send_response(200)
         handler.end_headers()
         try:
-            for _ in range(100):
+            for _ in range(1200):
                 handler.wfile.write(b" ")
                 time.sleep(0.05)
         except OSError:
@@ -389,8 +389,8 @@ def test_a_server_that_drips_is_given_up():
         server.plan[:] = [drip]
         began = time.monotonic()
         with pytest.raises(M.ServerError, match="failed 2 times.*longer than --timeout"):
-            client(server, retries=1, timeout=0.4).chat("s", "u")
-        assert time.monotonic() - began < 4.5  # the whole drip would take 5
+            client(server, retries=1, timeout=1.5).chat("s", "u")
+        assert time.monotonic() - began < 30  # the whole drip would take 60
 
 
 def test_endless_trouble_ends_with_a_sentence():

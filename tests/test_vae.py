@@ -272,7 +272,7 @@ def test_unreadable_files(tmp_path):
 
 
 def test_train_vae_resumes_exactly_and_its_file_loads(tmp_path):
-    base = ["--preset", "smoke", "--save_every", "1", "--out_dir"]
+    base = ["--preset", "smoke", "--steps", "16", "--save_every", "1", "--out_dir"]
     assert inside(train_vae, *base, tmp_path / "a").returncode == 0
     process = subprocess.Popen([sys.executable, "data_prep/train_vae.py", *base, str(tmp_path / "b")], cwd=ROOT,
                                stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})  # fmt: skip
