@@ -67,7 +67,7 @@ class Config:
     seed: int = 0  # of weights, scenes, data order and augmentation
     steps: int = 500  # optimiser updates of each arm
     batch_size: int = 64  # GLOBAL number of pairs, divided by the number of processes
-    accum: int = 1  # micro-batches an update; they are no negatives of each other
+    accum: int = 1  # micro-batches an update; no negatives of each other; logged parts of the loss are of the last one
     lr: float = 2e-3  # peak, AdamW; the paper: 3e-3 at batch 4096
     wd: float = 0.5  # weight decay; the paper: 0.1, on CC3M 0.5
     warmup: int = 40  # updates of linear warm-up from 1e-6; the paper: one epoch

@@ -64,7 +64,7 @@ class Config:
     seed: int = 0  # of scenes, data order, captions and LoRA
     steps: int = 300  # optimiser updates of each arm; the paper's: 10 epochs
     batch_size: int = 64  # GLOBAL number of crops, divided by the number of processes; released settings: 64
-    accum: int = 1  # micro-batches an update; they are no negatives of each other
+    accum: int = 1  # micro-batches an update; no negatives of each other; logged parts of the loss are of the last one
     lr: float = 2e-3  # AdamW, linear decay to 0; released: 5e-4, 1e-3, 1e-4
     wd: float = 0.0  # weight decay
     warmup: int = 0  # updates of linear warm-up

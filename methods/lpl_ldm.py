@@ -65,7 +65,7 @@ class Config:
     seed: int = 0  # of weights, scenes, data order and noise
     steps: int = 200  # optimiser updates of phase 2, each arm; the paper, by summaries of it: 120,000 or 200,000
     batch_size: int = 64  # GLOBAL, divided by the number of processes
-    accum: int = 1  # micro-batches an update; the perceptual term is a mean over the gated samples of each
+    accum: int = 1  # micro-batches an update; LPL is a mean over the gated samples of each; the log has the last one's
     lr: float = 5e-3  # AdamW, constant after the warm-up; large for a small model; usual at scale: 1e-4
     wd: float = 0.0  # weight decay
     warmup: int = 50  # updates of linear warm-up in phase 1; phase 2 goes on with its optimiser's state

@@ -61,7 +61,7 @@ class Config:
     seed: int = 0  # of weights, scenes, data order, questions and masks
     steps: int = 400  # optimiser updates of each arm; of lm at most 1,000
     batch_size: int = 64  # GLOBAL number of pictures, divided by the number of processes
-    accum: int = 1  # micro-batches an update; negatives come from the same one, and words are averaged in it
+    accum: int = 1  # micro-batches an update; negatives and means over words are its own; logged parts are the last one's
     lr: float = 1.5e-3  # peak, AdamW; of frozen and frozen+lora, with few new weights, three times as much
     wd: float = 0.05  # weight decay
     warmup: int = 30  # updates of linear warm-up, then half a cosine
@@ -109,7 +109,7 @@ class Config:
     tokenizer: str = ""  # CLIP's merges file in its place
     memory_gb: float = 8.0  # pictures below this size are kept in memory
     sugarcrepe: str = ""  # its csv (kind, file, caption, negative_caption), for rows whose pictures are among the test pictures
-    ask: str = ""  # a picture: answer --question with a trained model of out_dir, and end
+    ask: str = ""  # a picture: answer --question with the first of --arms that writes, trained before in out_dir, and end
     question: str = ""  # for --ask; "" = what is to be seen
 
 
@@ -247,8 +247,7 @@ class Vision(ViT):
 
     def __init__(self, cfg, registers: int = 0, masks: bool = False):
         super().__init__(cfg.image_size, cfg.patch, cfg.width, cfg.depth, cfg.heads, registers=registers)
-        widths = [3, *(max(16, cfg.width >> i) for i in range(round(math.log2(cfg.patch)) - 1, -1, -1))]
-        stages = [(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.GELU()) for a, b in itertools.pairwise(widths)]
+        stages = [(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.GELU()) for a, b in itertools.pairwise([3, *stem(cfg)])]
         self.patch_embed = nn.Sequential(*itertools.chain(*stages), nn.Conv2d(cfg.width, cfg.width, 1))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, cfg.width)) if masks else None
         side = torch.arange(cfg.image_size // cfg.patch)  # places are heard from the first step on, as in MAE
@@ -271,6 +270,11 @@ class Vision(ViT):
         for block in self.blocks[:layers]:
             x = block(x)
         return self.norm(x) if layers is None else x
+
+
+def stem(cfg):
+    """Channels of the convolutions before the first block: each halves the side, the last has the transformer's width."""
+    return [max(16, cfg.width >> i) for i in reversed(range(cfg.patch.bit_length() - 1))]
 
 
 def full(x):
@@ -1383,10 +1387,9 @@ def check(cfg: Config) -> None:
     cli.within(cfg, "context", 16)
     if cfg.patch < 2 or cfg.patch & (cfg.patch - 1):
         raise ValueError(f"--patch {cfg.patch} must be a power of two, 2 at least")
-    stem = [max(16, cfg.width >> i) for i in range(cfg.patch.bit_length() - 1)]
-    if cfg.width < 16 or any(w % 8 for w in stem) or cfg.width % cfg.heads:
+    if cfg.width < 16 or any(w % 8 for w in stem(cfg)) or cfg.width % cfg.heads:
         raise ValueError(f"--width {cfg.width} must be 16 at least, a multiple of --heads {cfg.heads}, and the channels of the "
-                         f"convolutions before it ({', '.join(map(str, stem))}) multiples of 8")  # fmt: skip
+                         f"convolutions before it ({', '.join(map(str, stem(cfg)))}) multiples of 8")  # fmt: skip
     if cfg.image_size % cfg.patch:
         raise ValueError(f"--image_size {cfg.image_size} must be a multiple of --patch {cfg.patch}")
     if cfg.eval_data and not cfg.data:
@@ -1399,9 +1402,9 @@ def check(cfg: Config) -> None:
 
 def run(cfg: Config) -> dict:
     """All arms with what they need, each in its own folder; finished arms are kept. Prints one table, family by metric."""
+    check(cfg)
     if cfg.ask:
         return {"answer": answer_once(cfg)}
-    check(cfg)
     env = ddp.start(cfg.seed)
     env.share(cfg.batch_size, accum=cfg.accum)
     if cfg.sugarcrepe:  # before anything is trained
@@ -1451,9 +1454,9 @@ def report(cfg, scores) -> None:
 
 @torch.no_grad()
 def answer_once(cfg) -> str:
-    """--ask: a picture of your own, a question, the answer of a trained arm."""
+    """--ask: a picture of your own, a question, the answer of a trained arm, of the first of --arms that writes."""
     img = data.decode_image(Path(cfg.ask).read_bytes(), cfg.ask)
-    for arm in ("coca", "frozen+all", "frozen+lora", "frozen"):
+    for arm in (a for a in cfg.arms.split(",") if ARMS[a][0] in ("coca", "frozen")):
         folder = Path(cfg.out_dir, arm)
         if (folder / "metrics.json").exists():
             saved = json.loads((folder / "config.json").read_text())
@@ -1465,7 +1468,7 @@ def answer_once(cfg) -> str:
             text = score.write(score.see(part["image"]), [cfg.question or score.prompt])[0]
             print(f"{arm}: {text}")
             return text
-    raise ValueError(f"--ask: {cfg.out_dir} holds no trained arm that writes; train coca or frozen first")
+    raise ValueError(f"--ask: of --arms {cfg.arms}, {cfg.out_dir} holds no trained arm that writes; train coca or frozen first")
 
 
 # 7. MAIN -----------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Config:
     seed: int = 0  # of weights, scenes, data order and augmentation
     steps: int = 250  # optimiser updates of each arm
     batch_size: int = 128  # GLOBAL number of samples, two views each; divided by the number of processes
-    accum: int = 1  # micro-batches an update; they are no negatives of each other
+    accum: int = 1  # micro-batches an update; no negatives of each other; logged parts of the loss are of the last one
     lr: float = 4e-3  # peak; the paper's is not verified
     wd: float = 1e-4  # weight decay
     warmup: int = 20  # updates of linear warm-up, then cosine to 0

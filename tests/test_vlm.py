@@ -696,10 +696,10 @@ def test_smoke_makes_its_files_and_the_table(tmp_path):
         M, *SMALL, "--arms", "frozen+lora", "--lora", 2, "--codes", 8, "--out_dir", tmp_path / "r"
     )  # infonce has no rank
     assert lora.returncode == 0 and "infonce" not in lora.stderr, lora.stderr
-    asked = inside(
-        M, *SMALL, "--out_dir", tmp_path / "r", "--ask", tmp_path / "r/coca/curves.png", "--question", "Is there a star?"
-    )
-    assert asked.returncode == 0, asked.stderr
+    ask = ["--out_dir", tmp_path / "r", "--ask", tmp_path / "r/coca/curves.png", "--question", "Is there a star?"]
+    for more, arm in (((), "coca: "), (("--arms", "mask,frozen,coca"), "frozen: ")):  # the first that writes
+        asked = inside(M, *SMALL, *ask, *more)
+        assert asked.returncode == 0 and asked.stdout.startswith(arm), asked.stderr + asked.stdout
 
 
 @pytest.mark.hard
