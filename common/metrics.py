@@ -171,6 +171,8 @@ def frechet_infinity(real: torch.Tensor, fake: torch.Tensor, points: int = 15, s
     """FID-infinity (Chong & Forsyth 2020): the distance falls with the sample size like a + b / M; returns a, by least squares
     over `points` random subsets of the generated features, from min(5000, max(M / 10, 2)) to M rows."""
     M, g = len(fake), torch.Generator().manual_seed(seed)
+    if M < 3:
+        raise ValueError(f"{M} generated rows are too few for a line through distances of two sizes")
     sizes = torch.linspace(min(5000, max(M // 10, 2)), M, points).long().tolist()
     x = Moments().update(real)
     fd = [x.frechet(Moments().update(fake[torch.randperm(M, generator=g)[:m]])) for m in sizes]

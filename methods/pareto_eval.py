@@ -487,6 +487,8 @@ def read_points(path) -> list[Point]:
             out.append(Point(r["model"], r["knob"], float(r["value"]), folder, given))
         except ValueError:
             raise ValueError(f"{path}: the value {r['value']!r} of {r['model']} is not a number") from None
+        if not math.isfinite(out[-1].value):
+            raise ValueError(f"{path}: the value {r['value']!r} of {r['model']} is not finite")
         if r["knob"] == "top_m":
             raise ValueError(f"{path}: the knob top_m is made here, by --top_m and --clip; give {r['model']}'s another name")
         if any(p.model == r["model"] and p.given != given for p in out):
@@ -675,6 +677,7 @@ def check(cfg: Config) -> None:
     cli.choose(cfg, "models", extractor=("judge", "inception", "dinov2", "clip"), resize=("pytorch-fid", "tf1", "clean"),
                dtype=("float32",), models=("early", "middle", "late", "search", "codec"))  # fmt: skip
     cli.within(cfg, "per_prompt real_per_prompt k steps", 1)
+    cli.within(cfg, "regions", 0)
     for field, low in (("guidance", 0), ("sampler_steps", 1), ("levels", 2), ("top_m", 1), ("neighbours", 1)):
         if any(v < low or v != int(v) and field != "guidance" for v in numbers(cfg, field)):
             whole = "" if field == "guidance" else "a whole number, "

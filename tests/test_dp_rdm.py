@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from common import metrics
 from data_prep import coco
 from methods import dp_rdm as M
 from tests.helpers import ROOT, both, in_processes, inside, user_error
@@ -718,3 +720,204 @@ def test_banks_from_files(tmp_path):
 )
 def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
     user_error(inside(M, *SMALL, "--out_dir", tmp_path / "r", *flags), *words)
+
+
+# Between the pure functions and a run: what is charged is what is done, what is said is what is computed
+
+
+def some_world():
+    g = torch.Generator().manual_seed(0)
+    public, private, queries = (torch.randn(n, 6, generator=g) for n in (30, 20, 3))
+    return M.World(None, public, private, None, ["a"] * 3, queries)
+
+
+def test_an_arm_retrieves_with_what_it_is_charged_for():
+    world, seen = some_world(), []
+    ledger = type("L", (), {"charge": lambda self, q, z: seen.append((q, z))})()
+    for lam in (1.0, 0.25):
+        for eps, bank in ((10.0, world.private_bank), (0.0, world.public_bank)):
+            got = M.conditions(M.Arm(eps, 5, 10, 0.1, 0.5), world, M.Config(lam=lam, other="text"), ledger, M.Random(7))
+            random = M.Random(7)
+            want = torch.stack([M.private_retrieve(q, bank, 10, 0.1, 0.5, random) for q in world.queries])
+            torch.testing.assert_close(got[:, 0], (lam * want + (1 - lam) * M.unit(world.queries)).float())
+    assert seen == [(0.5, 0.5)] * 6  # z = 0.1 * 10 / 2, of the private arm alone
+    got = M.conditions(M.Arm(math.inf, k=4), world, M.Config(), None, None)
+    torch.testing.assert_close(got[0, 0], M.private_retrieve(world.queries[0], world.private_bank, 4, 0.0).float())
+
+
+def test_a_charge_of_another_kind_counts_against_what_is_spent(tmp_path):
+    ledger = M.Ledger(tmp_path / "l", 2.0, 1e-5)
+    n = M.find_queries(2.0, 1.0, 20.0, 1e-5)
+    ledger.check(1.0, 20.0, n)
+    ledger.charge(0.01, 1.0, 300)
+    for f in (ledger.charge, ledger.check):
+        with pytest.raises(M.BudgetExceeded):
+            f(1.0, 20.0, n)
+
+
+def test_answers_are_begun_only_if_all_can_be_paid(tmp_path):
+    n, arm = M.find_queries(2.0, 0.5, 5.0, 1e-5), M.Arm(2.0, 8, 100, 0.1, 0.5)  # z = 5
+    ledger = M.Ledger(tmp_path / "l", 2.0, 1e-5)
+    M.Answers(tmp_path, arm, torch.zeros(n, 3), ledger)
+    with pytest.raises(M.BudgetExceeded):
+        M.Answers(tmp_path, arm, torch.zeros(n + 1, 3), ledger)
+
+
+def test_delta_of_the_user_reaches_arms_and_meter(tmp_path):
+    cfg = M.Config(**{**M.PRESETS["smoke"], "out_dir": str(tmp_path), "delta": 1e-3})
+    (arm,) = [a for a in M.make_arms(cfg, 64, 64) if 0 < a.eps < math.inf]
+    assert arm.k == M.whole_k(10.0, 0.5, 0.5, 8, 1e-3) != M.whole_k(10.0, 0.5, 0.5, 8, 1 / 64)
+    score = M.run(cfg)
+    head = json.loads((tmp_path / "experiment_ledger_10_8.jsonl").read_text().splitlines()[0])
+    bank = M.open_world(cfg, M.Embedder(cfg, torch.device("cpu"))).private_bank
+    assert head == {"budget": 10.0, "delta": 1e-3, "bank": M.hashlib.blake2b(bank.numpy(), digest_size=12).hexdigest()}
+    assert score["epsilon 10, 8 queries spent"] == pytest.approx(M.epsilon(0.5, 0.5 * arm.k / 2, 8, 1e-3))
+    kept, shown = torch.load(tmp_path / "last.pt", weights_only=True), load_file(tmp_path / "model.safetensors")
+    for k, v in kept["ema"].items():  # the averaged weights are exported
+        torch.testing.assert_close(shown[k], v)
+    assert any(not torch.equal(shown[k], kept["model"][k]) for k in kept["ema"])
+
+
+def test_the_loss_is_flow_matching_with_logit_normal_times():
+    cfg, seen = M.Config(drop=0.3, max_noise=0.2), []
+
+    def model(zt, t, tokens, keep):
+        seen.append((zt, t, tokens, keep))
+        return torch.zeros_like(zt)
+
+    g = torch.Generator().manual_seed(0)
+    z0, near, noise, extra = (torch.randn(*s, generator=g) for s in ((4, 2, 3, 3), (4, 3, 6), (4, 2, 3, 3), (4, 6)))
+    u = torch.tensor([[0.5, 0.1], [0.1, 0.3], [0.9, 0.29], [0.7, 0.9], [0.25, 0.0]])
+    loss = M.method_loss(model, z0, near, u, noise, extra, cfg)
+    zt, t, tokens, keep = seen[0]
+    normal = torch.distributions.Normal(0, 1).icdf(u[:4, 0])
+    torch.testing.assert_close(t, 1 / (1 + (-normal).exp()))
+    for i in range(4):
+        torch.testing.assert_close(zt[i], z0[i] + t[i] * (noise[i] - z0[i]))  # 0: picture, 1: noise
+    assert keep.tolist() == [False, True, False, True]
+    torch.testing.assert_close(tokens, M.noisy_mean(near, 0.2, u[4, 0], extra))
+    assert loss.item() == pytest.approx((noise - z0).square().mean().item())
+    assert M.method_loss(lambda *args: noise - z0, z0, near, u, noise, extra, cfg) == 0
+
+
+def test_sampling_follows_the_guided_flow():
+    noise, target, tokens = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.randn(3, 1, 6)
+    times = []
+
+    def model(z, t, tokens, keep):  # exact velocities to `target` with the condition, to 0 without
+        times.append(t[0].item())
+        assert tokens.shape[0] == 6 and keep.tolist() == [True] * 3 + [False] * 3
+        goal = torch.where(keep[:, None, None, None], torch.cat([target, target]), 0.0)
+        return torch.cat([noise, noise]) - goal
+
+    torch.testing.assert_close(M.sample(model, tokens, noise, 1.0, 4), target)
+    assert times == [1.0, 0.75, 0.5, 0.25]
+    torch.testing.assert_close(M.sample(model, tokens, noise, 2.5, 4), 2.5 * target)
+    torch.testing.assert_close(M.sample(model, tokens, noise, 0.0, 3), torch.zeros_like(noise), atol=1e-6, rtol=0)
+
+
+def test_the_null_token_stands_where_keep_is_false():
+    model = M.Generator(6, (4, 8), M.Config(dim=16, depth=1, heads=2))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    z, t, a, b = torch.randn(2, 4, 8, 8), torch.rand(2), torch.randn(2, 1, 6), torch.randn(2, 1, 6)
+    keep = torch.tensor([True, False])
+    one, two = model(z, t, a, keep), model(z, t, b, keep)
+    assert torch.equal(one[1], two[1]) and not torch.allclose(one[0], two[0])
+
+
+def test_neighbours_are_the_nearest_the_picture_itself_first():
+    bank, env = M.unit(torch.randn(23, 6)).float(), M.ddp.Env(0, 1, torch.device("cpu"))
+    got = M.neighbours_of(bank, 4, env, block=5)
+    assert torch.equal(got, (bank @ bank.T).argsort(1, descending=True)[:, :4]) and got[:, 0].tolist() == list(range(23))
+
+
+def test_what_the_public_model_depends_on():
+    base = M.training_part(M.Config())
+    needed = dict(k=5, max_noise=0.2, drop=0.0, images=10, steps=9, seed=1, lr=1.0, batch_size=8, ema_decay=0.5, public="x", vae="x",
+                  clip="x")  # fmt: skip
+    for name, value in needed.items():
+        assert M.training_part(M.replace(M.Config(), **{name: value})) != base, name
+    for name, value in dict(sigma=0.5, q=0.5, lam=0.5, records=9, guidance=1.0).items():
+        assert M.training_part(M.replace(M.Config(), **{name: value})) == base, name
+
+
+def test_pictures_are_embedded_as_clip_wants_them():
+    embed, (_, images) = M.Embedder(M.Config(), torch.device("cpu")), M.generated(5, 1, False)
+    pil = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]
+    want = M.zoo.load_clip().eval().encode_image(metrics.clip_input(pil, embed.side))
+    torch.testing.assert_close(embed.pictures(images, part=2), torch.nn.functional.normalize(want, dim=1), atol=1e-4, rtol=1e-3)
+
+
+def test_the_noisy_public_arm():
+    cfg = M.Config(budgets="5,9,20", queries="1000,2000", q=0.02)
+    arms = M.make_arms(cfg, 12_000, 9_000)
+    a, noisy = next(a for a in arms if a.eps == 9 and a.queries == 2000), arms[1]
+    assert noisy == M.replace(a, eps=0.0, q=0.02 * 12_000 / 9_000) and noisy.name == "public, as noisy"
+    assert M.make_arms(cfg, 12_000, 100)[1].q == 1.0
+    for a in arms:
+        if 0 < a.eps < math.inf:
+            spent = [M.epsilon(0.02, 0.1 * k / 2, a.queries, 1 / 12_000) for k in (a.k, a.k - 1)]
+            assert spent[0] <= a.eps < spent[1]
+
+
+def test_the_plan_says_how_long_a_budget_lasts(capsys):
+    M.run(M.Config(plan=True, records=82800, q=0.01, sigma=0.05, budgets="10", queries="1000"))
+    out = capsys.readouterr().out
+    row = next(line.split() for line in out.splitlines() if line.startswith("32 "))
+    assert row == ["32", "0.8", f"{M.find_queries(10, 0.01, 0.8, 1 / 82800):,}"]
+
+
+def test_private_things_are_spotted_and_public_ones_are_not_all():
+    assert all(s.things[0].texture == "spotted" for s in M.generated(50, 1, True)[0])
+    assert len({s.things[0].texture for s in M.generated(50, 1, False)[0]}) > 2
+
+
+def test_near_ties_that_float32_cannot_tell():
+    e = 1e-3 + 1e-5 * torch.rand(2_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    bank = torch.zeros(2_000, 8, dtype=torch.float64)
+    bank[:, 0], bank[:, 1] = e.cos(), e.sin()
+    bank *= 1 + torch.arange(2_000)[:, None] % 7
+    for norms in (None, bank.norm(dim=1)):
+        for block in (64, 10_000):
+            got = M.nearest(torch.eye(8, dtype=torch.float64)[0], bank, 5, None, norms, block)
+            assert got.tolist() == e.argsort()[:5].tolist()
+
+
+def test_a_subsample_reaches_the_last_record_however_short_the_gaps():
+    random = M.Random(0)
+    random.uniform = lambda n: torch.full((n,), 1 - 1e-12, dtype=torch.float64)  # every gap is 1
+    assert random.subsample(1000, 0.01).tolist() == list(range(1000))
+
+
+def test_evaluation_numbers(tmp_path, monkeypatch):
+    cfg = M.Config(**M.PRESETS["smoke"])
+    g = torch.Generator().manual_seed(0)
+    test, fake = (torch.randint(0, 256, (24, 3, 32, 32), generator=g, dtype=torch.uint8) for _ in range(2))
+    fake = fake // 2
+    queries = M.unit(torch.randn(24, 64, generator=g)).float()
+    monkeypatch.setattr(M, "sample", lambda model, tokens, noise, guidance, steps: noise)
+    vae = type("Exact", (), {"z": 4, "factor": 4, "decode": lambda self, z: fake.float() / 127.5 - 1})()
+
+    def f(x):
+        return x.float().flatten(1)[:, :6]
+
+    embed = type("E", (), {"pictures": lambda self, x: M.unit(f(x) @ torch.eye(6, 64)).float()})()
+    world = M.World(test, torch.eye(64), torch.eye(64), test, ["x"] * 24, queries)
+    M.ddp.start(0)
+    env, arm = M.ddp.Env(0, 1, torch.device("cpu")), M.Arm(0.0, k=4)
+    got, pixels = M.evaluate(None, vae, f, f(test), embed, world, arm, cfg, env, tmp_path)
+    want = metrics.prdc(f(test), f(fake), 5)
+    assert torch.equal(pixels, fake) and want["coverage"] != metrics.prdc(f(fake), f(test), 5)["coverage"]
+    assert got["density"] == want["density"] and got["coverage"] == want["coverage"] and got["spent"] == 0
+    assert got["fd"] == pytest.approx(metrics.frechet_distance(f(test), f(fake)))
+    assert got["clip"] == pytest.approx(100 * sum(float(a @ b) for a, b in zip(embed.pictures(fake), queries)) / 24, rel=1e-4)
+
+
+def test_every_micro_batch_has_its_own_noise(tmp_path, monkeypatch):
+    seen, loss = [], M.method_loss
+    monkeypatch.setattr(M, "method_loss", lambda *args: seen.append(args[3:6]) or loss(*args))
+    M.run(M.Config(**{**M.PRESETS["smoke"], "out_dir": str(tmp_path), "accum": 2, "steps": 2, "batch_size": 8}))
+    assert len(seen) == 4
+    for kind in zip(*seen):  # times, noise of the latents, noise of the condition
+        assert not any(torch.equal(a, b) for i, a in enumerate(kind) for b in kind[:i])

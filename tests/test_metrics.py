@@ -316,6 +316,50 @@ def test_clip_scores():
     assert M.ref_clip_score(a, b, refs)[1] == 0
 
 
+def test_kernel_distance_equals_loops_and_draws_of_both_sets():
+    x, y = gauss(7, 5).double(), gauss(7, 5, seed=1).double() + 0.5
+
+    def k(a, b):
+        return (float(a @ b) / 5 + 1) ** 3
+
+    pairs = [(i, j) for i in range(7) for j in range(7) if i != j]
+    want = sum(k(x[i], x[j]) + k(y[i], y[j]) for i, j in pairs) / 42 - 2 * sum(k(a, b) for a in x for b in y) / 49
+    assert M.kernel_distance(x, y, subsets=1) == pytest.approx(want, rel=1e-12)
+    y = torch.cat([x[:5], x[:5] + 100])  # the second half of y must be drawn, too, and the second of x
+    for a, b in ((x[:5], y), (y, x[:5])):
+        assert M.kernel_distance(a, b, subsets=20) > 1e3
+
+
+def test_inception_score_of_parts():
+    logits = gauss(20, 4) * 3
+    p = logits.double().softmax(1)[np.random.RandomState(2020).permutation(20)]
+    scores = []
+    for part in (p[:10], p[10:]):
+        q = part.mean(0)
+        scores.append(math.exp(np.mean([sum(float(v * (v / w).log()) for v, w in zip(row, q)) for row in part])))
+    assert M.inception_score(logits, 2) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
+
+
+def test_ref_clip_score_is_a_harmonic_mean():
+    a, b = torch.tensor([[1.0, 0]]), torch.tensor([[0.6, 0.8]])
+    refs = torch.tensor([[[0.0, 1.0], [-1.0, 0.0]]])  # CLIPScore 1.5, largest cosine to a reference 0.8
+    assert M.ref_clip_score(a, b, refs)[0] == pytest.approx(2 * 1.5 * 0.8 / 2.3)
+
+
+def test_published_constants_and_the_squash():
+    assert M.MEAN_STD["clip"] == ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # OpenAI's
+    assert M.MEAN_STD["dino"] == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 120, 3), dtype=np.uint8))
+    T = torchvision.transforms
+    square = T.Compose([T.Resize((224, 224), T.InterpolationMode.BICUBIC), T.ToTensor(), T.Normalize(*M.MEAN_STD["dino"])])
+    torch.testing.assert_close(M.dino_input([wide])[0], square(wide))
+
+
+def test_frechet_infinity_needs_two_sizes():
+    with pytest.raises(ValueError, match="too few"):
+        M.frechet_infinity(gauss(50, 3), gauss(2, 3))
+
+
 # The FID network
 
 

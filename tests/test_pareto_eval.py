@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from common import ddp, scenes, vae
+from common import ddp, metrics, scenes, vae
 from common.vit import CLIP, TextTransformer, ViT
 from methods import pareto_eval as M
 from tests.helpers import both, inside, run, user_error
 
 SMALL = ["--preset", "smoke"]
+CPU = ddp.Env(0, 1, torch.device("cpu"))
 
 
 def test_front_and_volume_constants():
@@ -307,6 +308,8 @@ def test_wrong_folders(world):
     assert inside(M, *flags(world, "--max_bad", 0.2)).returncode == 0
     (world / "points.csv").write_text("model,knob,value,folder\nb,guidance,high,b1\n")
     user_error(inside(M, *flags(world)), "'high'", "not a number")
+    (world / "points.csv").write_text("model,knob,value,folder\na,guidance,nan,a1\n")
+    user_error(inside(M, *flags(world)), "'nan'", "not finite")
     (world / "points.csv").write_text("model,knob\nb,guidance\n")
     user_error(inside(M, *flags(world)), "points.csv", "value is missing")
     (world / "prompts.csv").write_text("id,prompt\np0,a\np0,b\n")
@@ -497,3 +500,216 @@ def test_a_comma_without_quotes(world):
 )
 def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
     user_error(inside(M, *SMALL, "--out_dir", tmp_path / "r", *flags), *words)
+
+
+# Between the pure functions and a run: roles, knobs, prompts and settings reach what they name
+
+
+def test_set_metrics_are_those_of_the_named_prompts():
+    """Roles, neighbours and rows: real first, k of the settings, the first `count` pictures of each prompt and real ones of no prompt."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(31, 4, generator=g), 0.5 * torch.randn(30, 4, generator=g)
+    real = {"feature": x, "prompt": torch.tensor([0, 1, 2, 3, 4] * 6 + [-1])}
+    fake = {"feature": y, "prompt": torch.tensor([4, 3, 2, 1, 0] * 6)}
+    got = M.marginal(fake, real, [0, 2, 3], 5, M.Config(k=2))
+    a = torch.cat([x[real["prompt"] == p] for p in (0, 2, 3, -1)])
+    b = torch.cat([y[fake["prompt"] == p][:5] for p in (0, 2, 3)])
+    want = metrics.prdc(a, b, 2) | {"fd": metrics.frechet_distance(a, b), "vendi": metrics.vendi(b),
+                                    "kd": metrics.kernel_distance(a, b, 10), "n_real": 19, "n_gen": 15}  # fmt: skip
+    assert got == pytest.approx(want, abs=1e-9) and want["precision"] > want["recall"]  # little spread: precise, not diverse
+
+
+def test_fronts_are_taken_within_a_task_and_upwards():
+    points = [M.Point("a", "g", i, given=t) for i, t in enumerate(("text", "text", "text", "picture"))]
+    values = [(2.0, 2.0), (1.0, 1.0), (3.0, 0.5), (0.1, 0.1)]
+    assert M.fronts(points, values) == [True, False, True, True]
+
+
+def test_a_knob_turns_what_it_names(monkeypatch):
+    seen = []
+
+    class Painter:
+        def __init__(self, name):
+            self.name = name
+
+        def to(self, device):
+            return self
+
+        def draw(self, texts, guidance, steps, seed, part):
+            seen.append((self.name, texts, guidance, steps, seed))
+            return torch.zeros(0)
+
+    monkeypatch.setattr(M.zoo, "load_painter", Painter)
+    cfg = M.Config(**M.PRESETS["smoke"] | dict(prompts="2", regions=0, steps=7, at=3.0, seed=5))
+    prompts = M.make_prompts(cfg)
+    world = M.StandIns(cfg, CPU, prompts)
+    for point in (M.Point("early", "guidance", 8.0), M.Point("middle", "steps", 4), M.Point("late", "guidance", 1.0)):
+        world.draw(point)
+    texts = [prompts[0].text] * 2 + [prompts[1].text] * 2
+    assert seen == [("painter_early", texts, 8.0, 7, 5), ("painter_middle", texts, 3.0, 4, 5), ("painter", texts, 1.0, 7, 5)]
+
+
+def test_the_codec_compresses_other_real_pictures_than_the_reference():
+    cfg = M.Config(**M.PRESETS["smoke"] | dict(prompts="4", regions=0, per_prompt=3, real_per_prompt=3, seed=2))
+    prompts = M.make_prompts(cfg)
+    world = M.StandIns(cfg, CPU, prompts)
+    source = M.pictures_of([s for p in prompts for s in M.real_scenes(p, 3, 5)])
+    near = world.draw(M.Point("codec", "levels", 65, given="picture"))
+    assert ((near - source).flatten(1).square().mean(1) < (near - source.roll(1, 0)).flatten(1).square().mean(1)).all()
+    reference = world.measure(None)
+    own = M.pictures_of([s for p in prompts for s in M.real_scenes(p, 3, 4)])
+    assert torch.equal(reference["image"], torch.from_numpy(M.to_uint8(own)))
+    assert not any((reference["image"] == x).flatten(1).all(1).any() for x in torch.from_numpy(M.to_uint8(source)))
+
+
+def test_pictures_are_measured_with_their_own_prompt(monkeypatch):
+    cfg = M.Config(**M.PRESETS["smoke"] | dict(prompts="8", regions=0, per_prompt=3, batch_size=5))
+    prompts = M.make_prompts(cfg)
+    world = M.StandIns(cfg, CPU, prompts)
+    x = M.pictures_of([s for p in prompts for s in M.real_scenes(p, 3, 1)])
+    monkeypatch.setattr(world, "draw", lambda point: x)
+    got = world.measure(M.Point("late", "guidance", 3))
+    assert got["prompt"].tolist() == [i for i in range(8) for _ in range(3)] and got["consistency"].mean() > 0.95
+    texts = [p.text for p in prompts for _ in range(3)]
+    net, tok = M.zoo.load_clip().eval(), M.zoo.load_tokenizer()
+    pil = [Image.fromarray(i) for i in M.to_uint8(x)]
+    with torch.no_grad():
+        f_img, f_txt = (
+            net.encode_image(metrics.clip_input(pil, net.visual.image_size)),
+            net.encode_text(tok(texts, net.text.context)),
+        )
+        cos = torch.cosine_similarity(f_img, f_txt)
+        torch.testing.assert_close(got["feature"], M.zoo.load_judge().eval().features(x, 2), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(got["clip"], 100 * cos.double(), atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(
+        world.extract([Image.fromarray(i) for i in M.to_uint8(x)]), got["feature"], atol=1e-2, rtol=1e-2
+    )  # as files
+
+
+def test_quantised_values():
+    z = torch.randn(50, 2, 4, 4) * 3 + 1
+    mean, std = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True)
+    grid = mean + std * torch.linspace(-2, 2, 5).view(5, 1, 1, 1, 1)
+    nearest = (grid - z).abs().argmin(0, keepdim=True)
+    torch.testing.assert_close(M.quantise(z, 5), grid.expand(5, *z.shape).gather(0, nearest)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_knee_is_taken_on_scaled_axes():
+    assert M.knee([(0.0, 1.0), (0.9, 0.999), (1.0, 0.9)]) == 1
+    assert M.knee([(0.0, 100.0), (0.8, 60.0), (1.0, 0.0)]) == 1  # unscaled, the first would win
+
+
+def test_an_unreadable_picture_shifts_no_other(world):
+    (world / "a1/p1_0.png").write_text("not a picture")
+    cfg = M.Config(points=str(world / "points.csv"), prompts=str(world / "prompts.csv"), real=str(world / "real"), max_bad=0.1,
+                   batch_size=5)  # fmt: skip
+    prompts, point = M.read_prompts(cfg.prompts), M.read_points(cfg.points)[0]
+    source = M.Folders(cfg, CPU, prompts)
+    got = source.scored(point, source.measure(point))
+    names = [(i, j) for i in range(6) for j in range(3) if (i, j) != (1, 0)]
+    assert got["prompt"].tolist() == [i for i, _ in names]
+    for row, (i, j) in enumerate(names):
+        torch.testing.assert_close(
+            got["feature"][row], source.extract([Image.open(world / f"a1/p{i}_{j}.png")])[0], atol=1e-4, rtol=1e-4
+        )
+
+
+def test_sets_are_compared_at_the_size_of_the_smallest(world):
+    (world / "b1/p4_2.png").unlink()
+    assert inside(M, *flags(world, "--k", 2)).returncode == 0
+    rows = list(csv.DictReader(open(world / "out/front.csv")))
+    assert [r["n_gen"] for r in rows] == ["12"] * 3 and "nan" not in [r["fd"] for r in rows]
+
+
+def test_settings_that_change_pictures_are_drawn_again(tmp_path):
+    cfg = M.Config(**M.PRESETS["smoke"] | dict(prompts="2", regions=0))
+    prompts, drawn = M.make_prompts(cfg), []
+
+    class Source:
+        def measure(self, point):
+            drawn.append(point)
+            return {"feature": torch.rand(4, 2)}
+
+    def draws(point, cfg, prompts):
+        before = len(drawn)
+        M.cached(Source(), point, cfg, prompts, tmp_path)
+        return len(drawn) - before
+
+    at = M.Point("late", "guidance", 3.0)
+    assert draws(at, cfg, prompts) == 1 and draws(at, cfg, prompts) == 0
+    changes = dict(seed=1, steps=3, at=1.0, per_prompt=3, real_per_prompt=3, bank=65, extractor="clip", resize="tf1")
+    for name, value in changes.items():
+        assert getattr(cfg, name) != value and draws(at, M.replace(cfg, **{name: value}), prompts) == 1, name
+    assert draws(M.replace(at, value=2.0), cfg, prompts) == 1 and draws(at, cfg, prompts[:1]) == 1
+
+
+def three_points():
+    """Four prompts in two groups, six real pictures each, and as many of three points with known consistency."""
+    g = torch.Generator().manual_seed(0)
+    prompts = [M.Prompt(f"p{i}", "", "xxyy"[i]) for i in range(4)]
+    real = {"feature": torch.randn(24, 3, generator=g), "prompt": torch.arange(4).repeat_interleave(6)}
+
+    def of(score):
+        return {"feature": torch.randn(24, 3, generator=g), "prompt": torch.arange(4).repeat_interleave(6),
+                "consistency": torch.tensor(score, dtype=torch.float64).repeat_interleave(6), "clip": torch.rand(24, generator=g).double() * 100}  # fmt: skip
+
+    points = [M.Point("m", "guidance", 1.0), M.Point("m", "guidance", 3.0), M.Point("n", "guidance", 3.0)]
+    return prompts, real, dict(zip(points, (of([0.2, 0.4, 0.6, 0.8]), of([0.9, 0.7, 0.3, 0.5]), of([1.0, 1.0, 0.0, 0.0]))))
+
+
+def test_the_report_against_hand_made_points(tmp_path, capsys):
+    prompts, real, sets = three_points()
+    cfg = M.Config(points="p.csv", halves=6, k=2, at=3.0)
+    got = M.report(cfg, prompts, real, sets, tmp_path)
+    rows = {p: [np.mean([M.axes(s, real, 4)[i][a] for i in range(4)]) for a in range(3)] for p, s in sets.items()}
+    on = M.pareto_front(list(rows.values())).tolist()
+    csvs = list(csv.DictReader(open(tmp_path / "front.csv")))
+    assert [r["on_front"] for r in csvs] == [str(int(o)) for o in on]
+    again = [
+        M.pareto_front(np.array([M.axes(s, real, 4)[h, :3].mean(0) for s in sets.values()]))
+        for h in M.halves([0, 1, 2, 3], cfg)
+    ]
+    assert [float(r["stable"]) for r in csvs] == pytest.approx(torch.stack(again).double().mean(0).tolist(), abs=1e-3)
+    for r, s in zip(csvs, sets.values()):
+        spread = [M.axes(s, real, 4)[h, 0].mean() for h in M.halves([0, 1, 2, 3], cfg)]
+        assert float(r["consistency_se"]) == pytest.approx(np.std(spread))
+    own = [v for p, v in rows.items() if p.model == "m"]
+    assert got["m_volume"] == pytest.approx(M.hypervolume(own, [0] * 3)) and got["m_on_front"] == sum(on[:2])
+    out = capsys.readouterr().out
+    exclusive = M.hypervolume(list(rows.values()), [0] * 3) - M.hypervolume([rows[p] for p in rows if p.model == "n"], [0] * 3)
+    assert next(line for line in out.splitlines() if line.startswith("m ")).split()[-1] == f"{exclusive:.4f}"
+    line = next(line for line in out.splitlines() if line.startswith("m: consistency, guidance 1 to 3"))
+    assert "0.500  0.600  +0.100 +- " in line  # from, to, difference
+    worst = min(np.mean([0.9, 0.7]), np.mean([0.3, 0.5]))
+    assert got["m_consistency_worst"] == pytest.approx(worst) and got["m_consistency_gap"] == pytest.approx(0.4)
+    line = next(line for line in out.splitlines() if line.startswith("m, guidance 3") and "consistency" in line)
+    assert line.split()[-2] == "y"
+
+
+def test_missing_answers_make_clip_the_score_of_all_points(tmp_path, capsys):
+    prompts, real, sets = three_points()
+    last = list(sets)[-1]
+    sets[last]["consistency"][3] = math.nan
+    got = M.report(M.Config(points="p.csv", answers="a.csv", clip="c", halves=4, k=2), prompts, real, sets, tmp_path)
+    for p, s in sets.items():
+        assert got[f"{p.model}_guidance_{p.value:g}_consistency"] == pytest.approx(s["clip"].mean().item() / 100)
+
+
+def test_filtered_sets_stand_beside_the_first_pictures():
+    prompts, real, sets = three_points()
+    p = M.Point("m", "guidance", 3.0)
+    keep = M.top_m(sets[p]["clip"], sets[p]["prompt"], 2)
+    best = {k: v[keep] for k, v in sets[p].items()}
+    cfg = M.Config(k=2, at=3.0)
+    got = M.filtered_sets(cfg, [0, 1, 2, 3], real, sets | {M.replace(p, knob="top_m", value=2.0): best})
+    for key, s in (("m_top_m_2", best), ("m_first_2", sets[p])):
+        want = M.marginal(s, real, [0, 1, 2, 3], 2, cfg)
+        assert {k: got[f"{key}_{k}"] for k in M.SETS} == pytest.approx({k: want[k] for k in M.SETS})
+    assert got["m_top_m_2_fd"] != got["m_first_2_fd"]
+
+
+def test_the_plan_of_the_stand_ins():
+    cfg = M.Config(models="late,search,codec", guidance="1,3", sampler_steps="2,16", neighbours="6,24", levels="2")
+    assert [(p.model, p.knob, p.value, p.given) for p in M.plan(cfg)] == [
+        ("late", "guidance", 1, "text"), ("late", "guidance", 3, "text"), ("late", "steps", 2, "text"),  # 16: those at --at
+        ("search", "neighbours", 6, "text"), ("search", "neighbours", 24, "text"), ("codec", "levels", 2, "picture")]  # fmt: skip
