@@ -1,6 +1,7 @@
 """methods/ldm_conditioning.py: conditioning, guidance, padding, transfer exactly; note ldm_conditioning (b)."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from common import augment, ckpt, ddp, scenes
 from common.dit import read_tensors, sincos_2d
+from common.vae import VAE
 from methods import ldm_conditioning as M
 from tests.helpers import ROOT, both, in_processes, inside, run, user_error
 
@@ -172,15 +174,48 @@ def test_batched_guidance_equals_separate_calls(guidance, control, calls):
 @pytest.mark.parametrize("k", [1.0, 2.0])
 @pytest.mark.parametrize("kind", ["flow", "eps", "v"])
 def test_sampler_finds_a_known_latent(kind, k):
-    z0 = torch.randn(2, 4, 4, 4)
+    z0, path = torch.randn(2, 4, 4, 4), []
 
     def net(zt, t, **_):
         alpha, sigma = M.alpha_sigma(kind, t, k)
         eps = (zt - alpha * z0) / sigma
+        path.append(eps)
         return {"flow": eps - z0, "eps": eps, "v": alpha * eps - sigma * z0}[kind]
 
     got = M.sample(net, torch.randn(2, 4, 4, 4), {}, torch.zeros(2, 7), kind, 6, 1.0, 1.0, k)
     torch.testing.assert_close(got, z0, atol=5e-3, rtol=1e-3)
+    for eps in path[1:]:  # deterministic: the noise stays, at every level on the way
+        torch.testing.assert_close(eps, path[0], atol=1e-2, rtol=1e-3)
+
+
+def test_updates_have_their_own_noise_and_latents_are_sampled(tmp_path, monkeypatch):
+    seen, loss, to_latent = [], M.diffusion_loss, VAE.to_latent
+
+    def trained(*args):
+        raise StopIteration
+
+    def spy_latent(self, mean, logvar=None, noise=None):
+        seen.append(noise)
+        return to_latent(self, mean, logvar, noise)
+
+    def spy_loss(model, z0, t, eps, *args, **more):
+        seen.append(eps)
+        return loss(model, z0, t, eps, *args, **more)
+
+    monkeypatch.setattr(M, "diffusion_loss", spy_loss)
+    monkeypatch.setattr(VAE, "to_latent", spy_latent)
+    monkeypatch.setattr(M, "evaluate", trained)
+    cfg = M.Config(**{**M.PRESETS["smoke"], "out_dir": str(tmp_path), "steps": 2, "accum": 2, "conditioning": "attn"})
+    with pytest.raises(StopIteration):
+        M.train(cfg)
+    assert len(seen) == 8 and not any(x is None or torch.equal(x, y) for i, x in enumerate(seen) for y in seen[:i])
+
+
+def test_low_controls_are_scheduled_by_the_given_power():
+    high, low, t = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([0.1, 0.4, 0.9])
+    for power in (2.0, 8.0):
+        gamma = [(1 - math.cos(math.pi * (1 - v) ** power)) / 2 for v in t.tolist()]
+        torch.testing.assert_close(M.control_vector(high, low, t, power), high + torch.tensor(gamma)[:, None] * low)
 
 
 @pytest.mark.parametrize("kind", ["flow", "eps", "v"])

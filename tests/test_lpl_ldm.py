@@ -360,17 +360,20 @@ def test_two_processes_equal_one(t, tmp_path):
 @pytest.mark.parametrize("kind", ["flow", "eps", "v", "x0"])
 def test_sampler_finds_a_known_latent(kind):
     """A network that knows z0 is led there; guidance 1 uses the conditional branch alone."""
-    z0 = latents(2)
+    z0, path = latents(2), []
 
     def net(zt, t, y):
         t, target = t / 999, z0.repeat(2, 1, 1, 1)
         alpha, sigma = M.alpha_sigma(kind, t)
         eps = (zt - alpha * target) / sigma
+        path.append(eps)
         out = M.diffusion_target(kind, target, eps, t)
         return torch.where((y == 5).view(-1, 1, 1, 1), 100.0, out)  # the null branch is wrong
 
     got = M.sample(net, latents(2, seed=3), torch.zeros(2, dtype=torch.long), kind, 7, 1.0, 5)
     torch.testing.assert_close(got, z0, atol=2e-3, rtol=1e-3)
+    for eps in path[1:]:  # deterministic: the noise stays, at every level on the way
+        torch.testing.assert_close(eps, path[0], atol=1e-2, rtol=1e-3)
 
 
 def test_guidance_goes_beyond_the_class():
