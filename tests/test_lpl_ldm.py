@@ -116,6 +116,14 @@ def test_outlier_counts(b, strength, count):
     assert masked(48, b, strength) == count
 
 
+def test_outliers_begin_two_standard_deviations_beyond_the_ranks():
+    f = torch.linspace(0, 1, 48 * 48)[torch.randperm(48 * 48, generator=torch.Generator().manual_seed(0))].view(1, 1, 48, 48)
+    for far, found in ((1.8, False), (2.3, True), (-1.8, False), (-2.3, True)):
+        x = f.clone()
+        x[..., 20:25, 20:25] = (0.98 if far > 0 else 0.02) + far * f.std()
+        assert (M.outlier_mask(x) == 0).any().item() == found, far
+
+
 @pytest.mark.parametrize("strength", [1, 2])
 def test_outliers_in_a_corner_do_not_erode_the_border(strength):
     assert masked(48, 3, strength, where=0) == 16
@@ -522,3 +530,17 @@ def test_labels_beyond_the_classes_of_a_cache(tmp_path):
     assert source.read(0, 1)["label"] == 1
     with pytest.raises(ValueError, match="label 5 is outside 2 classes"):
         source.read(0, 2)
+
+
+@pytest.mark.parametrize("drop", [0.0, 1.0])
+def test_classes_are_dropped_as_often_as_told_and_every_update_has_its_own_noise(drop, tmp_path, monkeypatch):
+    seen, loss = [], M.step_loss
+
+    def spy(model, vae, z0, t, eps, y, *args):
+        seen.append((eps, y == model.classes))
+        return loss(model, vae, z0, t, eps, y, *args)
+
+    monkeypatch.setattr(M, "step_loss", spy)
+    M.train(M.Config(**{**M.PRESETS["smoke"], "out_dir": str(tmp_path), "drop": drop, "accum": 2}), "pretrain")
+    assert len(seen) >= 4 and all(null.all() if drop else not null.any() for _, null in seen)
+    assert not any(torch.equal(a, b) for i, (a, _) in enumerate(seen) for b, _ in seen[:i])
