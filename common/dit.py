@@ -154,19 +154,22 @@ class Final(nn.Module):
 
 class DiT(nn.Module):
     """input_size: latent side; classes: 0 for a model without labels, else label `classes` is the null class; learn_sigma:
-    twice the channels come out, noise and variance (the published weights); cross: blocks attend to `context`."""
+    twice the channels come out, noise and variance (the published weights); cross: blocks attend to `context`; extent: the
+    position table's coordinates lie in [0, extent), by default one a patch (smaller where a model was taken to finer grids)."""
 
     def __init__(self, input_size=32, patch=2, channels=4, dim=1152, depth=28, heads=16, mlp_ratio=4.0, classes=1000,
-                 learn_sigma=True, cross=False):  # fmt: skip
+                 learn_sigma=True, cross=False, extent=0.0):  # fmt: skip
         super().__init__()
         if input_size % patch or dim % 4:
             raise ValueError(f"latent side {input_size} must be a multiple of the patch {patch}, width {dim} one of 4")
-        self.config = dict(input_size=input_size, patch=patch, channels=channels, dim=dim, depth=depth, heads=heads,
-                           mlp_ratio=mlp_ratio, classes=classes, learn_sigma=learn_sigma, cross=cross)  # fmt: skip
         self.patch, self.grid, self.dim, self.classes = patch, input_size // patch, dim, classes
+        extent = extent or self.grid
+        self.config = dict(input_size=input_size, patch=patch, channels=channels, dim=dim, depth=depth, heads=heads,
+                           mlp_ratio=mlp_ratio, classes=classes, learn_sigma=learn_sigma, cross=cross,
+                           extent=extent)  # fmt: skip
         self.x_embedder, self.t_embedder = PatchEmbed(channels, dim, patch), TimeEmbed(dim)
         self.y_embedder = LabelEmbed(classes, dim) if classes else None
-        places = torch.arange(self.grid)
+        places = torch.arange(self.grid, dtype=torch.float64) * (extent / self.grid)
         self.pos_embed = nn.Parameter(sincos_2d(dim, places, places), requires_grad=False)  # stored in published files
         self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio, cross) for _ in range(depth)])
         self.final_layer = Final(dim, patch * patch * channels * (2 if learn_sigma else 1))
@@ -313,7 +316,7 @@ def load_dit(path, size: str = "", input_size: int = 0, learn_sigma: bool = True
             json.loads(beside.read_text()).get("sample_size", 32) if beside.exists() else 32)  # fmt: skip
         found = dict(patch=patch, channels=channels, dim=dim, depth=depth, learn_sigma=outs == 2 * channels, input_size=side,
                      mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / dim, cross="blocks.0.cross.q.weight" in state,
-                     classes=len(state.get("y_embedder.embedding_table.weight", [0])) - 1)  # fmt: skip
+                     extent=side // patch, classes=len(state.get("y_embedder.embedding_table.weight", [0])) - 1)  # fmt: skip
         if size and size not in SIZES:
             raise ValueError(f"size {size!r} is unknown; choose from {', '.join(SIZES)}")
         known = SIZES.get(size, {})
@@ -325,11 +328,10 @@ def load_dit(path, size: str = "", input_size: int = 0, learn_sigma: bool = True
             raise ValueError(f"the file does not say how many heads it has, and it has no size of {', '.join(SIZES)}")
         if not learn_sigma and config["learn_sigma"]:
             state, config["learn_sigma"] = without_sigma(state, channels), False
+        finer = (input_size or config["input_size"]) / config["input_size"]
         config["input_size"] = input_size or config["input_size"]
+        config["extent"] *= 1 if resample else finer
         model = DiT(**config)
-        if resample:
-            places = torch.arange(model.grid) * (side // patch / model.grid)
-            model.pos_embed.data = sincos_2d(dim, places, places)
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError, AttributeError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} cannot be loaded as a DiT: {what}") from error

@@ -2,9 +2,11 @@
 
 import csv
 import gzip
+import itertools
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,6 +86,47 @@ def test_negclip_without_negatives_is_clip_and_its_gradient():
     M.negclip_loss(f, t, n, 10.0).backward()
     p = torch.cat([10 * f @ t.T, 10 * f @ n.T], 1).softmax(1)[:, 4:]
     torch.testing.assert_close(n.grad, 10 * p.T @ f.detach() / 8)
+
+
+def cosines():
+    g = torch.Generator().manual_seed(0)
+    return [F.normalize(torch.randn(4, 8, generator=g), dim=1) for _ in range(4)]
+
+
+def clip_loss(scores):
+    label = torch.arange(len(scores))
+    return (F.cross_entropy(scores, label) + F.cross_entropy(scores.T, label)) / 2
+
+
+def test_long_and_brief_captions_by_hand():
+    f, brief, long, _ = cosines()
+    cfg, both_texts = M.Config(arms="dense+long"), torch.cat([brief, long])
+    total, parts = M.method_loss(lambda *_: (f, both_texts, torch.tensor(10.0)), f, torch.zeros(1), 1, cfg)
+    mean = f.mean(0)
+    basis = torch.linalg.svd(f - mean)[2][:32]
+    part = (f - mean) @ basis.T @ basis + mean
+    torch.testing.assert_close(total, clip_loss(10 * f @ long.T) + clip_loss(10 * part @ brief.T))
+
+
+def test_brief_captions_are_told_the_principal_part(monkeypatch):
+    f, brief, long, _ = cosines()
+    monkeypatch.setattr(M, "principal_part", lambda x: x.flip(1))
+    cfg, both_texts = M.Config(arms="dense+long"), torch.cat([brief, long])
+    _, parts = M.method_loss(lambda *_: (f, both_texts, torch.tensor(10.0)), f, torch.zeros(1), 1, cfg)
+    torch.testing.assert_close(parts["brief"], clip_loss(10 * f.flip(1) @ brief.T))
+    torch.testing.assert_close(parts["long"], clip_loss(10 * f @ long.T))
+
+
+@pytest.mark.parametrize("pool, pick", [("hardest", "amin"), ("max", "amax"), ("avg", "mean")])
+def test_negatives_stand_against_the_pooled_positive(pool, pick):
+    f, one, two, negative = cosines()
+    own = torch.stack([one, two], 1)
+    texts, cfg = torch.cat([own.flatten(0, 1), negative]), M.Config(arms="dense+neg", pool=pool)
+    _, parts = M.method_loss(lambda *_: (f, texts, torch.tensor(10.0)), f, torch.zeros(1), 2, cfg)
+    scores = 10 * torch.einsum("id,jmd->ijm", f, own)
+    positive = getattr(torch.stack([scores[i, i] for i in range(4)]), pick)(1)
+    torch.testing.assert_close(parts["neg"], M.negatives_loss(positive, 10 * (f * negative).sum(1)))
+    torch.testing.assert_close(parts["clip"], M.clip_pool_loss(scores, pool, scores.transpose(0, 1)))
 
 
 def test_stretched_positions():
@@ -197,6 +240,14 @@ def test_captions_of_the_tree():
         M.sub_caption(e, 9)
         == "This is an image of something.\nThe following can also be seen in the image:\nhidden: Below a bad mask."
     )
+
+
+def test_first_sentence_arm_and_captions_of_masks():
+    base = M.Item("", None, ["a summary"], {"swaps": ["x"]}, long="A dog.\nOn grass.")
+    crop = M.Item("", (0, 0, 9, 9), ["crop"], long="This is", key="m-1-sc")
+    assert [(i.captions, i.negatives) for i in M.short_items([base, crop])] == [(["A dog."], {})]
+    masks = [{"mask_quality": q, "label": "dog", "caption": "Red."} for q in (0, 1, 2)]
+    assert [M.mask_caption(m) for m in masks] == ["dog: Red.", "dog", ""]
 
 
 def test_items_size_filter_and_both_forms():
@@ -336,6 +387,57 @@ def test_the_tests_do_not_depend_on_processes_but_on_the_batch(toy, tmp_path):
     assert set(one) == {"SCM", "Neg", "P5-SCM", "P5-Neg", "Base Neg", "Hard Negs"}
     other = _tests(M.ddp.Env(0, 1, torch.device("cpu")), toy, 4)
     assert other["SCM"] > one["SCM"] and other["Neg"] == pytest.approx(one["Neg"])
+
+
+def test_features_are_computed_once_in_whole_batches_by_two_processes(monkeypatch):
+    monkeypatch.setattr(M.Crops, "read", lambda self, s, r: {"image": np.full((2, 2, 3), r, np.uint8)})
+    model = SimpleNamespace(visual=SimpleNamespace(image_size=2), encode_image=lambda x: x[:, :, 0, 0])
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(M.ddp, "gather_lists", lambda out: parts.extend(out) or out or [(0, torch.zeros(1, 3))])
+        M.picture_features(model, [None] * 200, SimpleNamespace(rank=rank, world=2, device="cpu"))
+    assert sorted(i for i, _ in parts) == [0, 64, 128, 192] and sum(len(f) for _, f in parts) == 200
+
+
+def test_negatives_are_a_share_of_the_items_that_have_one(monkeypatch):
+    vectors = {"yes": [1.0, 0], "no": [0.0, 1], "close": [0.8, 0.6]}
+
+    def features(model, tok, texts, device, part=0):
+        return torch.tensor([vectors[t] for t in texts]).view(-1, 2)
+
+    def item(wrong, **more):
+        return M.Item("", None, ["yes"], {"swaps": wrong} if wrong else {}, **more)
+
+    monkeypatch.setattr(M, "text_features", features)
+    items = [item(["no"]), item([]), item(["close"]), item(["yes"], key="m")]
+    got = M.official_tests(None, None, items, torch.tensor([[1.0, 0]] * 4), M.ddp.Env(0, 1, torch.device("cpu")))
+    assert got["Neg"] == pytest.approx(200 / 3) and got["Base Neg"] == 100 and got["SCM"] == 25 and "P5-SCM" not in got
+
+
+def test_further_tests_by_hand(monkeypatch):
+    """Features are angles in degrees, with which the texts begin."""
+
+    def angles(model, tok, texts, device, part=0):
+        a = torch.tensor([float(t.split()[0]) for t in texts]) * math.pi / 180
+        return torch.stack([a.cos(), a.sin()], 1)
+
+    wrong = {"0 a": itertools.cycle(["20 x"]), "90 a": itertools.cycle(["50 x", "95 x"])}
+    monkeypatch.setattr(M, "text_features", angles)
+    monkeypatch.setattr(M, "shuffled", lambda text, rng: next(wrong[text]) if text in wrong else text)
+    tok = SimpleNamespace(encode=lambda t: [0] * (76 if t.startswith("8") else 75))
+    model = SimpleNamespace(text=SimpleNamespace(context=77))
+    items = [M.Item("", None, [f"{a} a"], long=f"{long} whole", key="m" if i % 2 else "base", image=i // 2)
+             for i, (a, long) in enumerate(((0, 0), (90, 5), (180, 80), (200, 6)))]  # fmt: skip
+    got = M.extra_tests(model, tok, items, angles(0, 0, ["0", "60", "178", "189"], 0), SimpleNamespace(device="cpu"))
+    # picture 0: all right; picture 1: both crops choose 180, both texts choose their own: (3/4 - 1/2) / (1/2)
+    assert (
+        got["within"] == pytest.approx(75)
+        and got["order"] == 50
+        and got["order by chance"] == pytest.approx(100 * (1 / 2 + 1 / 3) / 2)
+    )
+    assert (got["long image to text R@1"], got["long text to image R@1"], got["long R@1"]) == (100, 50, 75) and got[
+        "long, cut"
+    ] == 50
 
 
 def test_the_four_tests_equal_loops(toy, clip):
@@ -569,6 +671,22 @@ def inside_coco(shared, tmp_path):
     for s in manifest["shards"]:
         counts[s["split"]] = counts.get(s["split"], 0) + s["count"]
     return {"counts": counts}
+
+
+def test_sugarcrepe_on_four_rows(tmp_path, monkeypatch):
+    angle = {"own": 0, "other": 10, "wrong": 60, "near": 12}
+
+    def features(model, tok, texts, device, part=0):
+        a = torch.tensor([float(angle[t]) for t in texts]) * math.pi / 180
+        return torch.stack([a.cos(), a.sin()], 1)
+
+    monkeypatch.setattr(M, "text_features", features)
+    rows = ["swap,0007.jpg,own,wrong", "swap,0007.jpg,own,near", "swap,0007.jpg,own,wrong", "add,0009.jpg,own,wrong"]
+    (tmp_path / "s.csv").write_text("\n".join(["kind,file,caption,negative_caption", *rows]) + "\n")
+    (tmp_path / "r.csv").write_text("image_id,caption\n7,own\n7,other\n8,other\n")
+    cfg = M.Config(sugarcrepe=str(tmp_path / "s.csv"), references=str(tmp_path / "r.csv"))
+    got = M.sugarcrepe(None, None, cfg, SimpleNamespace(device="cpu"))  # picture 9 has no other caption to compare with
+    assert got == pytest.approx({"crepe swap": 200 / 3, "crepe": 200 / 3, "crepe rows": 3})
 
 
 def test_sugarcrepe_text_only_and_with_pictures(shared, tmp_path, clip):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from common import ckpt
@@ -131,6 +132,31 @@ def test_block_by_hand():
     torch.testing.assert_close(block(x, c, context), want, rtol=1e-4, atol=1e-5)
 
 
+def test_whole_model_by_hand():
+    model = shaken(tiny())
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 990.0]), torch.tensor([1, 5])
+    c = model.t_embedder.mlp(D.time_features(t)) + model.y_embedder.embedding_table.weight[y]
+    kernel, bias = model.x_embedder.proj.weight.flatten(1), model.x_embedder.proj.bias
+    patches = [x[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten(1) @ kernel.T + bias for i in range(4) for j in range(4)]
+    h = torch.stack(patches, 1) + model.pos_embed
+    for block in model.blocks:
+        h = block(h, c)
+    shift, scale = model.final_layer.adaLN_modulation(c).view(2, 2, 32).unbind(1)
+    h = model.final_layer.linear(F.layer_norm(h, (32,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None])
+    want = torch.zeros(2, 8, 8, 8)
+    for i in range(4):
+        for j in range(4):
+            want[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = h[:, 4 * i + j].view(2, 2, 2, 8).permute(0, 3, 1, 2)
+    torch.testing.assert_close(model(x, t, y), want, atol=1e-5, rtol=1e-4)
+    assert not model.pos_embed.requires_grad
+
+
+def test_initial_scale():
+    fresh = D.DiT(8, 2, 4, 256, 1, 4, classes=500)
+    for w in (fresh.t_embedder.mlp[0].weight, fresh.t_embedder.mlp[2].weight, fresh.y_embedder.embedding_table.weight):
+        assert w.std().item() == pytest.approx(0.02, rel=0.05)
+
+
 def test_qkv_order_matters():
     model = shaken(tiny())
     args = torch.randn(1, 4, 8, 8), torch.tensor([10.0]), torch.tensor([1])
@@ -168,6 +194,31 @@ def test_diffusers_names_round_trip():
     assert back.keys() == state.keys() - {"pos_embed"} and all(torch.equal(back[k], state[k]) for k in back)
 
 
+def test_diffusers_names_written_out():
+    s, b = shaken(tiny()).state_dict(), "transformer_blocks.1."
+    d = D.to_diffusers(s)
+    pairs = {
+        "proj_out_1": "final_layer.adaLN_modulation.1", "proj_out_2": "final_layer.linear", "pos_embed.proj": "x_embedder.proj",
+        b + "attn1.to_out.0": "blocks.1.attn.proj", b + "ff.net.0.proj": "blocks.1.mlp.fc1", b + "ff.net.2": "blocks.1.mlp.fc2",
+        b + "norm1.linear": "blocks.1.adaLN_modulation.1", b + "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        b + "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    }  # fmt: skip
+    for theirs, ours in pairs.items():
+        assert torch.equal(d[theirs + ".weight"], s[ours + ".weight"]) and torch.equal(d[theirs + ".bias"], s[ours + ".bias"])
+    for i, name in enumerate("qkv"):
+        assert torch.equal(d[f"{b}attn1.to_{name}.weight"], s["blocks.1.attn.qkv.weight"][32 * i : 32 * i + 32])
+    assert torch.equal(d[b + "norm1.emb.class_embedder.embedding_table.weight"], s["y_embedder.embedding_table.weight"])
+
+
+def test_averaged_weights_are_taken_and_the_side_is_read_beside_the_file(tmp_path):
+    state = shaken(tiny()).state_dict()
+    torch.save({"model": state, "ema": {k: v + 1 for k, v in state.items()}}, tmp_path / "e.pt")
+    assert torch.equal(D.read_tensors(tmp_path / "e.pt")[0]["x_embedder.proj.bias"], state["x_embedder.proj.bias"] + 1)
+    save_file({k: v.contiguous().clone() for k, v in D.to_diffusers(state).items()}, tmp_path / "d.safetensors")
+    (tmp_path / "config.json").write_text('{"sample_size": 12}')
+    assert D.load_dit(tmp_path / "d.safetensors", heads=4).config["input_size"] == 12
+
+
 def test_without_sigma_keeps_the_first_channels(tmp_path):
     model = shaken(tiny())
     torch.save(model.state_dict(), tmp_path / "m.pt")
@@ -192,6 +243,19 @@ def test_another_grid_recomputes_positions(tmp_path):
     large = D.load_dit(tmp_path / "m.pt", heads=4, input_size=16)
     assert large.pos_embed.shape == (1, 64, 32)
     assert torch.equal(large.pos_embed, D.sincos_2d(32, torch.arange(8), torch.arange(8)))
+
+
+def test_positions_stay_in_the_range_that_was_trained_at_every_further_side(tmp_path):
+    """8, 16, then 32: the last file has the range of the first, which a file has to tell."""
+    path = tmp_path / "m.safetensors"
+    save_file(shaken(tiny()).state_dict(), path)
+    for side in (16, 32):
+        model = D.load_dit(path, heads=4, input_size=side, resample=True)
+        ckpt.export(path, model.state_dict(), dit=model.config)
+        places = torch.arange(side // 2) * (8 / side)
+        assert torch.equal(model.pos_embed, D.sincos_2d(32, places, places)) and model.config["extent"] == 4
+    places = torch.arange(32) / 4  # the last step, gone on with
+    assert torch.equal(D.load_dit(path, input_size=64).pos_embed, D.sincos_2d(32, places, places))
 
 
 def test_add_and_context_reach_the_output():

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -92,6 +93,25 @@ def test_whether_modulation_sees_the_class(how):
     a = model(**{**x, "y": torch.tensor([1])})
     b = model(**{**x, "y": torch.tensor([2])})
     assert torch.equal(*seen) == (how != "adaln-sum") and not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_what_the_transformer_is_told(how):
+    """Controls as features of 1000 times their value, null ones as zero, classes as the conditioning says, t from 0 to 999."""
+    model, x, seen = make(how, control_power=3.0), inputs(t=[0.1, 0.4, 0.9]), []
+    x["controls"] = torch.tensor([[0.1, 0.2, 0.7, 0.8, 1, 48, 64]]).repeat(3, 1)
+    x["drop_c"] = torch.tensor([False, False, True])
+    model.dit.register_forward_pre_hook(lambda m, a, k: seen.append((a, k)), with_kwargs=True)
+    model(**x)
+    (_, t), told = seen[0]
+    torch.testing.assert_close(t, torch.tensor([99.9, 399.6, 899.1]))
+    high = model.high.mlp(torch.cat([M.time_features(torch.tensor([v])) for v in (100.0, 200, 700, 800, 1000)], 1))
+    low = model.low.mlp(torch.cat([M.time_features(torch.tensor([v])) for v in (48.0, 64)], 1))
+    gamma = torch.tensor([0.8289, 0.1107]) if how == "attn+schedule" else torch.ones(2)
+    want = torch.cat([high + gamma[0] * low, high + gamma[1] * low, torch.zeros_like(high)])
+    semantic = model.semantic(x["y"], x["drop_s"])
+    torch.testing.assert_close(told["add"], want + (semantic[:, 0] if how == "adaln-sum" else 0), atol=1e-3, rtol=1e-3)
+    assert torch.equal(told["context"], semantic) if how != "adaln-sum" else "context" not in told
 
 
 def test_arms_have_about_equal_parameters():
@@ -211,6 +231,48 @@ def test_updates_have_their_own_noise_and_latents_are_sampled(tmp_path, monkeypa
     assert len(seen) == 8 and not any(x is None or torch.equal(x, y) for i, x in enumerate(seen) for y in seen[:i])
 
 
+@pytest.mark.parametrize("k", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["flow", "eps", "v"])
+def test_sampler_equals_loops_for_a_network_that_does_not_know(kind, k):
+    z, abar = torch.randn(2, 4, 4, 4), np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    got = M.sample(lambda zt, t, **_: 0.3 * zt + t.view(-1, 1, 1, 1), z, {}, torch.zeros(2, 7), kind, 4, 1.0, 1.0, k)
+
+    def level(i):  # t in quarters -> what the network is told, alpha, sigma
+        if kind == "flow":
+            s = k * i / (4 + (k - 1) * i)
+            return i / 4, 1 - s, s
+        n = [0, 250, 500, 749, 999][i]
+        snr = abar[n] / (1 - abar[n]) / k**2
+        return n / 999, (snr / (1 + snr)) ** 0.5, (1 / (1 + snr)) ** 0.5
+
+    x = z.double().numpy()
+    for i in (4, 3, 2, 1):
+        (t, a, s), (_, a_next, s_next) = level(i), level(i - 1)
+        out = 0.3 * x + t
+        z0 = a * x - s * out if kind == "v" else (x - s * out) / (a if kind == "eps" else 1)
+        x = a_next * z0 + s_next * (x - a * z0) / s if i > 1 else z0
+    np.testing.assert_allclose(got.numpy(), x, rtol=2e-3, atol=2e-3)
+
+
+def test_text_training_has_its_own_padding_noise_of_each_micro_batch(tmp_path, monkeypatch):
+    seen, loss = [], M.diffusion_loss
+
+    def spy(model, z0, t, eps, *args, **more):
+        seen.append((eps, more["noise"]))
+        return loss(model, z0, t, eps, *args, **more)
+
+    monkeypatch.setattr(M, "diffusion_loss", spy)
+    monkeypatch.setattr(M, "evaluate", lambda *a: {"val_loss": 0.0})
+    M.train(
+        M.Config(
+            **{**M.PRESETS["smoke"], "steps": 2, "accum": 2, "task": "text", "conditioning": "attn", "out_dir": str(tmp_path)}
+        )
+    )
+    assert len({pad.sum().item() for _, pad in seen}) == 4
+    for i, (eps, _) in enumerate(seen):
+        assert torch.equal(eps, M.draw_noise(0, i, 4, (8, 8, 8), "cpu")[2])
+
+
 def test_low_controls_are_scheduled_by_the_given_power():
     high, low, t = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([0.1, 0.4, 0.9])
     for power in (2.0, 8.0):
@@ -254,6 +316,31 @@ def test_padding_noise_grows_with_the_root_of_the_copy():
     sigma = tokens[0].std(0, unbiased=False)
     for j in range(12):
         torch.testing.assert_close(std[j], 0.1 * sigma * (j // 3) ** 0.5, rtol=0.03, atol=1e-6)
+
+
+def test_text_slots_by_hand():
+    class Encoder:
+        width = 1
+
+        def hidden(self, ids):  # two tokens of its own in front
+            return torch.cat([torch.full((len(ids), 2), 0.5), ids.float()], 1)[..., None]
+
+    def slots(padding, n=8, drop=False):
+        m = M.TextTokens(Encoder(), M.Config(dim=1, slots=n, padding=padding))
+        m.proj.weight.data.fill_(1), m.proj.bias.data.zero_(), m.null.data.fill_(-3)
+        return m(ids, torch.tensor([drop, False]))[..., 0].tolist()
+
+    ids = torch.tensor([[98, 5, 99, 7, 0], [98, 5, 6, 7, 99]])  # 99 ends a text
+    assert slots("zero") == [[0.5, 0.5, 98, 5, 99, 0, 0, 0], [0.5, 0.5, 98, 5, 6, 7, 99, 0]]
+    assert slots("replicate") == [[0.5, 0.5, 98, 5, 99, 0.5, 0.5, 98], [0.5, 0.5, 98, 5, 6, 7, 99, 0.5]]
+    assert slots("replicate", 4)[0] == slots("zero", 4)[0] == [0.5, 0.5, 98, 5]
+    assert slots("zero", drop=True)[0] == [-3] * 8
+
+
+def test_padding_noise_of_a_text_shorter_than_the_batch():
+    tokens = torch.cat([torch.tensor([[[1.0], [5.0]]]), torch.full((1, 3, 1), 50.0)], 1)  # two real tokens: deviation 2
+    out = M.replicate_padding(tokens, torch.tensor([2]), 6, 0.5, torch.ones(1, 6, 1))[0, :, 0]
+    torch.testing.assert_close(out, torch.tensor([1.0, 5, 2, 6, 1 + 2**0.5, 5 + 2**0.5]))
 
 
 def test_padding_has_a_gradient_for_one_token():
@@ -360,6 +447,24 @@ def test_low_resolution_checkpoint_into_a_larger_model_and_class_into_text(tmp_p
         M.build(replace(cfg, task="class", dim=64), vae, M.World(None, None, 72, None, [], None, None, []), "cpu")
 
 
+def test_transfer_positions_and_refusals(tmp_path):
+    vae, cfg = M.zoo.load_vae(), M.Config(**{**M.PRESETS["smoke"], "conditioning": "attn", "base_size": 32})
+    world = M.World(None, None, 72, None, [], None, None, [])
+    old = M.build(cfg, vae, world, "cpu")
+    names = ("conditioning", "task", "objective", "control_power", "slots", "beta_txt", "base_size")
+    kept = {k: getattr(cfg, k) for k in names} | {"extent": 4}
+    ckpt.export(tmp_path / "m.safetensors", old.state_dict(), dit=old.dit.config, vae=vae.fingerprint(), config=kept)
+    cfg = replace(cfg, image_size=64, init=str(tmp_path / "m.safetensors"))
+    model = {p: M.build(replace(cfg, positions=p), vae, world, "cpu") for p in ("resample", "extrapolate", "interpolate")}
+    assert {p: m.extent for p, m in model.items()} == {"resample": 4, "extrapolate": 8, "interpolate": 4}
+    table, wide = old.dit.pos_embed.view(4, 4, 32), model["interpolate"].dit.pos_embed.view(8, 8, 32)
+    for c in range(32):
+        torch.testing.assert_close(wide[..., c], F.interpolate(table[None, None, :, :, c], (8, 8), mode="bicubic")[0, 0])
+    for change in (dict(objective="v"), dict(control_power=4.0), dict(base_size=64)):
+        with pytest.raises(ValueError, match="has " + next(iter(change))):
+            M.build(replace(cfg, **change), vae, world, "cpu")
+
+
 # 5. Data -----------------------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +495,68 @@ def test_cropping_directly_sees_less():
         c = M.scene_latents(replace(cfg, crop=crop), vae, "cpu", 30, 0).fields["controls"]
         area.append((c[:, 2] * c[:, 3]).mean().item())
     assert area[1] == pytest.approx(area[0] / 4, rel=0.15)
+
+
+def test_generated_latents_are_of_what_is_recorded():
+    cfg, vae = M.Config(**{**M.PRESETS["smoke"], "images": 8, "views": 2}), M.zoo.load_vae()
+    t, seen = M.scene_latents(cfg, vae, "cpu", 8, 0), []
+    for i in range(16):
+        s = scenes.scene(i % 8, 0, (1, 1), grid=1)
+        top, left, h, w, flip, H, _ = t.fields["controls"][i].tolist()
+        seen.append((round(top, 3), round(left, 3), flip, H))
+        picture = Image.fromarray(scenes.render([s], int(H))[0])
+        view = augment.resize_to(picture, [round(v * H) for v in (left, top, left + w, top + h)], 32)
+        view = view[:, ::-1] if flip else view
+        mean, _ = vae.encode(M.to_unit(np.array(view)[None], "cpu"))
+        torch.testing.assert_close(t.fields["mean"][i], mean[0], atol=1e-4, rtol=1e-4)
+        assert t.fields["label"][i] == M.label(s)
+    assert len({x[3] for x in seen}) > 2 and {x[2] for x in seen} == {0, 1} and len(set(seen)) > 12
+    picture = Image.fromarray(scenes.render([scenes.scene(3)], 48)[0])  # what is asked for: the whole of a square
+    assert M.full_frame(1, 48)[0].tolist() == augment.random_view(picture, 24, np.random.default_rng(0))[1].tolist()
+
+
+def test_classes_are_colour_times_shape_and_the_three_sets_are_disjoint():
+    world = [scenes.scene(i, 1, (1, 1), grid=1) for i in range(3000)]
+    names = {M.label(s): (s.things[0].colour, s.things[0].shape) for s in world}
+    assert sorted(names) == list(range(72)) and len(set(names.values())) == 72
+    cfg = M.Config(**{**M.PRESETS["smoke"], "images": 32, "samples": 32, "out_dir": "", "conditioning": ""})
+    _, world = M.open_world(cfg, torch.device("cpu"))
+    sets = [set(map(str, part)) for part in (world.train.fields["scene"], world.val.fields["scene"], world.asked)]
+    assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+
+
+def test_evaluation_by_hand(monkeypatch):
+    """Heed = how much worse the loss is with the size of another picture; swap = distance of pictures that differ in it."""
+    cfg = M.Config(**M.PRESETS["smoke"])
+    vae, world = M.open_world(replace(cfg, out_dir="", conditioning=""), torch.device("cpu"))
+    seen, drawn, losses = [], [], iter([1.0, 2.0, 3.0])
+
+    def loss(model, z0, t, *args, controls, drop_s, drop_c, **more):
+        seen.append((t, controls, bool(drop_s.any() or drop_c.any())))
+        return next(losses)
+
+    def draw(model, vae, items, cfg, device, asked, size=0, seed=1, rows=slice(None)):
+        drawn.append((size, seed))
+        return torch.full((len(asked), 8, 8, 8), float(size))
+
+    monkeypatch.setattr(M, "diffusion_loss", loss)
+    monkeypatch.setattr(M, "pictures", draw)
+    verdicts = {"shape": [1, 1, 0, 0], "colour": [1, 0, 1, 0], "all": [0] * 4}
+    monkeypatch.setattr(M.zoo, "verify", lambda eye, images, told: verdicts)
+    env, items = ddp.Env(0, 1, torch.device("cpu")), M.Items(cfg, None, 0)
+    got = M.evaluate(None, vae, replace(world, sizes=[12, 16, 32, 64]), items, cfg, env)
+    assert (got["val_loss"], got["heeds"], got["right"]) == (1.0, pytest.approx(50), 25)
+    assert got["swap"] == pytest.approx((4 + 20 + 52 + 16 + 48 + 32) / 6) and got["swap_hr"] == pytest.approx(
+        (16 + 48 + 32) / 3
+    )
+    assert drawn == [(12, 7), (16, 7), (32, 7), (64, 7), (0, 1)]  # the same noise at each size
+    (t, controls, dropped), (low, same, _), (again, wrong, _) = seen
+    torch.testing.assert_close(low, 0.2 * t)
+    assert (
+        torch.equal(low, again) and torch.equal(controls, same) and torch.equal(controls[:, :5], wrong[:, :5]) and not dropped
+    )
+    after = {12.0: [16.0], 16.0: [32.0], 24.0: [32.0, 64.0], 32.0: [64.0], 64.0: [12.0]}
+    assert all(new in after[old] for old, new in zip(controls[:, 5].tolist(), wrong[:, 5].tolist()))
 
 
 # 6. Layers of five published models -----------------------------------------------------------------------------------------

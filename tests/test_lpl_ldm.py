@@ -101,6 +101,24 @@ def test_schedules():
     assert M.time_of("eps", torch.tensor([0.0, 0.9999])).tolist() == [0.0, 1.0]
 
 
+def test_a_step_has_the_method_s_options_and_tells_the_network_its_level(decoder):
+    z0, eps, t, y, seen = latents(), latents(seed=1), torch.tensor([0.1, 0.4, 0.7]), torch.zeros(3), []
+
+    def net(zt, level, y):
+        seen.append(level)
+        return 0.5 * zt
+
+    for more in (dict(norm="cross"), dict(mask=False), dict(depth_weights="uniform"), {}):
+        total, parts, out = M.step_loss(net, decoder, z0, t, eps, y, M.Config(weight=2.5, **more), True)
+        a = (1 - t).view(-1, 1, 1, 1)
+        z0_hat = (a * z0 + (1 - a) * eps) - (1 - a) * out
+        want = M.latent_perceptual_loss(decoder, z0_hat, z0, **more)[0].mean()
+        torch.testing.assert_close(parts["lpl"], want)
+        torch.testing.assert_close(total, (out - (eps - z0)).square().mean() + 2.5 * want)
+        torch.testing.assert_close(parts["share"], 2.5 * want / total)
+        torch.testing.assert_close(seen[-1], 999 * t)
+
+
 # 2. The mask: counts checked by hand on a 48 x 48 uniform map, outliers 30 ---------------------------------------------
 
 
@@ -225,6 +243,11 @@ def test_detached_statistics_only_change_the_gradient():
         (a - b).square().sum().backward()
         out.append(((a - b).detach(), h.grad))
     assert torch.equal(out[0][0], out[1][0]) and not torch.allclose(out[0][1], out[1][1])
+
+
+def test_detached_statistics_have_no_gradient():
+    h, f = torch.rand(1, 2, 8, 8, requires_grad=True), torch.rand(1, 2, 8, 8)
+    assert [M.normalise(h, f, "standardise", d)[1].requires_grad for d in (False, True)] == [True, False]
 
 
 def test_depth_weights(decoder):
@@ -384,6 +407,25 @@ def test_sampler_finds_a_known_latent(kind):
         torch.testing.assert_close(eps, path[0], atol=1e-2, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["flow", "eps", "v", "x0"])
+def test_sampler_equals_loops_for_a_network_that_does_not_know(kind):
+    def net(x, t, y):
+        return 0.3 * x + (t / 999 * torch.where(y == 5, 0.0, 0.5)).view(-1, 1, 1, 1)  # guidance 2: 0 + 2 (0.5 - 0)
+
+    z, abar = latents(2), np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    got = M.sample(net, z, torch.zeros(2, dtype=torch.long), kind, 4, 2.0, 5)
+    x, n = z.double().numpy(), [0, 250, 500, 749, 999]
+    if kind == "flow":
+        t, a, s = np.arange(5) / 4, 1 - np.arange(5) / 4, np.arange(5) / 4
+    else:
+        t, a, s = np.array(n) / 999, abar[n] ** 0.5, (1 - abar[n]) ** 0.5
+    for i in (4, 3, 2, 1):
+        out = 0.3 * x + t[i]
+        z0 = x - s[i] * out if kind == "flow" else {"eps": (x - s[i] * out) / a[i], "v": a[i] * x - s[i] * out, "x0": out}[kind]
+        x = a[i - 1] * z0 + s[i - 1] * (x - a[i] * z0) / s[i] if i > 1 else z0
+    np.testing.assert_allclose(got.numpy(), x, rtol=2e-3, atol=2e-3)
+
+
 def test_guidance_goes_beyond_the_class():
     def net(z, t, y):
         return torch.where((y == 5).view(-1, 1, 1, 1), 1.0, 3.0).expand_as(z)  # the null branch says 1, the class 3
@@ -400,6 +442,21 @@ def test_spectrum_finds_a_wave():
     assert M.spectrum_error(power, power) == (0, 0)
     low, high = M.spectrum_error(torch.ones(16) * math.e, torch.ones(16))
     assert (low, high) == pytest.approx((1, 1))
+
+
+def test_spectrum_by_loops():
+    x = torch.rand(2, 3, 16, 16)
+    grey = (0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2]).double().numpy()
+    rings = [[] for _ in range(20)]
+    for n in range(2):
+        for i in range(16):
+            for j in range(16):
+                u, v = (k if k < 8 else k - 16 for k in (i, j))
+                wave = np.exp(-2j * np.pi * (i * np.arange(16)[:, None] + j * np.arange(16)[None]) / 16)
+                rings[round(math.hypot(u, v))].append(abs((grey[n] * wave).sum()) ** 2 / 256)
+    np.testing.assert_allclose(M.spectrum(x), [np.mean(r) for r in rings[:8]], rtol=1e-4)
+    low, high = M.spectrum_error(torch.arange(32.0).exp(), torch.ones(32))
+    assert (low, high) == (pytest.approx(2.0), pytest.approx(23.5))  # bands 1 to 3 and 16 to 31
 
 
 def test_kept_memory_counts_storages_once_and_no_weights():
@@ -544,3 +601,26 @@ def test_classes_are_dropped_as_often_as_told_and_every_update_has_its_own_noise
     M.train(M.Config(**{**M.PRESETS["smoke"], "out_dir": str(tmp_path), "drop": drop, "accum": 2}), "pretrain")
     assert len(seen) >= 4 and all(null.all() if drop else not null.any() for _, null in seen)
     assert not any(torch.equal(a, b) for i, (a, _) in enumerate(seen) for b, _ in seen[:i])
+
+
+def test_the_term_starts_late_and_noise_is_drawn_by_update(tmp_path, monkeypatch):
+    seen, posterior, loss, to_latent = [], [], M.step_loss, vae.VAE.to_latent
+
+    def spy_loss(model, decoder, z0, t, eps, y, cfg, lpl):
+        seen.append(((y == model.classes).float().mean().item(), eps, lpl))
+        return loss(model, decoder, z0, t, eps, y, cfg, lpl)
+
+    def spy_latent(self, mean, logvar=None, noise=None):
+        posterior.append(noise)
+        return to_latent(self, mean, logvar, noise)
+
+    monkeypatch.setattr(M, "step_loss", spy_loss)
+    monkeypatch.setattr(vae.VAE, "to_latent", spy_latent)
+    monkeypatch.setattr(M, "evaluate", lambda *a: ({}, torch.ones(16)))
+    more = dict(pretrain=0, steps=24, batch_size=24, drop=0.25, lpl_start=20, weight=0.1, out_dir=str(tmp_path))
+    M.train(M.Config(**{**M.PRESETS["smoke"], **more}), "lpl")
+    assert np.mean([null for null, _, _ in seen[:24]]) == pytest.approx(0.25, abs=0.05)
+    assert [lpl for _, _, lpl in seen[:24]] == [False] * 20 + [True] * 4  # the evaluation calls it, too
+    for i in range(24):
+        _, first, second = M.draw_noise(0, i, 24, (8, 8, 8), "cpu")
+        assert torch.equal(posterior[i], first) and torch.equal(seen[i][1], second)

@@ -1,6 +1,7 @@
 """common/vae.py: sizes, layouts, padding, attention, features, tiles; note weights_vae_dit (b)."""
 
 import copy
+import math
 import os
 import re
 import subprocess
@@ -234,6 +235,68 @@ def test_tiles_blend_to_about_the_whole(small):
     assert error[:50, :50].max() < 1e-6  # inside the first tile, away from the blend (its rim: 15 to 20 in latents)
     assert error.mean() < 0.02 * whole.std() and error.max() < whole.std()
     assert torch.equal(vae.decode(z, tile=64), whole)
+
+
+def test_posterior_sample(small):
+    mean, logvar, noise = torch.ones(1, 4, 1, 1), torch.full((1, 4, 1, 1), 2 * math.log(3)), torch.full((1, 4, 1, 1), 2.0)
+    torch.testing.assert_close(small.to_latent(mean, logvar, noise), torch.full((1, 4, 1, 1), (1 + 3 * 2 - 0.25) * 0.5))
+    big = V.VAE(8, (1, 2), 1, 4, 4).eval()
+    big.quant_conv.bias.data[:] = torch.tensor([0.0] * 4 + [99, -99, 99, -99])
+    logvar = big.encode(torch.zeros(1, 3, 8, 8))[1]
+    assert logvar.amax() == 20 and logvar.amin() == -30
+
+
+def test_resblock_and_mid_by_hand():
+    torch.manual_seed(0)
+    block, x = V.ResBlock(8, 12, 4), torch.randn(2, 8, 5, 5)
+
+    def norm(m, v):
+        g = v.view(2, 4, -1)
+        g = (g - g.mean(2, keepdim=True)) / (g.var(2, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        return g.view(v.shape) * m.weight.view(-1, 1, 1) + m.bias.view(-1, 1, 1)
+
+    def silu(v):
+        return v / (1 + (-v).exp())
+
+    h = block.conv2(silu(norm(block.norm2, block.conv1(silu(norm(block.norm1, x))))))
+    torch.testing.assert_close(block(x), block.conv_shortcut(x) + h, atol=1e-5, rtol=1e-5)
+    mid, x = V.MidBlock(8, 4), torch.randn(1, 8, 3, 3)
+    torch.testing.assert_close(mid(x), mid.resnets[1](mid.attentions[0](mid.resnets[0](x))))
+
+
+def test_names_of_the_attention_written_out(small):
+    state, a = small.state_dict(), "mid_block.attentions.0."
+    old, comp = V.to_layout(state, "diffusers-old", 3), V.to_layout(state, "compvis", 3)
+    for mine, theirs, short in (("to_q", "query", "q"), ("to_k", "key", "k"), ("to_v", "value", "v"),
+                                ("to_out.0", "proj_attn", "proj_out")):  # fmt: skip
+        w = state[f"decoder.{a}{mine}.weight"]
+        assert torch.equal(old[f"decoder.{a}{theirs}.weight"], w)
+        assert torch.equal(comp[f"decoder.mid.attn_1.{short}.weight"][:, :, 0, 0], w)
+    assert torch.equal(comp["decoder.mid.attn_1.norm.weight"], state[f"decoder.{a}group_norm.weight"])
+
+
+def test_scaling_and_groups_come_from_where_they_should(tmp_path):
+    save_file(V.VAE(8, (1, 2), 1, 4, 4).state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
+    beside = tmp_path / "config.json"
+    beside.write_text('{"scaling_factor": 1.5, "shift_factor": 0.125, "norm_num_groups": 4}')
+    vae = V.load_vae(tmp_path)
+    assert {m.num_groups for m in vae.modules() if isinstance(m, torch.nn.GroupNorm)} == {4} and vae.config["groups"] == 4
+    assert V.load_vae(tmp_path, shift=0.0).shift == 0 and V.load_vae(tmp_path, scale=2.0).config["scale"] == 2
+    prints = {V.load_vae(tmp_path, shift=s).fingerprint() for s in (0.0, 0.5)} | {vae.fingerprint()}
+    vae.quant_conv.weight.data[0] += 1
+    assert len(prints | {vae.fingerprint()}) == 4  # weights and scaling are both of it
+    beside.write_text('{"scaling_factor": 1.5, "norm_num_groups": 4, "latents_mean": [0, 0, 0, 0]}')
+    with pytest.raises(ValueError, match="each channel"):
+        V.load_vae(tmp_path)
+
+
+def test_whole_checkpoints_by_their_prefix(tmp_path):
+    state = V.VAE(32, (1, 1), 1, 4, 32).state_dict()
+    torch.save({f"vae.{k}": w for k, w in state.items()} | {"unet.x": torch.zeros(1)}, tmp_path / "m.pt")
+    assert torch.equal(V.load_vae(tmp_path / "m.pt").state_dict()["quant_conv.bias"], state["quant_conv.bias"])
+    torch.save({f"first_stage_model.{k}": w for k, w in state.items()} | {"conditioner.x": torch.zeros(1)}, tmp_path / "xl.pt")
+    with pytest.raises(ValueError, match="how latents are scaled"):  # SDXL's differs, and its file does not say it
+        V.load_vae(tmp_path / "xl.pt")
 
 
 def test_kl():
