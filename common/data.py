@@ -196,11 +196,11 @@ class Folder:
     """Images below a folder; class directories give labels. Same interface as Shards."""
 
     def __init__(self, folder):
-        self.root = Path(folder)
-        self.files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
+        self.folder = Path(folder)
+        self.files = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
         if not self.files:
             raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_TYPES)})")
-        self.classes = sorted({p.parent.relative_to(self.root).as_posix() for p in self.files} - {"."})
+        self.classes = sorted({p.parent.relative_to(self.folder).as_posix() for p in self.files} - {"."})
         self.sizes = [len(self.files)]
 
     def __len__(self) -> int:
@@ -208,8 +208,8 @@ class Folder:
 
     def read(self, shard: int, row: int) -> dict:
         path = self.files[row]
-        out = {"key": path.relative_to(self.root).as_posix(), "image": decode_image(path.read_bytes(), str(path))}
-        parent = path.parent.relative_to(self.root).as_posix()
+        out = {"key": path.relative_to(self.folder).as_posix(), "image": decode_image(path.read_bytes(), str(path))}
+        parent = path.parent.relative_to(self.folder).as_posix()
         return out if parent == "." else {**out, "label": self.classes.index(parent)}
 
 
@@ -504,14 +504,18 @@ def load(source, rows, size: int, env, gb: float, workers: int = 0, max_bad: flo
         for k, v in part.items():
             held[k][count : count + len(v)] = v
         count += len(part["row"])
-    if len(rows) - count > max_bad * max(len(rows), 1000) or not count:
-        bad = f"{len(rows) - count} of {len(rows)} pictures are damaged"
-        raise ValueError(f"{source.folder}: {bad}, more than --max_bad {max_bad}; prepare them again")
-    if count < len(rows) and env.is_main:
-        first = np.setdiff1d(rows, held["row"][:count].numpy())[0]
-        print(f"{source.folder}: {len(rows) - count} of {len(rows)} pictures are damaged and left out, sample {first} first",
-              file=sys.stderr)  # fmt: skip
+    report_damaged(subset, held["row"][:count] if held else (), max_bad, env)
     return {k: v[:count].to(env.device) for k, v in held.items()}
+
+
+def report_damaged(subset: Subset, read, max_bad: float, env):
+    """Of one pass over a Subset, that gave the rows `read`: what is missing is said, and too much of it a ValueError."""
+    lost = np.setdiff1d(subset.rows, read)
+    what = f"{subset.source.folder}: {len(lost)} of {len(subset.rows)} pictures are damaged"
+    if len(lost) > max_bad * max(len(subset.rows), 1000) or len(lost) == len(subset.rows):
+        raise ValueError(f"{what}, more than --max_bad {max_bad}; prepare them again")
+    if len(lost) and env.is_main:
+        print(f"{what} and left out, sample {lost[0]} first", file=sys.stderr)
 
 
 def parts_of(pictures, size: int, rank: int = 0, world: int = 1, workers: int = 0):

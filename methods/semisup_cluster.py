@@ -61,9 +61,9 @@ class Config:
     batch_size: int = 96  # GLOBAL number of unlabelled pictures B_u, divided by the number of processes
     accum: int = 1  # not possible here: micro-batches would shrink the batch that Sinkhorn balances
     lr: float = 4e-3  # peak
-    lr_end: float = 1e-5  # at the last update, by a cosine
+    lr_end: float = 1e-5  # in the end, by a cosine
     wd: float = 1e-4  # weight decay
-    wd_end: float = 0.0  # weight decay at the last update, by a cosine; 0 = constant; DINO: 0.4
+    wd_end: float = 0.0  # weight decay in the end, by a cosine; 0 = constant; DINO: 0.4
     warmup: int = 30  # updates of linear warm-up, of every phase, at most a quarter of it
     grad_clip: float = 0.0  # largest gradient norm OF EACH PARAMETER, 0 = off; DINO: 3
     ema_decay: float = 0.9  # of Daino's teacher at the start, rising to 1; Daino: 0.99, for many more updates
@@ -440,7 +440,10 @@ def embed(net, pictures, cfg, env):
         x = augment.cut(p["image"].to(env.device), box.expand(len(p["row"]), 4), cfg.image_size) / 255
         f = [v.float() for v in net.features([augment.normalise(x)])]
         out.append([v.cpu() for v in (*f, F.normalize(f[2], dim=1) @ net.P().T, p["label"], p["row"])])
-    parts = [torch.cat(v) for v in zip(*ddp.gather_lists(out))]
+    out = ddp.gather_lists(out)
+    if isinstance(pictures, data.Subset):
+        data.report_damaged(pictures, [r for *_, rows in out for r in rows.tolist()], cfg.max_bad, env)
+    parts = [torch.cat(v) for v in zip(*out)]
     order = parts[-1].argsort()
     return [v[order] for v in parts[:-1]]
 
@@ -554,12 +557,12 @@ def watch(q, scores, y, cfg):
     """Is it clustering? Of the network's own predictions softmax(scores / tau), since Sinkhorn balances assignments q (B, K)
     even of features that have collapsed: spread, entropy of the mean over ln K, 1 = all prototypes are used; doubt, mean
     entropy over ln K; largest, share of the largest cluster. pseudo: right pseudo-labels in percent, where there are labels."""
-    p, ln_K = F.softmax(scores.float() / cfg.tau, 1), math.log(q.shape[1])
-    mean = ddp.all_sum(p.mean(0)) / ddp.world_size()
-    doubt = torch.special.entr(p).sum(1).mean() / ln_K
-    out, y = {"spread": torch.special.entr(mean).sum() / ln_K, "doubt": doubt, "largest": mean.max()}, y.to(q.device)
-    right = ((q.argmax(1) == y) & (y >= 0)).sum() / (y >= 0).sum().clamp(min=1)
-    return out if cfg.stage == "ssl" else {**out, "pseudo": 100 * right}
+    p, ln_K, y = F.softmax(scores.float() / cfg.tau, 1), math.log(q.shape[1]), y.to(q.device)
+    known, right = y >= 0, q.argmax(1) == y
+    *sums, known, right = ddp.all_sum(torch.cat([p.mean(0), known.sum()[None], (known & right).sum()[None]]))
+    mean, doubt = torch.stack(sums) / ddp.world_size(), torch.special.entr(p).sum(1).mean() / ln_K
+    out = {"spread": torch.special.entr(mean).sum() / ln_K, "doubt": doubt, "largest": mean.max()}
+    return out if cfg.stage == "ssl" else {**out, "pseudo": 100 * right / known.clamp(min=1)}
 
 
 def train(cfg: Config) -> dict:
@@ -598,7 +601,7 @@ def train(cfg: Config) -> dict:
     few = data.endless(world.labelled, batch_size=B_l, seed=seed + 1, **options) if B_l else None
     total = len(world.train["label"]) if isinstance(world.train, dict) else sum(world.train.sizes)
     log = RunLog(cfg, env, f"{cfg.method} {cfg.stage}" + ("" if ssl else f", {cfg.labels} labels"), start)
-    warned = False
+    log.per_step, warned = B_u + B_l, False  # pictures an update, which differ by arm
     for step in range(start, cfg.steps):
         optim.set_lr(opt, schedule(step, cfg.steps, cfg.warmup, cfg.lr, cfg.lr_end))
         if cfg.wd_end:
@@ -631,7 +634,7 @@ def train(cfg: Config) -> dict:
             ddp.check_finite({"loss": loss.item(), "grad_norm": norm.item()}, step)
         if due:
             line = ddp.mean({"loss": loss, **parts})
-            log.write(step, **line, lr=opt.param_groups[0]["lr"])
+            log.write(step, **line, lr=opt.param_groups[0]["lr"], bad=sum(s.bad for s in (all_of, few) if s))
             flat = abs(line.get("unlabelled", 0.0) - math.log(K)) < 1e-3 and cfg.method in ("suave", "daino")
             if flat and not warned and step > cfg.warmup and env.is_main:
                 warned = True

@@ -248,7 +248,7 @@ def read_embeddings(path, names):
 
 def unit_rows(e, what):
     """Text embeddings (N, d), normalised. ValueError for NaN, infinity and rows of zeros, which have no direction."""
-    e = torch.from_numpy(np.asarray(e, np.float32))
+    e = torch.from_numpy(np.asarray(e, np.float32).copy())
     if not torch.isfinite(e).all() or not (e.norm(dim=1) > 0).all():
         raise ValueError(f"the embeddings of {what} hold NaN, infinity or a row of zeros; encode them again")
     return F.normalize(e, dim=1)
@@ -387,7 +387,11 @@ def open_world(cfg: Config, env) -> World:
         keys = [str(i) for i in range(len(texts))]
         return World(train, train, tests, keys, texts, list(scenes.SHAPES), paths, C, attributes)
     source, other, records, classes, rows = data.open_labelled(cfg.data, count, cfg.seed, tested=not cfg.probe_data)
-    names, parent = source.manifest.get("coarse_classes", []), {r["label"]: r["coarse"] for r in records if "coarse" in r}
+    names = source.manifest.get("coarse_classes", [])
+    parent = {r["label"]: r["coarse"] for r in records if "coarse" in r and "label" in r}
+    if parent and not (isinstance(names, list) and all(type(p) is int and 0 <= p < len(names) for p in parent.values())):
+        raise ValueError(f"{cfg.data}: the samples' coarse classes are not numbers of the manifest's list coarse_classes; "
+                         "prepare the data again")  # fmt: skip
     paths = [f"{names[parent[i]]}/{c}" if i in parent else c for i, c in enumerate(classes)]
     options = dict(size=canvas(cfg), env=env, gb=cfg.memory_gb, workers=cfg.workers, max_bad=cfg.max_bad)
     train, kinds = data.load(source, rows, **options), len(classes)
@@ -435,7 +439,10 @@ def embed(model, pictures, cfg, env):
     for p in data.parts_of(pictures, canvas(cfg), env.rank, env.world, cfg.workers):
         f = model.body(whole(p["image"].to(env.device), cfg.image_size)).float()
         out.append((f.cpu(), p["label"].cpu(), p["row"].cpu()))
-    f, y, row = (torch.cat(x) for x in zip(*(ddp.gather_lists(out) if env.world > 1 else out)))
+    out = ddp.gather_lists(out) if env.world > 1 else out
+    if isinstance(pictures, data.Subset):
+        data.report_damaged(pictures, [r for *_, rows in out for r in rows.tolist()], cfg.max_bad, env)
+    f, y, row = (torch.cat(x) for x in zip(*out))
     order = row.argsort()
     return f[order], y[order], row[order]
 
@@ -525,9 +532,10 @@ class ObjectNet(data.Folder):
         return {**sample, "image": sample["image"].crop((2, 2, w - 2, h - 2))}
 
 
-def guesses(model, probe, source, cfg, env):
+def of_folder(model, source, cfg, env):
+    """Features and labels of a folder's pictures; those beside the folders of classes have none and are left out."""
     f, y, _ = embed(model, data.Subset(source, np.arange(sum(source.sizes))), cfg, env)
-    return probe(f).argmax(1).tolist(), y.tolist()
+    return f[y >= 0], y[y >= 0]
 
 
 def accepted_by_real(cfg):
@@ -549,17 +557,18 @@ def further_tests(model, probe, guess, rows, cfg, env) -> dict[str, float]:
         mapping = read_in9(cfg.in9)
         for variant in ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "no_fg", "only_bg_b", "only_bg_t"):
             if (folder := Path(cfg.in9, variant, "val")).is_dir():
-                seen, y = guesses(model, probe, data.Folder(folder), cfg, env)
-                out[f"in9_{variant}"] = in9_accuracy(seen, y, mapping)
+                f, y = of_folder(model, data.Folder(folder), cfg, env)
+                out[f"in9_{variant}"] = in9_accuracy(probe(f).argmax(1).tolist(), y.tolist(), mapping)
         if {"in9_mixed_same", "in9_mixed_rand"} <= out.keys():
             out["in9_gap"] = out["in9_mixed_same"] - out["in9_mixed_rand"]
     if cfg.objectnet:
         accepted, source = objectnet_classes(cfg.objectnet), ObjectNet(Path(cfg.objectnet, "images"))
-        seen, y = guesses(model, probe, source, cfg, env)
-        out["objectnet"] = real_accuracy(seen, [accepted.get(source.classes[c]) for c in y])  # classes in common alone
+        f, y = of_folder(model, source, cfg, env)
+        common = [accepted.get(source.classes[c]) for c in y.tolist()]  # None for a class that ImageNet lacks
+        out["objectnet"] = real_accuracy(probe(f).argmax(1).tolist(), common)
     if cfg.mit_states:
         source = data.Folder(cfg.mit_states)
-        f, y, _ = embed(model, data.Subset(source, np.arange(len(source))), cfg, env)
+        f, y = of_folder(model, source, cfg, env)
         for i, name in enumerate(("attributes", "objects")):  # "ancient building" or "ancient_building"; "adj" is no attribute
             words = [re.split("[ _]", c, maxsplit=1)[i] for c in source.classes]
             kept = torch.tensor([words[c] != "adj" for c in y.tolist()])
@@ -656,7 +665,7 @@ def train(cfg: Config) -> dict:
         if due or leave or done % cfg.save_every == 0:
             ddp.check_finite({"loss": mean_loss.item(), "grad_norm": norm.item()}, step)
         if due:
-            log.write(step, **ddp.mean({"loss": mean_loss, **parts()}), lr=opt.param_groups[0]["lr"])
+            log.write(step, **ddp.mean({"loss": mean_loss, **parts()}), lr=opt.param_groups[0]["lr"], bad=stream.bad)
         if cfg.eval_every and done % cfg.eval_every == 0 and not last:
             log.write(step, **evaluate(model, world, cfg, env))
         log.tick(step)
@@ -709,8 +718,10 @@ def check(cfg: Config) -> None:
                graph=("text", "class", "identity", "tree", "rand_class", "rand_sample"), optimiser=("adamw", "lars"),
                dtype=("float32", "bfloat16"), backbone=("small", "resnet50"), probe=("lbfgs", "sgd"))  # fmt: skip
     cli.within(cfg, "steps image_size width hidden embed_dim probe_steps text_width text_depth text_heads", 1)
-    if cfg.batch_size < 2 or not cfg.tau > 0 or not 0 < cfg.crop_scale <= 1 or cfg.canvas < 0:
-        raise ValueError("--batch_size must be at least 2, --tau above 0, --crop_scale in (0, 1], --canvas not negative")
+    if cfg.batch_size < 2 * cfg.accum:  # the other view of a single picture is all that there would be
+        raise ValueError(f"--batch_size {cfg.batch_size} must be at least 2 for each of --accum {cfg.accum} parts")
+    if not cfg.tau > 0 or not 0 < cfg.crop_scale <= 1 or cfg.canvas < 0:
+        raise ValueError("--tau must be above 0, --crop_scale in (0, 1], --canvas not negative")
     cli.within(cfg, "tau_s probe_l2", 0)
     if not all(v.isdecimal() for v in cfg.images_per_class.split(",")):
         raise ValueError(f"--images_per_class {cfg.images_per_class} must be a comma list of numbers, 0 for all")
@@ -758,9 +769,10 @@ def check_arms(arms, env) -> None:
             raise ValueError("--method clip needs captions, and some samples have none; leave it out of the list")
         if arm.method == "clip" and arm.tokenizer:
             Tokenizer.from_clip(arm.tokenizer)
-        if arm.graph in ("class", "tree", "rand_class") and not world.classes:
-            raise ValueError(f"{'--method supcon' if arm.method == 'supcon' else f'--graph {arm.graph}'} needs labels, and the "
-                             f"samples of {arm.data} have none")  # fmt: skip
+        of_classes = "--text_of classes" if (arm.graph, arm.text_of) == ("text", "classes") else f"--graph {arm.graph}"
+        if (arm.graph in ("class", "tree", "rand_class") or "classes" in of_classes) and not world.classes:
+            raise ValueError(f"{'--method supcon' if arm.method == 'supcon' else of_classes} needs labels, and the samples of "
+                             f"{arm.data} have none")  # fmt: skip
         make_graph(arm, world, env.device)
         many = len(world.train["row"]) if isinstance(world.train, dict) else sum(world.train.sizes)
         if arm.method != "untrained" and arm.batch_size // arm.accum > many:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 
 from common import data, ddp
 from data_prep._write import png, prepare
@@ -556,3 +557,387 @@ def test_cifar100_splits_have_the_papers_counts():
 )
 def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
     user_error(inside(M, *SMALL, "--out_dir", tmp_path / "r", *flags), *words)
+
+
+# By hand ---------------------------------------------------------------------------------------------------------------
+
+
+def test_cross_entropy_by_hand():
+    """Scores over tau: odds e^2 : 1 and 1 : e^4."""
+    scores, target = torch.tensor([[0.2, 0.0], [0.1, 0.5]]), torch.tensor([[1.0, 0.0], [0.25, 0.75]])
+    a, b = math.log(1 + math.exp(-2)), math.log(1 + math.exp(-4))
+    want = (a + 0.25 * (4 + b) + 0.75 * b) / 2
+    assert M.cross_entropy(scores, target, 0.1).item() == pytest.approx(want, abs=1e-6)
+    assert M.unlabelled_loss([scores, scores], [target, target], 0.1).item() == pytest.approx(want, abs=1e-6)
+
+
+def test_each_view_has_its_own_queue():
+    P, queue, z = unit(3, 8, 9), M.Queue(2, 4, 8), [unit(4, 8, s) for s in range(3)]
+    queue.push(0, z[0])
+    queue.push(1, z[1])
+    assert torch.equal(queue.z, torch.stack(z[:2]))
+    for view in (0, 1):
+        want = M.sinkhorn(torch.cat([z[view], z[2]]) @ P.T, 0.05)[-4:]
+        torch.testing.assert_close(queue.targets(view, z[2], P, 0.05), want)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Worlds of at most 120 pictures."""
+    real = M.scene_set
+    monkeypatch.setattr(M, "scene_set", lambda count, *rest: real(min(count, 120), *rest))
+
+
+def one_batch(cfg):
+    """Network in evaluation mode, whose rows do not see each other, and the pictures of an update."""
+    world = M.open_world(cfg, ENV)
+    C, ssl = len(world.classes), cfg.stage == "ssl"
+    torch.manual_seed(0)
+    net = M.Net(cfg, 2 * C if ssl else C, 0 if ssl else C).eval()
+    B_u, B_l = M.batch_sizes(cfg)
+    u = next(data.endless(world.train, 16, B_u, ENV)) if B_u else None
+    y = next(data.endless(world.labelled, 16, B_l, ENV, 1)) if B_l else None
+    return net, u, y
+
+
+def ce(scores, target, tau):
+    """Of float targets, row by row."""
+    rows = [
+        -sum(t * math.log(p) for t, p in zip(a, b) if t) for a, b in zip(target.tolist(), (scores / tau).softmax(1).tolist())
+    ]
+    return sum(rows) / len(rows)
+
+
+def test_every_term_of_the_loss_by_hand(few):
+    """Suave, three views and mixing: each view's rows alone through the network, then the definition."""
+    cfg = replace(CFG, method="suave", stage="semi", smoothing=0.1, tau=0.2, local_crops=1)
+    net, u, y = one_batch(cfg)
+    rows, lam = M.make_rows(u, y, cfg, ENV, 3)
+    with torch.no_grad():
+        out = {k: net([x], len(x)) for k, x in rows.items()}
+        loss, parts = M.method_loss(net, None, M.Queue(2, 0, 8), u, y, cfg, ENV, 3, 0.04)
+    o, hot, a = {k: v[0] for k, v in out.items()}, F.one_hot(y["label"], 9).float(), lam["labelled"]
+    target = torch.cat([hot, a * hot + (1 - a) * hot.flip(0)]) * 0.9 + 0.1 / 9
+    want = {"labelled": ce(torch.cat([o["labelled"], o["labelled mixed"]]), target, 0.2)}
+    want["probes"] = sum(ce(p, hot, 1) for p in out["labelled"][2])
+    q1, q2 = (M.sinkhorn(o[f"view {i}"], 0.05) for i in (1, 2))
+    pairs = ((2, q1), (3, q1), (1, q2), (3, q2))
+    want["unlabelled"] = sum(ce(o[f"view {v}"], q, 0.2) for v, q in pairs) / 4
+    m = lam["unlabelled"]
+    assert 0.05 < m < 0.95 and a != m and list(rows) == ["labelled", "labelled mixed", "view 1", "view 2", "mixed", "view 3"]
+    want["mixed"] = ce(o["mixed"], m * q1 + (1 - m) * q2.flip(0), 0.2)
+    for k, v in want.items():
+        assert float(parts[k]) == pytest.approx(v, abs=1e-4), k
+    total = (24 * want["unlabelled"] + 8 * want["labelled"] + 8 * want["mixed"] + 4 * want["probes"]) / 40
+    assert loss.item() == pytest.approx(total, abs=1e-4)
+
+
+class Scores(torch.nn.Module):
+    """A network whose scores are a fixed random map of the mean colour."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.W = torch.randn(3, 9, generator=torch.Generator().manual_seed(seed)) / 3
+
+    def forward(self, views, clean=0):
+        x = torch.cat([v.mean((2, 3)) for v in views])
+        return x @ self.W, x, [x[:clean] @ self.W]
+
+
+def test_daino_learns_from_the_teacher_and_the_old_centre(few, monkeypatch):
+    """Targets of the teacher's other view, at its temperature; then the centre moves, by both views."""
+    cfg = replace(CFG, method="daino", stage="semi", local_crops=0)
+    _, u, y = one_batch(cfg)
+    net, teacher, center = Scores(0), Scores(1), torch.linspace(-0.2, 0.2, 9)[None]
+    teacher.register_buffer("center", center.clone())
+    rows, lam = M.make_rows(u, y, cfg, ENV, 3)
+    assert list(rows) == ["labelled", "labelled mixed", "view 1", "view 2"]  # no mixing of unlabelled pictures
+    rows["view 2"] = torch.randn(8, 3, 1, 1).expand(8, 3, 16, 16)  # nothing like view 1
+    monkeypatch.setattr(M, "make_rows", lambda *a: (rows, lam))
+    above, below = ([f([rows[f"view {i}"]])[0] for i in (1, 2)] for f in (teacher, net))
+    _, parts = M.method_loss(net, teacher, M.Queue(2, 0, 8), u, y, cfg, ENV, 3, 0.05)
+    q = [((o - center) / 0.05).softmax(1) for o in above]
+    want = (ce(below[1], q[0], 0.1) + ce(below[0], q[1], 0.1)) / 2
+    assert parts["unlabelled"].item() == pytest.approx(want, rel=1e-4) and parts["mixed"] == 0
+    torch.testing.assert_close(teacher.center, 0.9 * center + 0.1 * torch.cat(above).mean(0, keepdim=True))
+
+
+def test_fixmatch_and_supervised_losses_by_hand(few, monkeypatch):
+    cfg = replace(CFG, method="fixmatch", stage="semi")
+    net, u, y = one_batch(cfg)
+    rows, lam = M.make_rows(u, y, cfg, ENV, 3)
+    assert list(rows) == ["labelled", "weak", "strong"] and not lam  # no mixing
+    seen = []
+    monkeypatch.setattr(M, "fixmatch_loss", lambda *a: (seen.append(a), torch.tensor(2.0))[1])
+    hot = F.one_hot(y["label"], 9).float() * 0.99 + 0.01 / 9
+    with torch.no_grad():
+        loss, parts = M.method_loss(net, None, M.Queue(2, 0, 8), u, y, cfg, ENV, 3, 0.04)
+        o = {k: net([x])[0] for k, x in rows.items()}
+    assert parts["labelled"].item() == pytest.approx(ce(o["labelled"], hot, 0.1), abs=1e-4)
+    assert loss.item() == pytest.approx((parts["labelled"] + 2 + parts["probes"]).item(), abs=1e-5)
+    torch.testing.assert_close(seen[0][0], o["weak"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(seen[0][1], o["strong"], atol=1e-4, rtol=0)
+    assert seen[0][2] == 0.1
+
+
+def test_queue_is_asked_before_it_is_filled_and_only_when_full(few, monkeypatch):
+    cfg = replace(CFG, method="suave", stage="semi", mix=False)
+    net, u, y = one_batch(cfg)
+    calls = []
+
+    class Spy(M.Queue):
+        def targets(self, view, z, prototypes, eps, full=True):
+            calls.append(("ask", view, full, z.clone(), eps))
+            return M.sinkhorn(z @ prototypes.T, eps)
+
+        def push(self, view, z):
+            calls.append(("push", view, z.clone()))
+
+    with torch.no_grad():
+        rows, _ = M.make_rows(u, y, cfg, ENV, 2)
+        z = [net([rows[f"view {i}"]])[1] for i in (1, 2)]
+        for step, full in ((2, False), (3, True), (4, True)):  # 24 rows are full after three batches of 8
+            calls.clear()
+            M.method_loss(net, None, Spy(2, 24, 8), u, y, cfg, ENV, step, 0.04)
+            assert [c[:2] for c in calls] == [("ask", 0), ("ask", 1), ("push", 0), ("push", 1)]
+            assert [c[2] for c in calls[:2]] == [full] * 2 and calls[0][4] == 0.05
+            for i in (0, 1):
+                assert torch.equal(calls[i][3], calls[2 + i][2])
+                assert step > 2 or torch.allclose(calls[i][3], z[i], atol=1e-5)
+
+
+def test_rows_of_methods_and_phases(monkeypatch):
+    """Sizes, areas and colours of what each method and phase sees, and the numbers of its draws."""
+    seen = []
+
+    def views(batch, kinds, cfg, env, number):
+        seen.append((number, kinds))
+        return [torch.zeros(2, 3, size, size) for size, _, _ in kinds]
+
+    monkeypatch.setattr(M, "make_views", views)
+
+    def rows(method, stage, labelled=True):
+        seen.clear()
+        cfg = replace(CFG, method=method, stage=stage, global_scale="0.3,1", local_scale="0.1,0.3")
+        return list(M.make_rows({"label": 0}, {"label": 0} if labelled else None, cfg, ENV, 4)[0])
+
+    assert rows("suave", "ssl", False) == ["view 1", "view 2", "view 3", "view 4"]  # nothing is mixed in phase A
+    (number, kinds), S, near = seen[0], (16, (0.3, 1.0)), (16, (0.8, 1.0))
+    assert number == 13 and [k[:2] for k in kinds] == [S, S, (8, (0.1, 0.3)), (8, (0.1, 0.3))]
+    strong = kinds[0][2]
+    assert kinds[1][2] == kinds[2][2] == strong and strong.jitter == (0.8, 0.8, 0.8, 0.2)
+    assert (strong.jitter_p, strong.grey_p, strong.blur_p, strong.solarise_p, strong.flip_p) == (0.8, 0.2, 0.5, 0, 0.5)
+    assert rows("suave", "semi") == ["labelled", "labelled mixed", "view 1", "view 2", "mixed", "view 3", "view 4"]
+    assert [n for n, _ in seen] == [12, 13] and seen[0][1][0][:2] == S
+    plain = seen[0][1][0][2]
+    assert plain.jitter == (0.4, 0.4, 0.4, 0.1) and (plain.jitter_p, plain.grey_p, plain.blur_p) == (0.8, 0.2, 0)
+    assert rows("suave", "finetune") == ["labelled", "labelled mixed", "view 1", "view 2", "mixed"]
+    light, weak = seen[0][1][0][2], seen[1][1][0][2]
+    assert light.jitter == (0.1, 0.1, 0.1, 0) and light.jitter_p == 0.8 and light.grey_p == light.blur_p == 0
+    assert weak.jitter_p == weak.grey_p == weak.blur_p == 0 and weak.flip_p == 0.5 and seen[1][1][1][2] == weak
+    assert rows("daino", "semi") == ["labelled", "labelled mixed", "view 1", "view 2", "view 3", "view 4"]
+    of = [(c.jitter, c.jitter_p, c.grey_p, c.blur_p, c.solarise_p) for _, _, c in seen[1][1]]
+    want = [((0.4, 0.4, 0.2, 0.1), 0.8, 0.2, p, s) for p, s in ((1, 0), (0.1, 0.2), (0.5, 0), (0.5, 0))]
+    assert of == want and seen[0][1][0][2] == plain
+    assert rows("fixmatch", "semi") == ["labelled", "weak", "strong"]
+    assert [k[:2] for k in (*seen[0][1], *seen[1][1])] == [near, near, S] and seen[0][1][0][2] == seen[1][1][0][2] == weak
+    assert seen[1][1][1][2] == strong
+
+
+def test_evaluation_asks_every_head_in_its_order(monkeypatch):
+    """Features by hand: prototypes of any length are taken at length 1; heads that answer 0, 1, 2 and 3."""
+    cfg = replace(CFG, method="suave", stage="semi")
+    net = M.Net(cfg, 4, 4)
+    h, hidden, z = torch.ones(4, 32), torch.ones(4, 16), torch.zeros(4, 8)
+    z[:, 0], z[:, 1] = 2.0, 1.0
+    with torch.no_grad():
+        net.prototypes.zero_()
+        net.prototypes[0, 0], net.prototypes[1, 1], net.prototypes[2, 2], net.prototypes[3, 3] = 0.1, 50, 1, 1
+        for i, probe in enumerate(net.probes, 1):
+            probe.weight.zero_()
+            probe.bias.copy_(F.one_hot(torch.tensor(i), 4).float())
+    order = torch.tensor([2, 0, 3, 1])  # parts come in another order than rows
+    y = torch.tensor([0, 0, 0, 1])
+    part = {"image": torch.zeros(4, 3, 16, 16, dtype=torch.uint8), "label": y[order], "row": order}
+    monkeypatch.setattr(M.data, "parts_of", lambda *a: [part])
+    monkeypatch.setattr(net, "features", lambda views: (h, hidden, z) if not net.training else None)
+    score, scores, labels = M.evaluate(net, M.World(None, None, [], None), cfg, ENV)
+    assert score == {"prototypes": 75, "backbone": 25, "hidden": 0, "output": 0} and labels.tolist() == y.tolist()
+    torch.testing.assert_close(scores[0], torch.tensor([2 / math.sqrt(5), 1 / math.sqrt(5), 0, 0]))
+    assert net.training
+    alone = M.Net(replace(cfg, stage="ssl"), 4, 0)
+    monkeypatch.setattr(alone, "features", lambda views: (h, hidden, z))
+    assert M.evaluate(alone, M.World(None, None, [], None), cfg, ENV)[0] == {}  # phase A has no labels
+
+
+def test_probe_on_phase_a_learns_from_the_labelled_and_is_asked_on_the_test_pictures(monkeypatch):
+    f = F.one_hot(torch.arange(12) % 3, 3).float()
+    sets = {"labelled": [f, f, 1 - f, f, torch.arange(12) % 3], "test": [f, f.roll(1, 1), 1 - f, f, torch.arange(12) % 3]}
+    monkeypatch.setattr(M, "open_world", lambda cfg, env: M.World("train", "test", ["a", "b", "c"], "labelled"))
+    monkeypatch.setattr(M, "load_init", lambda *a: None)
+    monkeypatch.setattr(M, "embed", lambda net, pictures, cfg, env: sets[pictures])
+    assert M.probe_offline(replace(CFG, method="suave", stage="ssl")) == {"backbone": 100, "hidden": 0, "output": 100}
+
+
+def test_phases_follow_each_other():
+    """Shares of the updates, rates, and who starts from whom."""
+    cfg = M.Config(steps=100, pretrain=0.5, finetune=0.2, warmup=20, lr=0.4, lr_end=0.1, out_dir="o", labels="2,4")
+    a, b, c = M.phases("suave", "4", cfg)
+    assert [(p.method, p.stage, p.steps) for p in (a, b, c)] == [("suave", "ssl", 50), ("suave", "semi", 30),
+                                                                 ("suave", "finetune", 20)]  # fmt: skip
+    assert [p.init for p in (a, b, c)] == ["", "o/ssl_suave_50/model.safetensors", "o/suave_4_semi/model.safetensors"]
+    assert [(p.lr, p.lr_end) for p in (a, b, c)] == [(0.4, 0.1), (0.4, 0.1), (pytest.approx(0.04), pytest.approx(0.01))]
+    assert [p.warmup for p in (a, b, c)] == [12, 7, 5] and [p.labels for p in (a, b, c)] == ["1", "4", "4"]
+    first, then = M.phases("ssl+ft", "4", cfg)
+    assert first == replace(a, method="suave") and (then.method, then.stage, then.steps) == ("sup", "semi", 50)
+    assert then.init == b.init and then.pretrain == 0 and a.pretrain == 0.5
+    for arm in ("sup", "fixmatch"):
+        (only,) = M.phases(arm, "2", cfg)
+        assert (only.method, only.steps, only.init, only.lr, only.pretrain) == (arm, 100, "", 0.4, 0.5)
+    (alone,) = M.phases("suave", "2", replace(cfg, stage="finetune", init="x"))
+    assert (alone.steps, alone.init, alone.lr, alone.pretrain) == (100, "x", 0.4, 0)
+    assert [p.method for p in M.phases("daino", "2", cfg)] == ["daino"] * 3
+
+
+def test_projectors_are_those_of_swav_and_dino():
+    swav, dino = ([type(m).__name__ for m in M.Net(replace(CFG, head=h), 5, 5).hidden] for h in ("swav", "dino"))
+    assert swav == ["Linear", "BatchNorm1d", "ReLU"] and dino == ["Linear", "GELU", "Linear", "GELU"]
+
+
+@pytest.fixture
+def quick(few, monkeypatch):
+    """Training alone."""
+    monkeypatch.setattr(M, "evaluate", lambda *a: ({"prototypes": 0.0}, None, None))
+    monkeypatch.setattr(M, "draw_clusters", lambda *a: None)
+
+
+SHORT = replace(M.Config(**M.PRESETS["smoke"]), stage="semi", steps=3, warmup=0, log_every=1, save_every=1, image_size=16,
+                local_crops=0, batch_size=16)  # fmt: skip
+
+
+def test_schedules_count_updates_and_epochs(quick, tmp_path, monkeypatch):
+    """Rates, decay of matrices alone, the teacher's momentum by phase, its temperature by whole epochs of 120 pictures; prototypes
+    and their lengths move after `freeze` updates."""
+    seen, saved = {"m": [], "tau": []}, []
+    momentum, temperature, save = M.teacher_momentum, M.teacher_temperature, M.ckpt.save
+    monkeypatch.setattr(M, "teacher_momentum", lambda *a: (seen["m"].append(a), momentum(*a))[1])
+    monkeypatch.setattr(M, "teacher_temperature", lambda *a: (seen["tau"].append(a), temperature(*a))[1])
+
+    def keep(path, done, cfg, **state):
+        groups = state["opt"].param_groups
+        saved.append((state["net"].prototypes.detach().clone(), state["net"].length.detach().clone(), groups[0]["lr"],
+                      [g["weight_decay"] for g in groups]))  # fmt: skip
+        save(path, done, cfg, **state)
+
+    monkeypatch.setattr(M.ckpt, "save", keep)
+    cfg = replace(SHORT, method="daino", batch_size=64, lr=0.1, lr_end=0.02, wd=0.1, wd_end=0.5, freeze=2, ema_decay=0.8,
+                  ema_ssl=0.7, tau_t=0.06, tau_t_epochs=3, out_dir=str(tmp_path / "semi"))  # fmt: skip
+    M.train(cfg)
+    assert seen["m"] == [(t, 3, 0.8) for t in range(3)] and seen["tau"] == [(e, 0.06, 3) for e in (0, 0, 1)]
+    P, g, lr, wd = zip(*saved)
+    assert torch.equal(P[0], P[1]) and torch.equal(g[0], torch.ones(9, 1)) and torch.equal(g[0], g[1])
+    assert not torch.equal(P[1], P[2]) and not torch.equal(g[1], g[2])
+    assert lr == pytest.approx([M.schedule(t, 3, 0, 0.1, 0.02) for t in range(3)]) and lr[0] == 0.1
+    assert [w[0] for w in wd] == pytest.approx([0.1, 0.2, 0.4]) and all(w[1] == 0 for w in wd)
+    seen["m"].clear()
+    M.train(replace(cfg, stage="ssl", steps=1, wd_end=0.0, out_dir=str(tmp_path / "ssl")))
+    assert seen["m"] == [(0, 1, 0.7)] and saved[-1][3] == [0.1, 0]
+
+
+def test_gradients_are_clipped_for_each_parameter(quick, tmp_path, monkeypatch):
+    seen, real = [], M.nn.utils.get_total_norm
+    monkeypatch.setattr(
+        M.nn.utils, "get_total_norm", lambda grads: (seen.extend(g.norm().item() for g in grads), real(grads))[1]
+    )
+    M.train(replace(SHORT, method="suave", steps=1, grad_clip=0.01, out_dir=str(tmp_path)))
+    assert len(seen) > 10 and max(seen) < 0.0101 and sum(n > 0.0099 for n in seen) > 5  # not all of them together
+
+
+@pytest.mark.parametrize("method", ["suave", "daino"])
+def test_run_that_is_stopped_and_goes_on_ends_the_same(method, quick, tmp_path, monkeypatch):
+    """Pictures, queue, teacher and centre: the checkpoints and weights are equal bit for bit."""
+    real, seen, stop = M.method_loss, [], [99]
+
+    def loss(net, teacher, queue, unlabelled, labelled, cfg, env, step, tau_t):
+        if step == stop[0]:
+            raise KeyboardInterrupt
+        seen.append((step, unlabelled["row"].tolist(), labelled["row"].tolist()))
+        return real(net, teacher, queue, unlabelled, labelled, cfg, env, step, tau_t)
+
+    monkeypatch.setattr(M, "method_loss", loss)
+    cfg = replace(SHORT, method=method, queue=16, steps=4, mix=False)
+    M.train(replace(cfg, out_dir=str(tmp_path / "a")))
+    whole, seen[:] = seen[:], []
+    stop[0] = 2
+    with pytest.raises(KeyboardInterrupt):
+        M.train(replace(cfg, out_dir=str(tmp_path / "b")))
+    stop[0] = 99
+    M.train(replace(cfg, out_dir=str(tmp_path / "b")))
+    assert seen == whole and len({tuple(u) for _, u, _ in whole}) == 4
+    a, b = (torch.load(tmp_path / k / "last.pt", weights_only=True) for k in "ab")
+    parts = ("net", "queue", *(["teacher"] if method == "daino" else []))
+    assert all(torch.equal(a[k][name], b[k][name]) for k in parts for name in a[k])
+    assert (a["queue"]["z"] if method == "suave" else a["teacher"]["center"]).abs().sum() > 0
+    a, b = (load_file(tmp_path / k / "model.safetensors") for k in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_report_says_who_is_ahead(tmp_path, capsys):
+    """By the prototypes; of a self-supervised arm, which has none, by the probe on the backbone."""
+    cfg = M.Config(out_dir=str(tmp_path), method="sup,ssl,suave", labels="4")
+    full = {"backbone": 1.0, "hidden": 2.0, "output": 3.0}
+    scores = {"sup": {"prototypes": 40.0, **full}, "ssl": {**full, "backbone": 61.5}, "suave": {"prototypes": 57.2, **full}}
+    M.report(cfg, {(a, "4"): s for a, s in scores.items()})
+    lines = {x.split("  ")[0]: x.split() for x in capsys.readouterr().out.splitlines()}
+    assert lines["Suave beats supervised only"][-4:] == ["40.0", "57.2", "+17.2", "better"]
+    assert lines["Suave beats SwAV + linear probe"][-4:] == ["61.5", "57.2", "-4.3", "better"]
+    assert lines["Suave"][-4:] == ["57.2", "1.0", "2.0", "3.0"] and "Suave beats FixMatch" not in lines
+
+
+def test_run_shares_phase_a_and_probes_it_with_each_number_of_labels(tmp_path, monkeypatch):
+    trained, probed = [], []
+
+    def train(cfg):
+        trained.append((cfg.method, cfg.stage, cfg.labels))
+        return {} if cfg.stage == "ssl" else {"prototypes": 1.0}
+
+    monkeypatch.setattr(M, "train", train)
+    monkeypatch.setattr(M, "probe_offline", lambda cfg: (probed.append((cfg.stage, cfg.labels)), {"backbone": 2.0})[1])
+    monkeypatch.setattr(M, "report", lambda *a: None)
+    (tmp_path / "r").mkdir()
+    got = M.run(M.Config(method="sup,ssl+ft,suave,ssl", labels="2,4", out_dir=str(tmp_path / "r")))
+    ssl, rest = [t for t in trained if t[1] == "ssl"], [t for t in trained if t[1] != "ssl"]
+    assert ssl == [("suave", "ssl", "1")] * 2  # of suave and ssl+ft; the longer one of ssl
+    assert rest == [(m, "semi", n) for n in "24" for m in ("sup", "sup", "suave")] and probed == [("ssl", "2"), ("ssl", "4")]
+    assert got["ssl_4_backbone"] == 2 and got["suave_2_prototypes"] == 1 and len(got) == 8
+    assert json.loads((tmp_path / "r/metrics.json").read_text()) == got
+
+
+def test_share_of_right_pseudo_labels_is_of_all_processes(monkeypatch):
+    """One labelled row here, right; four elsewhere, of which one is right. Four rows have no label."""
+    q, y = F.one_hot(torch.tensor([0, 1, 2, 0, 1]), 3).float(), torch.tensor([0, -1, -1, -1, -1])
+    monkeypatch.setattr(M.ddp, "world_size", lambda: 2)
+    monkeypatch.setattr(M.ddp, "all_sum", lambda x: x + torch.tensor([*[1 / 3] * 3, 4, 1]))
+    got = M.watch(q, torch.zeros(5, 3), y, replace(CFG, stage="semi"))
+    assert got["pseudo"] == 40 and got["spread"].item() == pytest.approx(1) and got["largest"].item() == pytest.approx(1 / 3)
+
+
+def test_damaged_test_pictures_are_said_by_the_loader_too(tmp_path, capsys, monkeypatch):
+    def make(item):
+        return str(item[1]), "png", png(Image.new("RGB", (16, 16), (9 * item[1], 0, 0))), {"label": item[1] % 3}
+
+    plan = {"train": [("train", i) for i in range(12)], "test": [("test", i) for i in range(12, 27)]}
+    prepare(tmp_path, plan, make, classes=["a", "b", "c"])
+    cfg = replace(CFG, data=str(tmp_path), labels="2", stage="semi", memory_gb=0.0)
+    net, world, read = M.Net(cfg, 3, 3), M.open_world(cfg, ENV), data.Shards.read
+    M.evaluate(net, world, cfg, ENV)
+    assert "damaged" not in capsys.readouterr().err
+
+    def some(self, shard, row):
+        if row in (4, 7):
+            raise data.BadSample("not a picture")
+        return read(self, shard, row)
+
+    monkeypatch.setattr(data.Shards, "read", some)
+    assert len(M.evaluate(net, world, cfg, ENV)[2]) == 13
+    assert "2 of 15 pictures are damaged and left out, sample 4 first" in capsys.readouterr().err

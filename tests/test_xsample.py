@@ -5,15 +5,17 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import data, ddp
+from common import data, ddp, scenes
 from common.tokenizer import Tokenizer
 from common.vision import torchvision  # noqa: F401
 from common.vit import CLIP, TextTransformer, ViT
@@ -516,6 +518,7 @@ def test_embeddings_that_do_not_fit(tmp_path):
         (["--method", "xclr", "--graph", "tree", "--tree", "nowhere"], ["nowhere"]),
         (["--init", "nowhere.safetensors"], ["nowhere.safetensors"]),
         (["--batch_size", "1"], ["--batch_size"]),
+        (["--batch_size", "4", "--accum", "4"], ["--batch_size 4", "at least 2 for each of --accum 4 parts"]),
         (["--accum", "3"], ["cannot be cut"]),
         (["--grad_clip", "-1"], ["--grad_clip -1", "at least 0"]),
         (["--probe_l2", "nan"], ["--probe_l2"]),
@@ -543,3 +546,376 @@ def test_xclr_costs_no_more_than_simclr():
         flops[method] = counter.get_total_flops()
     print(flops)
     assert flops["simclr"] <= flops["xclr"] < 1.005 * flops["simclr"]
+
+
+# By hand ---------------------------------------------------------------------------------------------------------------
+
+ENV = ddp.Env(0, 1, torch.device("cpu"))
+
+
+def test_effective_positives_are_of_all_processes(monkeypatch):
+    """Two rows of a graph of four, entropy e; the other process says e + 1: exp of the mean, and the others are 2 * 4 - 2."""
+    G = torch.tensor([[1.0, 0.2, 0.5, 0.1], [0.2, 1.0, 0.3, 0.4]])
+    entropy = torch.special.entr(M.soft_targets(G, 0.1)).sum(1).mean()
+    monkeypatch.setattr(M.ddp, "world_size", lambda: 2)
+    monkeypatch.setattr(M.ddp, "all_sum", lambda x: x + entropy + 1)
+    parts = M.diagnostics(torch.tensor(3.0), G, 0.1)
+    assert parts["positives"].item() == pytest.approx(math.exp(entropy + 0.5), rel=1e-5) and parts["others"] == 6
+    assert parts["kl"].item() == pytest.approx(3 - entropy.item(), abs=1e-5)  # of this process's rows
+    assert parts["similar"].item() == pytest.approx((0.2 + 0.5 + 0.1 + 0.2 + 0.3 + 0.4) / 6)
+
+
+class Means(torch.nn.Module):
+    """Means of the channels as backbone features, three more as projections; no parameter is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale, self.body = torch.nn.Parameter(torch.tensor(1.5)), self.Body()
+
+    class Body(torch.nn.Module):
+        out_dim = 3
+
+        def forward(self, x):
+            assert not self.training
+            return x.mean((2, 3))
+
+    def forward(self, images, ids=None):
+        z = F.normalize(images.mean((2, 3)) + torch.tensor([0.0, 0.3, 0.6]), dim=1)
+        return z if ids is None else (z, F.normalize(ids.float(), dim=1))
+
+
+def test_loss_of_each_method_is_its_own():
+    """Both temperatures where they belong, both views of CLIP's pictures with the caption, its scale through exp."""
+    model, x, ids = Means(), torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.eye(4)[:, :3] + 0.1
+    G = torch.rand(4, 4)
+    cfg = replace(CFG, tau=0.3, tau_s=0.05)
+    batch = {"row": torch.arange(4)}
+    loss, parts = M.method_loss(model, batch, x, lambda b, step: G * step, None, 2, cfg)
+    assert loss.item() == pytest.approx(M.xclr_loss(model(x), 2 * G, 0.3, 0.05).item(), abs=1e-6)
+    assert parts()["kl"].item() == pytest.approx((loss - torch.special.entr(M.soft_targets(2 * G, 0.05)).sum(1).mean()).item())
+    loss, parts = M.method_loss(model, batch, x, None, ids, 0, replace(cfg, method="clip"))
+    z, t = model(x), F.normalize(ids, dim=1)
+    want = 0
+    for view in (z[:4], z[4:]):
+        logits = math.exp(1.5) * view @ t.T
+        want += (F.cross_entropy(logits, torch.arange(4)) + F.cross_entropy(logits.T, torch.arange(4))).item() / 4
+    assert loss.item() == pytest.approx(want, abs=1e-6) and parts()["scale"].item() == pytest.approx(math.exp(1.5))
+
+
+@pytest.mark.parametrize("kind, dtype", [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_network_runs_in_the_asked_precision_and_the_loss_in_float32(kind, dtype):
+    model, seen = M.Encoder(CFG), []
+    model.body.register_forward_hook(lambda module, args, out: seen.append(module.stem(args[0]).dtype))
+    loss, _ = M.method_loss(model, {}, torch.randn(8, 3, 16, 16), lambda b, s: torch.eye(4), None, 0, replace(CFG, dtype=kind))
+    assert seen == [dtype] and loss.dtype == torch.float32
+
+
+def test_encoder_gives_unit_rows_of_pictures_and_texts():
+    x, ids = torch.randn(4, 3, 16, 16), torch.randint(1, 9, (2, 8))
+    z, t = M.Encoder(CFG, 9)(x, ids)
+    for rows in (M.Encoder(CFG)(x), z, t):
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
+
+
+def test_arms_have_the_graphs_of_their_names():
+    """SimCLR and SupCon are limits of X-CLR: their graph, tau_s = 0, no text."""
+    cfg = M.Config(graph="tree", tree="t", embeddings="e.npy", text_of="classes", tau_s=0.2, steps=7)
+    got = {m: M.arm_of(cfg, m, "30") for m in M.SEES}
+    of = {m: (a.graph, a.tau_s, a.steps, a.embeddings, a.tree) for m, a in got.items()}
+    assert of["xclr"] == ("tree", 0.2, 7, "e.npy", "t") and got["xclr"].text_of == "classes"
+    assert of["supcon"] == ("class", 0, 7, "", "") and of["simclr"] == ("identity", 0, 7, "", "")
+    assert of["untrained"] == ("identity", 0, 0, "", "") and of["clip"][2] == 7
+    assert all(a.method == m and a.images_per_class == "30" for m, a in got.items())
+    assert len({a.out_dir for a in got.values()}) == 5 and got["xclr"].out_dir.endswith("xclr_tree_30")
+
+
+def test_views_are_random_pairs_of_the_same_picture(monkeypatch):
+    """Rows i and i + N show one picture, differently; the step, the view and the seed count."""
+    x = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
+    for i in range(3):
+        x[i, i] = torch.arange(100, 228, 8, dtype=torch.uint8)  # red, green and blue ramps
+    batch = {"image": x, "side": torch.full((3, 2), 16)}
+    v = M.two_views(batch, 5, CFG, ENV)
+    assert v.shape == (6, 3, 16, 16) and v.mean((2, 3)).argmax(1).tolist() == [0, 1, 2, 0, 1, 2]
+    assert all(not torch.equal(v[i], v[i + 3]) for i in range(3))
+    others = [M.two_views(batch, 6, CFG, ENV), M.two_views(batch, 5, replace(CFG, seed=1), ENV)]
+    assert torch.equal(v, M.two_views(batch, 5, CFG, ENV)) and not any(torch.equal(v, o) for o in others)
+    seen = []
+    monkeypatch.setattr(M.augment, "view", lambda x, sides, u, *rest: (seen.append(rest), x.float() / 255)[1])
+    for jitter in ("light", "full"):
+        M.two_views(batch, 0, replace(CFG, jitter=jitter, image_size=112, crop_scale=0.2), ENV)
+    (size, scale, light), (_, _, full) = seen[0], seen[-1]
+    assert (size, scale) == (112, (0.2, 1.0)) and seen[0] == seen[1] and len(seen) == 4
+    assert light.jitter == (0.4, 0.4, 0.4, 0.0) and light.grey_p == 0  # captions name colours
+    assert full.jitter == (0.8, 0.8, 0.8, 0.2) and full.jitter_p == 0.8
+    assert full.grey_p == 0.2 and full.blur_p == full.flip_p == 0.5
+    assert full.blur == light.blur == pytest.approx((0.05, 1.0))  # SimCLR's 0.1 to 2 at 224 pixels
+
+
+def test_graph_of_classes_by_their_embeddings_and_by_chance(tmp_path):
+    """By label, not by row; rows of any length; a random graph belongs to the seed."""
+    e = np.array([[2.0, 0], [0, 3], [5, 5]], np.float32)
+    np.save(tmp_path / "e.npy", e)
+    world = M.World({}, {}, {}, list("abcdef"), [""] * 6, ["x", "y", "z"], list("xyz"), 3, {})
+    batch = {"row": torch.tensor([5, 0, 3]), "label": torch.tensor([2, 0, 1])}
+    cfg = replace(CFG, graph="text", text_of="classes", embeddings=str(tmp_path / "e.npy"))
+    h = math.sqrt(0.5)
+    want = torch.tensor([[1, h, h], [h, 1, 0], [h, 0, 1]])
+    torch.testing.assert_close(M.make_graph(cfg, world, ENV.device)(batch, 0), want)
+    np.save(tmp_path / "six.npy", np.array([[1.0, 0], [0, 0.1], [1, 1], [0, 7], [1, 0], [3, 3]], np.float32))
+    cfg = replace(cfg, text_of="captions", embeddings=str(tmp_path / "six.npy"))  # rows 5, 0 and 3
+    torch.testing.assert_close(M.make_graph(cfg, world, ENV.device)(batch, 0), want)
+    for kind in ("rand_class", "rand_sample"):
+        one, two = (M.make_graph(replace(CFG, graph=kind, seed=s), world, ENV.device)(batch, 4) for s in (0, 1))
+        assert not torch.equal(one, two) and 0 <= one.min() and one.max() == 1
+    assert M.bag_of_words(["a red red cat", "the cat"]).tolist() == [[1, 2], [1, 0]]  # counts; cat, red
+
+
+def test_embedding_follows_the_rows_whatever_the_order_of_parts(monkeypatch):
+    x = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 16, 16) * 60
+    fields = {"image": x, "label": torch.tensor([3, 2, 1, 0]), "row": torch.arange(4)}
+    parts = [{k: v[i] for k, v in fields.items()} for i in (torch.tensor([2, 0]), torch.tensor([3, 1]))]
+    monkeypatch.setattr(M.data, "parts_of", lambda *a: parts)
+    f, y, row = M.embed(Means().eval(), fields, CFG, ENV)
+    assert row.tolist() == [0, 1, 2, 3] and y.tolist() == [3, 2, 1, 0]
+    assert f[:, 0].tolist() == sorted(f[:, 0].tolist()) and f[0, 0] < f[3, 0]
+
+
+def coloured(colours, labels):
+    """Pictures of one colour each, 0 red, 1 green."""
+    x = torch.zeros(len(colours), 3, 16, 16, dtype=torch.uint8)
+    x[torch.arange(len(colours)), torch.tensor(colours)] = 255
+    return {"image": x, "side": torch.full((len(x), 2), 16), "label": torch.tensor(labels), "row": torch.arange(len(x))}
+
+
+@pytest.mark.parametrize("kind", ["lbfgs", "sgd"])
+def test_probes_learn_from_the_taught_pictures_and_are_asked_on_the_test_pictures(kind, monkeypatch):
+    """Taught: red 0, green 1. Test: three of four the other way round; own background right, another one half. k-NN and the
+    attribute, whose answers are the colours, likewise; the pictures that the encoder was trained on are labelled wrongly."""
+    taught = coloured([0, 1] * 12, [0, 1] * 12)
+    tests = {
+        "test": coloured([0, 1, 0, 1], [1, 0, 1, 1]),
+        "mixed_same": coloured([0, 1], [0, 1]),
+        "mixed_rand": coloured([0, 1], [0, 0]),
+    }
+    known = {"colour": (1 - taught["label"], torch.tensor([1, 0, 0, 0]))}
+    wrong = {**taught, "label": 1 - taught["label"]}
+    neighbours, real = [], M.metrics.knn_accuracy
+    monkeypatch.setattr(M.metrics, "knn_accuracy", lambda *a: (neighbours.append(a[4]), real(*a))[1])
+    world, model = M.World(wrong, taught, tests, [], [], ["a", "b"], [], 2, known), Means()
+    got = M.evaluate(model, world, replace(CFG, probe=kind, probe_steps=30, crop_scale=1.0), ENV)
+    want = {"probe": 25, "knn": 25, "colour": 75, "mixed_same": 100, "mixed_rand": 50, "gap": 50}
+    assert got == want and neighbours == [20] and model.training and model.body.training
+
+
+def test_sgd_probe_forgets_the_length_of_features_and_ends_at_rate_0(monkeypatch):
+    rates, real = [], M.optim.set_lr
+    monkeypatch.setattr(M.optim, "set_lr", lambda opt, lr: (rates.append(lr), real(opt, lr))[1])
+    probe = M.sgd_probe(Means().eval(), coloured([0, 1] * 8, [0, 1] * 8), replace(CFG, probe_steps=5), ENV, 2)
+    assert rates == pytest.approx([10 * 0.5 * (1 + math.cos(math.pi * t / 4)) for t in range(5)])
+    f = torch.randn(3, 3)
+    torch.testing.assert_close(probe(f), probe(50 * f))
+
+
+def test_half_probe_is_asked_on_the_other_random_half():
+    g = torch.Generator().manual_seed(0)
+    f, y = torch.randn(60, 80, generator=g), torch.randint(2, (60,), generator=g)
+    assert M.half_probe(f, y, CFG) < 80  # noise is learned by heart, on its own half
+    y = torch.arange(60) // 30  # sorted by class, as folders are
+    assert M.half_probe(F.one_hot(y).float(), y, CFG) == 100
+
+
+def test_real_is_scored_by_rows_and_objectnet_without_its_border(tmp_path, monkeypatch):
+    monkeypatch.setattr(M, "accepted_by_real", lambda cfg: [[0], [1], [], [2]])
+    out = M.further_tests(None, None, [0, 2, 9], [0, 3, 2], replace(CFG, real="real.json"), ENV)  # picture 1 is damaged
+    assert out == {"real": 100}
+    img = Image.new("RGB", (20, 12), (255, 0, 0))
+    img.paste((0, 0, 255), (2, 2, 18, 10))
+    (tmp_path / "chair").mkdir()
+    img.save(tmp_path / "chair" / "0.png")
+    cut = M.ObjectNet(tmp_path).read(0, 0)["image"]
+    assert cut.size == (16, 8) and (np.asarray(cut) == (0, 0, 255)).all()
+
+
+def test_backgrounds_go_with_the_class_mostly_always_or_never():
+    rng = np.random.default_rng(0)
+    for i in (0, 5, 8):
+        own = (tuple(scenes.TONES)[i % 3], scenes.PATTERNS[i // 3])
+        share = {
+            how: np.mean([M.backgrounds(scenes.SHAPES[i], rng, how) == own for _ in range(1000)])
+            for how in ("", "same", "rand")
+        }
+        assert share["same"] == 1 and share["rand"] == 0 and abs(share[""] - 0.8) < 0.05
+    assert len({M.backgrounds(s, rng, "same") for s in scenes.SHAPES}) == 9
+
+
+def test_generated_world_keeps_pictures_captions_and_attributes_together(monkeypatch):
+    calls, real = [], M.scene_set
+
+    def few(count, seed, size, part, how=""):
+        calls.append((seed, part, how))
+        return real(40 if part == "test" else count, seed, size, part, how)
+
+    monkeypatch.setattr(M, "scene_set", few)
+    M.open_world.cache_clear()
+    world = M.open_world(replace(CFG, seed=2, images_per_class="3"), ENV)
+    M.open_world.cache_clear()
+    assert calls == [(8, "train", ""), (9, "test", ""), (10, "test", "same"), (11, "test", "rand")]
+    assert list(world.tests) == ["test", "mixed_same", "mixed_rand"] and world.taught is world.train
+    colours, rows = list(scenes.COLOURS), world.train["row"].tolist()
+    assert len(rows) == 27 and world.train["label"].bincount().tolist() == [3] * 9
+    for row, label, colour in zip(rows, world.train["label"].tolist(), world.attributes["colour"][0].tolist()):
+        assert scenes.SHAPES[label] in world.texts[row] and colours[colour] in world.texts[row]
+    fields, texts, values = real(40, 9, 16, "test")
+    assert torch.equal(fields["image"], world.tests["test"]["image"])
+    assert all(torch.equal(world.attributes[k][1], values[k]) for k in ("colour", "texture", "size"))
+    assert all(colours[c] in t for c, t in zip(values["colour"].tolist(), texts))
+    assert world.paths[:1] == [f"{next(iter(scenes.FAMILIES))}/{scenes.SHAPES[0]}"]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A world with 40 pictures for each test, and training alone."""
+    real = M.scene_set
+    monkeypatch.setattr(M, "scene_set", lambda n, *rest: real(n if "train" in rest else 40, *rest))
+    monkeypatch.setattr(M, "evaluate", lambda *a: {"probe": 0.0})
+    monkeypatch.setattr(M, "draw_neighbours", lambda *a: None)
+    M.open_world.cache_clear()
+    yield
+    M.open_world.cache_clear()
+
+
+SHORT = M.Config(
+    **M.PRESETS["smoke"] | dict(batch_size=8, accum=2, warmup=0, steps=3, log_every=1, save_every=1, image_size=16)
+)
+SHORT = replace(SHORT, optimiser="lars", lr=0.1, wd=0.0, method="xclr")
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_update_is_the_mean_of_its_micro_batches(clip, quick, tmp_path, monkeypatch):
+    """A loss of (number + 1) times the sum of a bias, whose gradients LARS does not scale: means 1.5, 3.5 and 5.5, the rate a
+    cosine over updates, 0.1, 0.05 and 0; views and graphs are numbered by micro-batches, of four pictures."""
+    views, numbers = [], []
+
+    def loss(model, batch, images, graph, ids, number, cfg):
+        numbers.append((number, len(batch["row"])))
+        value = (number + 1) * ddp.raw(model).head[1].bias.sum()
+        return value + 0 * model(images).sum(), lambda: {"kl": value}
+
+    real = M.two_views
+    monkeypatch.setattr(M, "method_loss", loss)
+    monkeypatch.setattr(M, "two_views", lambda batch, number, *a: (views.append(number), real(batch, number, *a))[1])
+    M.train(replace(SHORT, grad_clip=clip, out_dir=str(tmp_path)))
+    assert views == [0, 1, 2, 3, 4, 5] and numbers == [(i, 4) for i in range(6)]
+    first, second = (0.5 / math.sqrt(32),) * 2 if clip else (1.5, 3.5)
+    want = -0.1 * first - 0.05 * (0.9 * first + second)
+    bias = load_file(tmp_path / "model.safetensors")["head.1.bias"]
+    torch.testing.assert_close(bias, torch.full((32,), want), rtol=1e-4, atol=1e-6)
+    lines = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines() if "lr" in x]
+    assert [x["lr"] for x in lines] == pytest.approx([0.1, 0.05, 0]) and [x["step"] for x in lines] == [0, 1, 2]
+    assert lines[0]["loss"] == 0 and (clip or lines[1]["loss"] == pytest.approx(-0.15 * 32 * 3.5, rel=1e-4))
+
+
+def test_run_that_is_stopped_and_goes_on_sees_what_it_would_have_seen(quick, tmp_path, monkeypatch):
+    """Also with micro-batches; the weights end bit for bit the same."""
+    real, seen, stop = M.method_loss, [], [99]
+
+    def loss(model, batch, images, graph, ids, number, cfg):
+        if number == stop[0]:
+            raise KeyboardInterrupt
+        seen.append((number, batch["row"].tolist()))
+        return real(model, batch, images, graph, ids, number, cfg)
+
+    monkeypatch.setattr(M, "method_loss", loss)
+    M.train(replace(SHORT, out_dir=str(tmp_path / "a")))
+    whole, seen[:] = seen[:], []
+    stop[0] = 4
+    with pytest.raises(KeyboardInterrupt):
+        M.train(replace(SHORT, out_dir=str(tmp_path / "b")))
+    stop[0] = 99
+    M.train(replace(SHORT, out_dir=str(tmp_path / "b")))
+    assert seen == whole and len({tuple(rows) for _, rows in whole}) == 6
+    a, b = (load_file(tmp_path / k / "model.safetensors") for k in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_clip_reads_the_captions_of_its_own_pictures_and_bounds_its_scale(quick, tmp_path, monkeypatch):
+    read, seen, steps = [], [], []
+
+    class Words:
+        def __len__(self):
+            return 9
+
+        def __call__(self, texts, length):
+            read.extend(texts)
+            return torch.ones(len(texts), length, dtype=torch.long)
+
+    def loss(model, batch, images, graph, ids, number, cfg):
+        seen.extend(batch["row"].tolist())
+        steps.append(model.log_scale.item())
+        return 0 * model(images, ids)[0].sum() - model.log_scale, dict  # the scale would grow without bound
+
+    monkeypatch.setattr(M.Tokenizer, "train", lambda texts, size: Words())
+    monkeypatch.setattr(M, "method_loss", loss)
+    cfg = replace(SHORT, method="clip", accum=1, optimiser="adamw", lr=50.0, steps=2, out_dir=str(tmp_path))
+    M.train(cfg)
+    texts = M.world_of(cfg, ENV).texts
+    assert read == [texts[i] for i in seen] and len(set(seen)) > 8
+    assert steps == pytest.approx([math.log(1 / 0.07), math.log(100)])
+
+
+def test_report_says_who_is_ahead(tmp_path, capsys):
+    cfg = M.Config(out_dir=str(tmp_path), images_per_class="5", method="clip,supcon,xclr")
+    score = {"clip": {"probe": 40.0, "mixed_rand": 30.0}, "supcon": {"probe": 80.0, "mixed_rand": 35.0}}
+    M.report(cfg, {(m, "5"): s for m, s in (*score.items(), ("xclr", {"probe": 57.2, "mixed_rand": 29.0}))})
+    lines = {x.split("  ")[0]: x.split() for x in capsys.readouterr().out.splitlines()}
+    assert lines["X-CLR beats CLIP on the same captions"][-7:-4] == ["40.0", "57.2", "+17.2"]
+    assert lines["... also on misleading backgrounds"][-3:] == ["30.0", "29.0", "-1.0"]
+    assert "-22.8" in lines["X-CLR beats SupCon, which sees the labels"] and "X-CLR beats SimCLR" not in lines
+
+
+def test_what_an_arm_lacks_is_said_before_training(monkeypatch):
+    bare = M.World({"row": torch.arange(9)}, {}, {}, ["k"] * 9, [""] * 9, [], [], 0, {})
+    monkeypatch.setattr(M, "world_of", lambda cfg, env: bare)
+    cfg = M.Config(data="d", images_per_class="0", batch_size=4)
+    for method, words in (("supcon", "--method supcon needs labels"), ("clip", "--method clip needs captions")):
+        with pytest.raises(ValueError, match=words):
+            M.check_arms([M.arm_of(cfg, method, "0")], ENV)
+    with pytest.raises(ValueError, match="--graph tree needs labels"):
+        M.check_arms([M.arm_of(replace(cfg, graph="tree"), "xclr", "0")], ENV)
+    with pytest.raises(ValueError, match="--text_of classes needs labels"):
+        M.check_arms([M.arm_of(replace(cfg, graph="text", text_of="classes"), "xclr", "0")], ENV)
+    with pytest.raises(ValueError, match="--batch_size 10 is more than the 9 training pictures"):
+        M.check_arms([M.arm_of(replace(cfg, batch_size=10), "simclr", "0")], ENV)
+    M.check_arms([M.arm_of(replace(cfg, batch_size=18, accum=2), "simclr", "0")], ENV)
+    bare.kinds = 9
+    with pytest.raises(ValueError, match="need ImageNet's 1,000 classes, the probe has 9"):
+        M.check_arms([replace(M.arm_of(cfg, "simclr", "0"), in9="folder")], ENV)
+
+
+def test_damaged_pictures_of_the_tests_are_said_counted_and_refused(tmp_path, capsys):
+    folder_of(tmp_path / "val", ["00_dog", "01_bird"], 8)
+    Image.new("RGB", (20, 16)).save(tmp_path / "val/stray.png")  # in no class
+    source, model, cfg = data.Folder(tmp_path / "val"), Means().eval(), replace(CFG, max_bad=0.002)
+    assert M.of_folder(model, source, cfg, ENV)[1].tolist() == [0] * 8 + [1] * 8 and not capsys.readouterr().err
+    (tmp_path / "val/00_dog/3.png").write_bytes(b"no picture")
+    assert len(M.of_folder(model, source, cfg, ENV)[1]) == 15
+    assert "val: 1 of 17 pictures are damaged and left out, sample 3 first" in capsys.readouterr().err
+    for name in ("01_bird/0.png", "01_bird/1.png"):
+        (tmp_path / "val" / name).write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="val: 3 of 17 pictures are damaged, more than --max_bad 0.002"):
+        M.of_folder(model, source, cfg, ENV)
+    for path in (tmp_path / "val").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="17 of 17 pictures are damaged"):
+        M.of_folder(model, source, replace(cfg, max_bad=1.0), ENV)
+
+
+@pytest.mark.parametrize("coarse, names", [(2, ["one", "two"]), (-1, ["one", "two"]), ("one", ["one", "two"]), (0, [])])
+def test_coarse_classes_that_do_not_exist(coarse, names, tmp_path):
+    def make(item):
+        return str(item[1]), "png", png(Image.new("RGB", (16, 16))), {"label": 0, "coarse": coarse}
+
+    prepare(tmp_path, {"train": [("train", 0)], "test": [("test", 1)]}, make, classes=["a"], coarse_classes=names)
+    with pytest.raises(ValueError, match="coarse classes are not numbers of the manifest's list"):
+        M.open_world(replace(CFG, data=str(tmp_path), images_per_class="0"), ENV)
