@@ -99,10 +99,13 @@ class Shards:
                 (self.folder / s["name"]).stat()
                 if not 0 <= s["count"] <= 10_000_000:
                     raise ValueError(f"{s['name']} cannot hold {s['count']} samples")
+            finished = manifest.get("complete", True)
         except FileNotFoundError as error:
             raise ValueError(f"{path} lists {Path(error.filename).name}, which is not there; prepare the data again") from error
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error}); prepare the data again") from error
+        if not finished:  # later the order of samples would be another one
+            raise ValueError(f"{path} says that the preparation was not finished; start it again, it goes on where it was")
         return manifest
 
     def __len__(self) -> int:

@@ -115,15 +115,16 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         dims = [d for d in range(x.ndim) if d != 1]
         n = x.numel() // x.shape[1] * world_size()
-        mean, square = all_sum(torch.stack([x.sum(dims), (x * x).sum(dims)])) / n
-        var = (square - mean * mean).clamp_min(0)  # rounding
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        mean = all_sum(x.sum(dims)) / n
+        x = x - mean.view(shape)
+        var = all_sum(x.square().sum(dims)) / n  # in a second sum: the mean of squares less the squared mean would cancel
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(var * n / (n - 1), self.momentum)
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        x = (x - mean.view(shape)) * (var.view(shape) + self.eps).rsqrt()
+        x = x * (var.view(shape) + self.eps).rsqrt()
         return (x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x).to(dtype)
 
 

@@ -135,6 +135,7 @@ class Moments:
     def update(self, x: torch.Tensor) -> Moments:
         if not len(x):
             return self
+        _check_features(0, features=x)
         x = x.double()
         mean = x.mean(0)
         return self._add(len(x), mean, _scatter(x - mean))

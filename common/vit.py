@@ -346,6 +346,7 @@ def load_clip(path, act: str = "", trust_torchscript: bool = False) -> CLIP:
     and DataComp weights are gelu. Nor do they tell the number of heads: it is read there too, else it is width / 64, which
     is wrong for the ViTs of width 1280, 1408 and 1664 (H, g, bigG), refused without the file."""
     state, config = read_weights(path, trust_torchscript)
+    file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
     if "input_resolution" in state and "context_length" in state:  # OpenAI's own files
         act = act or "quick_gelu"
     drop = r"input_resolution$|context_length$|vocab_size$|position_ids$|^attn_mask$|^text\.attn_mask$"
@@ -368,8 +369,8 @@ def load_clip(path, act: str = "", trust_torchscript: bool = False) -> CLIP:
             width = state["visual.patch_embed.weight"].shape[0] if "visual.patch_embed.weight" in state else 0
             heads = {"visual": width // (cfg.get("vision_cfg") or {}).get("head_width", 64),
                      "text": (cfg.get("text_cfg") or {}).get("heads")}  # fmt: skip
-    elif "visual.cls_token" in state and str(path).endswith(".safetensors"):  # our own export, of a fine-tuned model
-        with safe_open(path, "pt") as f:
+    elif "visual.cls_token" in state and file.suffix == ".safetensors":  # our own export, of a fine-tuned model
+        with safe_open(file, "pt") as f:
             meta = json.loads((f.metadata() or {}).get("meta", "{}"))
         act, heads = act or meta.get("act", ""), meta.get("heads", {})
     else:

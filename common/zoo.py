@@ -365,12 +365,14 @@ def rewriter_ids(tok: Tokenizer, prompt: str, best: str, weak: str) -> list[int]
 def _stored(path, make, elsewhere: tuple = ()) -> nn.Module:
     """make(settings of the file) with its weights in float32, frozen. Prefixes `elsewhere`: parts that are not in the file."""
     state, meta = vae.read_tensors(path)
+    state = {k.removeprefix("semantic."): v.float() if v.is_floating_point() else v for k, v in state.items()}
     try:
         model = make(meta)
+        model.load_state_dict({k: v for k, v in model.state_dict().items() if k.startswith(elsewhere)} | state)
     except KeyError as error:
         raise ValueError(f"{path} is no stand-in model: it does not say its {error}") from error
-    state = {k.removeprefix("semantic."): v.float() if v.is_floating_point() else v for k, v in state.items()}
-    model.load_state_dict({k: v for k, v in model.state_dict().items() if k.startswith(elsewhere)} | state)
+    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is no stand-in model of this kind: {' '.join(str(error).split())[:300]}") from error
     return model.eval().requires_grad_(False)
 
 

@@ -57,6 +57,25 @@ class Files:
             raise BadSample(f"{name}: damaged in the zip file ({error})") from error
 
 
+def lookup(names):
+    """-> find(name): the stored one of `names` that is it, else ends with it, else has its last part. BadSample if there is
+    none, or if several fit equally well: a picture must not get the captions of another."""
+    by_last: dict[str, list[str]] = {}
+    for n in names:
+        by_last.setdefault(n.rpartition("/")[2], []).append(n)
+
+    def find(name):
+        some = by_last.get(name.rpartition("/")[2], [])
+        for fits in (lambda n: n == name, lambda n: n.endswith(f"/{name}")):
+            some = [n for n in some if fits(n)] or some
+        if len(some) != 1:
+            problem = f"fits {some[0]} and {some[1]}" if some else "is not among the images"
+            raise BadSample(f"{name} {problem}", "without image")
+        return some[0]
+
+    return find
+
+
 def checked_image(data: bytes, name: str, max_side: int = 0, min_side: int = 1) -> tuple[str, bytes]:
     """(extension, bytes) ready for a shard: JPEG, PNG and WebP in RGB pass unchanged, all else becomes PNG; with max_side
     larger images shrink to a JPEG. BadSample if the image cannot be decoded or its shorter side is below min_side."""
@@ -121,18 +140,27 @@ def prepare(folder, splits: dict[str, list], make, per_shard: int = 1000, mapper
     path = folder / "manifest.json"
     identity = repr([identity, sorted(about.items()), per_shard, [(n, [str(i) for i in items]) for n, items in splits.items()]])
     manifest = {**about, "fingerprint": hashlib.sha256(identity.encode()).hexdigest(), "complete": False, "shards": []}
+    todo = [(s, first) for s, items in splits.items() for first in range(0, len(items), per_shard)]
+    names = [f"{split}-{first // per_shard:06d}.tar" for split, first in todo]
     if path.exists():
-        old = json.loads(path.read_text())
-        if old.get("fingerprint") != manifest["fingerprint"]:
+        try:
+            old = json.loads(path.read_text("utf-8"))
+            old = {"fingerprint": old["fingerprint"], "complete": bool(old["complete"]), **old}
+            [s["name"] + s["split"] for s in old["shards"]]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); choose another --out") from error
+        if old["fingerprint"] != manifest["fingerprint"]:
             raise ValueError(f"{folder} holds data prepared from other input or settings; choose another --out")
         if old["complete"] and all((folder / s["name"]).exists() for s in old["shards"]):
             return old
         manifest["shards"] = [s for s in old["shards"] if (folder / s["name"]).exists()]
+    elif there := [n for n in names if (folder / n).exists()]:
+        raise ValueError(f"{folder} holds {there[0]} without a manifest.json; choose another --out")
+    write_json(path, manifest)  # from here on these shards are ours
     done = {s["name"] for s in manifest["shards"]}
-    todo = [(s, first) for s, items in splits.items() for first in range(0, len(items), per_shard)]
     bar = tqdm(total=sum(map(len, splits.values())), unit="image")
-    for split, first in todo:
-        items, name = splits[split][first : first + per_shard], f"{split}-{first // per_shard:06d}.tar"
+    for name, (split, first) in zip(names, todo):
+        items = splits[split][first : first + per_shard]
         if name not in done:
             entry = _write_shard(folder, name, split, items, first, make, mapper, bar)
             enough = len(items) >= 100 or not any(s["count"] for s in manifest["shards"])  # a few dead links are no outage
@@ -149,6 +177,8 @@ def prepare(folder, splits: dict[str, list], make, per_shard: int = 1000, mapper
     manifest["bad"] = dict(sum((Counter(s["bad"]) for s in manifest["shards"]), Counter()))
     if not sum(manifest["counts"].values()):
         first_bad = next((s["first_bad"] for s in manifest["shards"]), "there is no item")
+        for file in (path, *(folder / n for n in names)):  # once the input is mended, all of it is tried again
+            file.unlink(missing_ok=True)
         raise ValueError(f"nothing could be prepared; the first problem: {first_bad}")
     manifest["complete"] = True
     write_json(path, manifest)

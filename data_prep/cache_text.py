@@ -9,6 +9,7 @@ class; and OUT.ids.npy, which lets readers refuse rows of other samples. Any oth
 two files, or the first alone. Interrupted, it continues: a row of zeros is one that is not encoded yet.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,13 @@ def run(cfg: Config) -> np.ndarray:
         if not Path(cfg.out).exists():
             Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
             np.save(beside, ids)
-            np.lib.format.open_memmap(cfg.out, "w+", np.float16, (len(texts), d)).flush()
+            tmp = Path(f"{cfg.out}.tmp")
+            offset = np.lib.format.open_memmap(tmp, "w+", np.float16, (len(texts), d)).offset
+            with open(tmp, "r+b") as f:  # all of it now: a memory map that finds the disk full dies without a word
+                f.seek(offset)
+                for left in range(2 * len(texts) * d, 0, -(1 << 24)):
+                    f.write(bytes(min(left, 1 << 24)))
+            os.replace(tmp, cfg.out)
     ddp.gather_lists([0])  # wait for the file
     rows = np.lib.format.open_memmap(cfg.out, "r+")
     for i in tqdm(range(env.rank * cfg.batch_size, len(texts), env.world * cfg.batch_size), disable=not env.is_main):

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from common import cli, data
-from data_prep._write import BadSample, Files, checked_image, prepare, settings, shuffled_splits, summary
+from data_prep._write import BadSample, Files, checked_image, lookup, prepare, settings, shuffled_splits, summary
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,14 @@ def read_table(path, *columns) -> list[tuple[str, ...]]:
     head = text.split("\n", 1)[0]
     tab = "\t" in head
     # Pasted tsv files have stray quotes; only csv quotes its fields
-    quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tab else {}
+    quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tab else {"strict": True}
     csv.field_size_limit(1 << 24)
     try:
         rows = list(csv.DictReader(io.StringIO(text), **quoting))
     except csv.Error as error:
-        raise ValueError(f"table {path} cannot be read: {error}") from error
+        raise ValueError(f"table {path} cannot be read: {error}; a quote may be open") from error
+    if long := next((i for i, row in enumerate(rows, 1) if None in row), 0):
+        raise ValueError(f"table {path}: row {long} has more cells than columns; put captions with commas into quotes")
     names = [c for c in head.strip().split("\t" if tab else ",")]
     for c in columns:
         if not rows or c not in rows[0]:
@@ -57,14 +59,12 @@ def run(cfg: Config) -> dict:
     for image, text in read_table(cfg.table, cfg.image_column, cfg.caption_column):
         captions.setdefault(image, []).extend([text] if text else [])
     files = Files(cfg.images)
-    by_name = {n.rpartition("/")[2]: n for n in files.names} | {n: n for n in files.names}  # a full path beats a bare name
+    find = lookup(files.names)
 
     def make(image):
         if not captions[image]:
             raise BadSample(f"{image} has no caption", "without caption")
-        if image not in by_name:
-            raise BadSample(f"{image} is not in {cfg.images}", "without image")
-        ext, blob = checked_image(files.read(by_name[image]), image, cfg.max_side)
+        ext, blob = checked_image(files.read(find(image)), image, cfg.max_side)
         return Path(image).stem, ext, blob, {"captions": captions[image], "source": image}
 
     splits = shuffled_splits(sorted(captions), {"train": -1, "val": cfg.val, "test": cfg.test}, cfg.seed)

@@ -11,6 +11,7 @@ The lists are Google's (free use with acknowledgement); the pictures belong to t
 
 import gzip
 import http.client
+import math
 import sys
 import time
 import urllib.error
@@ -88,7 +89,7 @@ def download(url: str, cfg: Config) -> bytes:
             problem = BadSample(f"{url}: no answer within {cfg.timeout} s", "timed out")
         except http.client.IncompleteRead:
             problem = BadSample(f"{url}: connection closed early", "cut short")
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:  # the last: a port like 10^20
             if isinstance(error, BadSample):
                 raise
             timed_out = isinstance(getattr(error, "reason", None), TimeoutError)
@@ -98,6 +99,9 @@ def download(url: str, cfg: Config) -> bytes:
 
 def run(cfg: Config) -> dict:
     cli.within(cfg, "workers", 1)
+    cli.within(cfg, "limit", 0)
+    if not 0 < cfg.timeout < math.inf:
+        raise ValueError(f"--timeout {cfg.timeout} must be a number of seconds above 0")
 
     class Http(urllib.request.HTTPRedirectHandler):
         def redirect_request(self, req, fp, code, msg, headers, new):

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from common import cli
-from data_prep._write import BadSample, Files, checked_image, decode_image, prepare, settings, summary
+from data_prep._write import BadSample, Files, checked_image, decode_image, lookup, prepare, settings, summary
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,12 @@ def run(cfg: Config) -> dict:
         images, classes = gather(cfg.annotations.split(","), cfg.split)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{cfg.annotations} has not COCO's form: {type(error).__name__}: {error}") from error
-    where = [(n, files) for files in map(Files, cfg.images.split(",")) for n in files.names]
-    by_name = {n.rpartition("/")[2]: (n, files) for n, files in where} | {n: (n, files) for n, files in where}
+    where = {n: files for files in map(Files, cfg.images.split(",")) for n in files.names}
+    find = lookup(where)
 
     def make(name):
-        entry, stored = images[name], by_name.get(name) or by_name.get(name.rpartition("/")[2])
-        if stored is None:
-            raise BadSample(f"{name} is not in {cfg.images}", "without image")
-        ext, blob = checked_image(stored[1].read(stored[0]), name, cfg.max_side)
+        entry, stored = images[name], find(name)
+        ext, blob = checked_image(where[stored].read(stored), name, cfg.max_side)
         boxes = []
         try:
             scale = decode_image(blob, name).width / entry["width"]

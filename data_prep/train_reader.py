@@ -69,6 +69,7 @@ def batch(first: int, count: int, seed: int, tok: Tokenizer, full: bool = False)
 
 
 def train(cfg: Config) -> dict:
+    cli.within(cfg, "steps batch_size", 1)
     env, tok = ddp.start(cfg.seed), words()
     ddp.reseed(cfg.seed, 0, 0)
     reader = zoo.Reader(len(tok)).to(env.device)

@@ -75,6 +75,7 @@ def loss_of(model, ids, mask) -> torch.Tensor:
 
 
 def train(cfg: Config) -> dict:
+    cli.within(cfg, "steps batch_size", 1)
     env, tok = ddp.start(cfg.seed), zoo.load_tokenizer()
     ddp.reseed(cfg.seed, 0, 0)
     rewriter = zoo.Rewriter(len(tok)).to(env.device)

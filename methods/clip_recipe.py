@@ -438,6 +438,9 @@ def open_data(cfg: Config):
         if not all(0 <= r.get("label", -1) < len(labelled.classes) for r in data.records(labelled) if r["key"]):
             raise ValueError(f"--eval_data {cfg.eval_data} has pictures without a label of one of its {len(labelled.classes)} "
                              "classes; prepare it with data_prep/imagenet.py")  # fmt: skip
+        seen = {r.get("label") for r in data.records(labelled) if r["key"]}
+        if metric == "roc_auc" and (len(labelled.classes) != 2 or seen != {0, 1}):
+            raise ValueError(f"--eval_data {cfg.eval_data}: the metric roc_auc needs pictures of two classes, and of no more")
         # "king penguin, Aptenodytes patagonica": a class's synonyms are separated by commas; all of them are averaged
         prompts = [[f.format(word.strip()) for word in names.split(",") for f in forms] for names in labelled.classes]
         tests.append(Test(labelled, {"classes": prompts}, False, metric))
@@ -680,6 +683,8 @@ def run(cfg: Config) -> dict:
     extras = list(EXTRAS) if cfg.extra == "all" else cfg.extra.split(",")
     cli.within(cfg, "steps pairs image_size patch width depth heads text_width text_depth text_heads context embed_dim", 1)
     cli.within(cfg, "mlp_hidden", 1)
+    if cfg.backbone == "small":
+        cli.within(cfg, "width", 8)  # torch's channels-last convolutions of fewer channels damage memory on a CPU
     cli.within(cfg, "strong_size extra_hidden extra_dim", 0)
     cli.within(cfg, "smoothing ensemble p_stop text_drop strong_scale", 0, 1)
     if cfg.batch_size // cfg.accum < 2 or cfg.context < 3:

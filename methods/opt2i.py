@@ -286,10 +286,10 @@ class ChatClient:
 
     def __init__(self, base_url, model="", key="", timeout=120.0, retries=5, pause=1.0, temperature=1.0, max_tokens=1024,
                  token_field="max_tokens", log=None, replay=None):  # fmt: skip
-        if not key.isprintable():
+        if not key.isprintable() or not key.isascii():
             raise ValueError("the key in the environment holds a line break or another character that no header can carry")
-        if base_url and not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"{base_url} is no server's address: it has to begin with http:// or https://")
+        if base_url and not re.fullmatch(r"https?://[!-~]+", base_url):
+            raise ValueError(f"{base_url} is no server's address: it begins with http:// or https://, without spaces after it")
         self.base, self.model, self.key, self.timeout = base_url.rstrip("/"), model, key.strip() or "none", timeout
         self.retries, self.pause, self.fold, self.log = retries, pause, False, log
         self.options, self.most = {"temperature": temperature}, {token_field: max_tokens}
@@ -995,8 +995,8 @@ def run(cfg: Config) -> dict:
         print(f"\nVQA server: {sum(u for _, u in answers)} of {asked} answers were neither yes nor no and count as no")
     if client:
         print(f"\nlanguage model: { {k: sum(u[k] for u in usage) for k in usage[0]} }")
-    if clocks and shown:
-        drawing, seconds = np.sum([c[shown[0]] for c in clocks], 0)
+    if timed := [c[shown[0]] for c in clocks if shown and shown[0] in c]:  # searches of this start
+        drawing, seconds = np.sum(timed, 0)
         print(f"\n{shown[0]}: {100 * drawing / seconds:.0f} % of {seconds:.0f} s in the generator and the scorer")
     print(f"\nsheets, curves and every prompt: {cfg.out_dir} ({time.monotonic() - began:.0f} s)")
     write_json(out / "metrics.json", result)

@@ -718,6 +718,8 @@ def check(cfg: Config) -> None:
     cli.within(cfg, "steps ratio images image_size local_size width hidden embed_dim", 1)
     cli.within(cfg, "freeze queue local_crops ssl_prototypes canvas wd_end lr_end", 0)
     cli.within(cfg, "pretrain finetune smoothing ema_ssl", 0, 1)
+    if cfg.backbone == "small":
+        cli.within(cfg, "width", 8)  # torch's channels-last convolutions of fewer channels damage memory on a CPU
     if cfg.accum != 1:
         raise ValueError("--accum must be 1: micro-batches would shrink the batch that Sinkhorn balances")
     if not all(v.isdecimal() and int(v) for v in cfg.labels.split(",")):

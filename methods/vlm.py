@@ -17,9 +17,10 @@ Run        python methods/vlm.py [--preset smoke]                               
 Data       generated (common/scenes.py), or shards with captions by data_prep/captions.py, cc12m.py or coco.py (with boxes)
 Expect     laptop: InfoNCE's zero-shot 83 +- 43, swap 56 (negclip 54); CoCa's open answers 74 +- 6, blind 23; 3 seeds, 1e6bfa9
 Differs    everything is tiny. FLAVA: unimodal losses share the paired batch, codes of patches are k-means centres, half of the
-           captions in image-text matching are wrong. Frozen: InfoNCE's encoder, a language model of ours. One generator of
-           negatives teaches negclip and makes the tests; mask, coca and frozen are taught answers (off: --no-asked).
-           Ties are wrong. Left out: MaskVLM, Chameleon, Bayes, Q-Former, video; POPE's files; BLEU, ROUGE, captions' CLIPScore.
+           captions in image-text matching are wrong. Frozen: InfoNCE's encoder, a language model of ours. Zero-shot averages
+           two templates' cosines. One generator of negatives teaches negclip and makes the tests; mask, coca and frozen are
+           taught answers (off: --no-asked). Ties are wrong. Left out: MaskVLM, Chameleon, Bayes, Q-Former, video; POPE's files;
+           BLEU, ROUGE, captions' CLIPScore.
 Uses       common/ckpt.py cli.py data.py ddp.py dit.py log.py metrics.py optim.py plot.py scenes.py tokenizer.py
            vision.py vit.py   (copy these with this file)
 """
@@ -822,9 +823,9 @@ def vqa_accuracy(given, answers):
 
 
 def yes_or_no(text):
-    """Free text -> "yes", "no" or "" (neither, or unclear): its first word that is one of the two."""
+    """Free text -> "yes", "no" or "" (neither, or unclear): the first of its three first words that is one of the two."""
     words = re.findall(r"[a-z]+", text.lower())
-    return "" if "not" in words[:2] or "nothing" in words[:1] else next((w for w in words[:3] if w in ("yes", "no")), "")
+    return "" if words[:1] in (["not"], ["nothing"]) else next((w for w in words[:3] if w in ("yes", "no")), "")
 
 
 def pope_score(said, truth):
@@ -1315,6 +1316,10 @@ def train(cfg: Config) -> dict:
     opt = torch.optim.AdamW(optim.decay_groups(model, cfg.wd), rate, (0.9, 0.98), fused=True)
     start, _ = ckpt.resume(out / "last.pt", cfg, model=model, opt=opt)
     size = cfg.batch_size // cfg.accum
+    many = len(pairs.pictures["row"]) if isinstance(pairs.pictures, dict) else sum(pairs.pictures.sizes)
+    if many < size:
+        raise ValueError(f"--batch_size {cfg.batch_size} is more than the {many} pairs of the arm {cfg.arms}: they would be "
+                         "their own negatives")  # fmt: skip
     stream = data.endless(pairs.pictures, cfg.image_size, size, env, cfg.seed, start * cfg.accum, cfg.workers, cfg.max_bad)
     log, first = RunLog(cfg, env, cfg.arms, start), env.rank * env.share(cfg.batch_size, accum=cfg.accum)
     for step in range(start, cfg.steps):

@@ -723,6 +723,8 @@ def check(cfg: Config) -> None:
     if not cfg.tau > 0 or not 0 < cfg.crop_scale <= 1 or cfg.canvas < 0:
         raise ValueError("--tau must be above 0, --crop_scale in (0, 1], --canvas not negative")
     cli.within(cfg, "tau_s probe_l2", 0)
+    if cfg.backbone == "small":
+        cli.within(cfg, "width", 8)  # torch's channels-last convolutions of fewer channels damage memory on a CPU
     if not all(v.isdecimal() for v in cfg.images_per_class.split(",")):
         raise ValueError(f"--images_per_class {cfg.images_per_class} must be a comma list of numbers, 0 for all")
     for field in ("tree", "embeddings", "real", "in9", "objectnet", "mit_states", "init", "tokenizer"):

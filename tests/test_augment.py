@@ -128,3 +128,72 @@ def test_a_view_undoes_the_squeezing():
         plain,
     )
     torch.testing.assert_close(both[1], got[0], atol=1e-5, rtol=0)
+
+
+# By hand ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_box_has_the_ratio_asked_for_and_can_touch_every_edge():
+    rng = np.random.default_rng(0)
+    left, top, right, bottom = A.crop_box(80, 80, (0.5, 0.5), rng, ratio=(0.5, 0.5))
+    assert (right - left, bottom - top) == (40, 80)  # the ratio is width / height
+    boxes = [A.crop_box(10, 10, (0.81, 0.81), rng, ratio=(1, 1)) for _ in range(100)]
+    assert {b[:2] for b in boxes} == {(0, 0), (0, 1), (1, 0), (1, 1)} and all(b[2] - b[0] == b[3] - b[1] == 9 for b in boxes)
+    wide = [A.crop_box(1000, 1000, (0.1, 0.3), rng) for _ in range(3000)]
+    logs = [math.log((b[2] - b[0]) / (b[3] - b[1])) for b in wide]
+    assert abs(np.mean(logs)) < 0.012  # log-uniform: 0; of a uniform ratio it would be 0.027
+
+
+@pytest.mark.parametrize("drawn", ["per sample", "per batch"])
+def test_colours_are_drawn_independently_and_blur_keeps_its_range(drawn):
+    c = A.Colour(jitter_p=0.5, grey_p=0.5, blur=(1.0, 2.0), solarise_p=0.5, flip_p=0.5)
+    r = (
+        rows(6000, c)
+        if drawn == "per sample"
+        else A.draw_colours(torch.from_numpy(np.random.default_rng(0).random((6000, 14))), c)
+    )
+    sigma = r[r[:, 9] > 0, 9]
+    assert 1 <= sigma.min() < 1.01 and 1.99 < sigma.max() <= 2 and abs(sigma.mean() - 1.5) < 0.03
+    on = r[:, 3] != 0
+    kinds = torch.stack([on, *(r[:, i] > 0 for i in (8, 9, 10, 11))]).double()  # jitter, grey, blur, solarise, flip
+    signs = torch.stack([r[on, 0] > 1, r[on, 1] > 1, r[on, 2] > 1, r[on, 3] > 0]).double()
+    for some in (kinds, signs):  # each of them half of the time, two together a quarter
+        together = some @ some.T / some.shape[1]
+        torch.testing.assert_close(together, torch.full_like(together, 0.25).fill_diagonal_(0.5), atol=0.03, rtol=0)
+
+
+def test_a_part_of_a_picture_of_the_right_size_is_still_enlarged():
+    img = Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3))
+    assert np.array_equal(A.resize_to(img, (0, 0, 8, 8), 8), np.asarray(img))
+    want = np.asarray(img.resize((8, 8), Image.BICUBIC, box=(0, 0, 4, 4)))
+    assert np.array_equal(A.resize_to(img, (0, 0, 4, 4), 8), want) and not np.array_equal(want, np.asarray(img))
+
+
+def test_a_view_has_the_scale_asked_for_and_draws_its_colours_apart_from_its_box():
+    x, sides = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8), torch.tensor([[8, 8]])
+    plain, flips = A.Colour(jitter_p=0, grey_p=0, blur_p=0, flip_p=0), A.Colour(jitter_p=0, grey_p=0, blur_p=0)
+    u = torch.full(
+        (1, A.NUMBERS), 0.9
+    )  # an aspect of 1.26 does not fit the whole square: the central box, which is the picture
+    u[0, 0:40:4] = 0.2  # of the area
+    torch.testing.assert_close(A.view(x, sides, u, 8, (1, 1), plain), x / 255)
+    torch.testing.assert_close(A.view(x, sides, u, 8, (1, 1), flips), x / 255)
+    u[0, 40 + 9] = 0.1  # of the flip
+    torch.testing.assert_close(A.view(x, sides, u, 8, (1, 1), flips), x.flip(-1) / 255)
+
+
+def test_pictures_become_standardised_floats():
+    x = torch.tensor([[[[0, 51, 255], [102, 0, 0]]]], dtype=torch.uint8)  # one row of two pixels
+    torch.testing.assert_close(A.to_float(x), torch.tensor([[[[0, 0.4]], [[0.2, 0]], [[1, 0]]]]))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (A.IMAGENET_MEAN, A.IMAGENET_STD))
+    torch.testing.assert_close(A.normalise(mean + std * torch.tensor([-1.0, 2.0])), torch.tensor([-1.0, 2]).expand(1, 3, 1, 2))
+
+
+def test_word_edits_are_as_frequent_as_told():
+    rng, n = np.random.default_rng(0), 4000
+    same = sum(A.swap_edit(["a", "b"], rng) == ["a", "b"] for _ in range(n)) / n
+    assert abs(same - 1 / 16) < 0.012  # four draws of an equal position
+    kept = sum(len(A.delete_edit(list("abcdefghij"), rng)) for _ in range(n)) / n
+    assert abs(kept - 9) < 0.1
+    dropped = sum(A.drop_stop_words("a dog", rng, 0.3) == "dog" for _ in range(n)) / n
+    assert abs(dropped - 0.3) < 0.03

@@ -1,6 +1,7 @@
 """common/data.py: order, resume, processes and workers, damaged members, foreign shards."""
 
 import gc
+import gzip
 import io
 import json
 import multiprocessing
@@ -390,3 +391,117 @@ def test_a_header_that_lies_about_its_size_is_a_bad_sample(tmp_path):
     members["png"] = (members["png"][0], 1 << 45)
     with pytest.raises(D.BadSample, match="cut short"):
         shards.read(0, 0)
+
+
+# By hand ---------------------------------------------------------------------------------------------------------------
+
+
+def drawn(source, n=8, seed=3):
+    it = D.Batches(source, lambda s, rng: (s["row"], int(rng.integers(1 << 30))), list, 4, env(), seed=seed)
+    return [x for _ in range(n) for x in next(it)]
+
+
+def test_augmentation_depends_on_the_seed_and_the_position_alone():
+    """Not on the sample that stands in for a damaged one, or on its place in the order."""
+
+    def source(bad=()):
+        def read(shard, row):
+            if row in bad:
+                raise D.BadSample("no")
+            return {"row": row}
+
+        return SimpleNamespace(sizes=[32], read=read)
+
+    whole, damaged, other = drawn(source()), drawn(source((3, 7))), drawn(source(), seed=4)
+    assert [d for _, d in whole] == [d for _, d in damaged] and [r for r, _ in whole] != [r for r, _ in damaged]
+    assert len({d for _, d in whole}) == 32 and not {d for _, d in whole} & {d for _, d in other}
+
+
+def test_orders_differ_from_epoch_to_epoch_and_from_window_to_window():
+    one = D.Order([50], seed=1)
+    assert [one(p)[1] for p in range(50)] != [one(p)[1] for p in range(50, 100)]
+    many = D.Order([1] * 30, seed=1, window=1)
+    assert [many(p)[0] for p in range(30)] != [many(p)[0] for p in range(30, 60)]
+    two = D.Order([40, 40], seed=1, window=1)
+    assert [two(p)[1] for p in range(40)] != [two(p)[1] for p in range(40, 80)]
+
+    def first(seed):
+        return next(D.InMemory({"x": torch.arange(50)}, 50, env(), seed))["x"].tolist()
+
+    assert first(1) == first(1) != first(2)
+    labels = [0] * 40 + [1] * 40
+    assert D.pick(labels, 3, 1).tolist() != D.pick(labels, 3, 2).tolist()
+
+
+def test_memory_and_damage_have_bounds(tmp_path):
+    body = {i: b"damaged" if i < 11 else picture((i, 0, 0)) for i in range(30)}
+    prepare(tmp_path, {"train": list(body)}, lambda i: (str(i), "png", body[i], {"label": i}))
+    source, some = D.Shards(tmp_path, "train"), np.arange(15, 19)
+    size = 4 * 3 * 16 * 16  # bytes
+    assert isinstance(D.load(source, some, 16, env(), gb=size / 2**30), dict)
+    assert isinstance(D.load(source, some, 16, env(), gb=(size - 1) / 2**30), D.Subset)
+    with pytest.raises(ValueError, match="11 of 30 pictures are damaged, more than --max_bad 0.01"):
+        D.load(source, np.arange(30), 16, env(), gb=1)  # a hundredth of 1,000 at least
+    assert len(D.load(source, np.arange(1, 30), 16, env(), gb=1)["row"]) == 19
+
+
+def test_records_of_other_tools(tmp_path):
+    """Captions beside the pictures are stripped; a list of captions beats a single one; members come sorted by key."""
+    with tarfile.open(tmp_path / "x-0.tar", "w") as tar:
+        for name, blob in (("b.png", picture(0)), ("b.json", b'{"caption": "one", "captions": ["two", "three"]}'),
+                           ("a.png", picture(0)), ("a.txt", b" a dog\n"), ("c.png", picture(0)), ("c.json", b'{"caption": "one"}')):  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.size = len(blob)
+            tar.addfile(info, io.BytesIO(blob))
+    found = D.records(D.Shards(tmp_path))
+    assert [(r["key"], r["captions"]) for r in found] == [("a", ["a dog"]), ("b", ["two", "three"]), ("c", ["one"])]
+
+
+def test_classes_of_a_folder_are_sorted_as_text(tmp_path):
+    for name in ("a b", "a/c"):  # files sort by their parts: a/c/x, a b/x
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x.png").write_bytes(picture(0))
+    source = D.Folder(tmp_path)
+    assert source.classes == ["a b", "a/c"]
+    assert {source.read(0, r)["key"]: source.read(0, r)["label"] for r in range(2)} == {"a b/x.png": 0, "a/c/x.png": 1}
+
+
+def test_pictures_on_the_device_keep_their_rows_and_columns():
+    image = np.arange(2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 3)
+    out = D.stack([{"image": image, "side": (5, 7), "label": 1, "row": 0}])
+    assert out["image"].shape == (1, 3, 2, 2) and out["image"][0, 0].tolist() == [[0, 3], [6, 9]]
+
+
+def test_tables(tmp_path):
+    (tmp_path / "t.tsv").write_text('\ufeffname\ttext\na\tthe "big box\nb\t"x"\n', "utf-8")  # a byte order mark, stray quotes
+    assert D.read_rows(tmp_path / "t.tsv", ("name", "text")) == [
+        {"name": "a", "text": 'the "big box'},
+        {"name": "b", "text": '"x"'},
+    ]
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b'name,text\na,"x, y"\n'))
+    assert D.read_rows(tmp_path / "t.csv.gz") == [{"name": "a", "text": "x, y"}]
+    for text, words in (
+        ("name,text\na,x, y\n", "more cells than columns"),
+        ("name\na\n", "text is missing"),
+        ("name,text\na\n", "text"),
+    ):
+        (tmp_path / "t.csv").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            D.read_rows(tmp_path / "t.csv", ("name", "text"))
+
+
+def test_the_validation_split_is_preferred(tmp_path):
+    for name in ("a", "b"):
+        splits = {"test": [1], "train": [0], **({"val": [2]} if name == "a" else {})}
+        prepare(tmp_path / name, splits, lambda i: (str(i), "png", picture(0), {}))
+    assert D.held_out(tmp_path / "a") == "val" and D.held_out(tmp_path / "b") == "test"
+    assert D.held_out(tmp_path / "a", ("test", "val")) == "test"
+
+
+def test_a_preparation_that_was_not_finished_is_not_read(tmp_path):
+    prepare(tmp_path, {"train": [0, 1]}, lambda i: (str(i), "png", picture((i, 0, 0)), {"label": 0}), classes=["a"])
+    assert len(D.Shards(tmp_path)) == 2
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    with pytest.raises(ValueError, match="manifest.json says that the preparation was not finished"):
+        D.Shards(tmp_path)

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import pickle
 import socket
 import tarfile
@@ -466,3 +467,227 @@ def test_a_moved_folder_goes_on_and_other_settings_do_not(tmp_path, monkeypatch)
     (tmp_path / "a").rename(tmp_path / "b")
     assert inside(scenes, *small, "--out", "b").returncode == 0
     assert inside(scenes, *small, "--out", "b", "--seed", 1).returncode == 2
+
+
+# By hand ---------------------------------------------------------------------------------------------------------------
+
+
+def red(i):
+    return f"k{i}", "png", picture((i, 0, 0)), {"label": i}
+
+
+def test_keys_count_on_over_shards_and_are_plain(tmp_path):
+    def make(i):
+        return f"{'x' * 80}/\u00e9 {i}", "png", picture((i, 0, 0)), {"label": i}
+
+    m = _write.prepare(tmp_path, {"train": [0, 1, 2]}, make, per_shard=2)
+    keys = [r["key"] for r in data.records(data.Shards(tmp_path))]
+    assert keys == [f"{i:08d}_{'x' * 56}___{i}" for i in range(3)]
+    assert [s["bytes"] for s in m["shards"]] == [(tmp_path / s["name"]).stat().st_size for s in m["shards"]]
+
+
+def test_what_makes_prepared_data_other_data(tmp_path):
+    """Items, the number in a shard, classes: each is noticed. A shard that is gone is written again."""
+    base, plan = dict(per_shard=2, classes=["a"]), {"train": [0, 1, 2], "val": [3]}
+    _write.prepare(tmp_path / "o", plan, red, **base)
+    before = digest(tmp_path / "o")
+    for items, more in (({**plan, "val": [4]}, base), (plan, {**base, "per_shard": 3}), (plan, {**base, "classes": ["b"]})):
+        with pytest.raises(ValueError, match="other input or settings"):
+            _write.prepare(tmp_path / "o", items, red, **more)
+    (tmp_path / "o/train-000001.tar").unlink()
+    made = []
+    m = _write.prepare(tmp_path / "o", plan, lambda i: made.append(i) or red(i), **base)
+    assert made == [2] and digest(tmp_path / "o") == before and m["counts"] == {"train": 3, "val": 1}
+
+
+def test_a_shard_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
+    calls, fsync, move = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: calls.append("sync") or fsync(f))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append(str(b).rpartition("/")[2]) or move(a, b))
+
+    def make(i):
+        calls.append(sorted(p.suffix for p in tmp_path.iterdir()))
+        return red(i)
+
+    _write.prepare(tmp_path, {"train": [0]}, make)
+    manifest = ["sync", "manifest.json"]  # before anything, after each shard, and in the end
+    assert calls == [*manifest, [".json", ".tmp"], "sync", "train-000000.tar", *manifest, *manifest]
+
+
+def test_splits_are_disjoint_sorted_and_drawn_by_the_seed():
+    items = list(range(30))
+    a, b = (_write.shuffled_splits(items, {"train": -1, "val": 8, "test": 7}, seed) for seed in (0, 1))
+    assert sorted(a["train"] + a["val"] + a["test"]) == items and [len(v) for v in a.values()] == [15, 8, 7]
+    assert all(v == sorted(v) for v in a.values()) and a != b and list(a) == ["train", "val", "test"]
+
+
+def test_which_pictures_are_written_again(tmp_path, monkeypatch):
+    clear = picture((9, 9, 9, 0), mode="RGBA")
+    ext, blob = _write.checked_image(clear, "x")
+    assert (
+        ext == "png"
+        and Image.open(io.BytesIO(blob)).mode == "RGB"
+        and data.decode_image(blob).getpixel((0, 0)) == (255, 255, 255)
+    )
+    wide = picture((9, 9, 9), (60, 20), kind="JPEG")
+    assert Image.open(io.BytesIO(_write.checked_image(wide, "x", 30)[1])).size == (30, 10)  # the longer side counts
+    assert _write.checked_image(wide, "x", 60) == ("jpg", wide)
+    with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("bomb", b"\0" * 5000)
+    monkeypatch.setattr(_write, "MAX_BYTES", 4999)
+    with pytest.raises(data.BadSample, match="larger than"):
+        _write.Files(tmp_path / "z.zip").read("bomb")
+
+
+def test_a_full_path_beats_a_bare_name_and_the_seed_draws_the_splits(tmp_path):
+    for name, value in (("a/1.png", 10), ("b/1.png", 20), ("1.png", 30)):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(picture((value, 0, 0)))
+    (tmp_path / "t.csv").write_text("image,caption\na/1.png,ten\n1.png,thirty\n")
+    captions.run(captions.Config(str(tmp_path / "t.csv"), str(tmp_path / "in"), str(tmp_path / "o"), val=0, test=0))
+    source = data.Shards(tmp_path / "o")
+    assert {source.read(0, r)["captions"][0]: source.read(0, r)["image"].getpixel((0, 0))[0] for r in (0, 1)} == {
+        "ten": 10,
+        "thirty": 30,
+    }
+    (tmp_path / "many.csv").write_text("image,caption\n" + "".join(f"{i}.png,x\n" for i in range(20)))
+    for i in range(20):
+        (tmp_path / f"in/{i}.png").write_bytes(picture((i, 0, 0)))
+    drawn = []
+    for seed in (0, 1):
+        cfg = captions.Config(str(tmp_path / "many.csv"), str(tmp_path / "in"), f"{tmp_path}/{seed}", val=5, test=5, seed=seed)
+        captions.run(cfg)
+        drawn.append([r["source"] for r in data.records(data.Shards(cfg.out, "val"))])
+    assert drawn[0] != drawn[1]
+
+
+def test_shards_of_class_folders_are_fair_samples_and_labels_count_all_splits(tmp_path):
+    for split, folder, n in (("train", "b", 12), ("train", "c", 12), ("val", "a", 1), ("val", "c", 1)):
+        for i in range(n):
+            path = tmp_path / "in" / split / folder / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture((i, 0, 0)))
+    m = imagenet.run(imagenet.Config(str(tmp_path / "in"), str(tmp_path / "o")))
+    assert m["classes"] == m["folders"] == ["a", "b", "c"]
+    labels = [r["label"] for r in data.records(data.Shards(tmp_path / "o", "train"))]
+    assert set(labels) == {1, 2} and labels[:12].count(1) < 12 and labels != sorted(labels)
+
+
+def test_coco_splits_crowds_and_classes(tmp_path):
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img/1.jpg").write_bytes(picture((1, 2, 3), (50, 40), kind="JPEG"))
+    box = {
+        "image_id": 1,
+        "category_id": 9,
+        "bbox": [0, 0, 5, 5],
+        "iscrowd": 1,
+        "segmentation": {"counts": [1], "size": [40, 50]},
+    }
+    content = {"images": [{"id": 1, "file_name": "1.jpg", "width": 50}], "annotations": [box],
+               "categories": [{"id": 9, "name": "dog"}, {"id": 2, "name": "cat"}]}  # fmt: skip
+    for name, split, want in (
+        ("instances_val2017", "", "val"),
+        ("objects", "", "train"),
+        ("x_train", "mine", "mine"),
+        ("latest", "", "train"),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        m = coco.run(coco.Config(f"{tmp_path}/{name}.json", str(tmp_path / "img"), f"{tmp_path}/{name}", split))
+        assert m["counts"] == {want: 1} and m["classes"] == ["cat", "dog"]  # by their numbers
+        crowd = data.Shards(tmp_path / name).read(0, 0)["boxes"][0]
+        assert crowd["iscrowd"] == 1 and crowd["label"] == "dog" and crowd["segmentation"] == box["segmentation"]
+
+
+def test_worlds_on_disk(tmp_path):
+    """Splits and seeds have scenes of their own; the label is the first object's shape; paraphrases differ between samples."""
+    for seed in (0, 1):
+        scenes.run(scenes.Config(str(tmp_path / str(seed)), train=6, val=6, test=6, size=16, seed=seed))
+    shards = {(seed, s): data.Shards(tmp_path / str(seed), s) for seed in (0, 1) for s in ("train", "val", "test")}
+    found = {k: [r["captions"][0] for r in data.records(source)] for k, source in shards.items()}
+    assert len({tuple(v) for v in found.values()}) == 6
+    for r in data.records(shards[0, "train"]):
+        assert scenes.scenes.SHAPES[r["label"]] == r["boxes"][0]["label"]
+    world = [scenes.scenes.scene(i, 0, (1, 3)) for i in range(2)]
+    assert data.records(shards[0, "train"])[1]["captions"] == [scenes.scenes.caption(world[1], v) for v in (0, 6, 7, 8, 9)]
+
+
+def test_tiles_of_a_mosaic_come_row_by_row(tmp_path):
+    image = np.zeros((64, 800, 3), np.uint8)
+    for i in range(50):
+        image[i // 25 * 32 : i // 25 * 32 + 32, i % 25 * 32 : i % 25 * 32 + 32] = i
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "PNG")
+    for split in ("train", "test"):
+        with zipfile.ZipFile(tmp_path / f"{split}.zip", "w") as z:
+            z.writestr("a.png", out.getvalue())
+    (tmp_path / "l.json").write_text('{"classes": ["a"]}')
+    sets, names, coarse = cifar100.from_mosaics(
+        cifar100.Config(
+            "", train_zip=str(tmp_path / "train.zip"), test_zip=str(tmp_path / "test.zip"), labels=str(tmp_path / "l.json")
+        )
+    )
+    assert (
+        names == ["a"]
+        and coarse == []
+        and [x.min() for x in sets["train"][0]] == [x.max() for x in sets["test"][0]] == list(range(50))
+    )
+
+
+def test_pictures_of_one_name_are_told_apart_or_left_out():
+    find = _write.lookup(["mini/train/1.png", "mini/val/1.png", "a/2.png", "3.png"])
+    assert [find(n) for n in ("train/1.png", "val/1.png", "2.png", "b/2.png", "3.png")] == [
+        "mini/train/1.png", "mini/val/1.png", "a/2.png", "a/2.png", "3.png"]  # fmt: skip
+    for name, words in (("1.png", "fits mini/train/1.png and mini/val/1.png"), ("4.png", "4.png is not among the images")):
+        with pytest.raises(_write.BadSample, match=words):
+            find(name)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("image,caption\na.jpg,A dog, running\n", "row 1 has more cells than columns"),
+        ('image,caption\na.jpg,"A dog\nb.jpg,B\n', "a quote may be open"),
+        ("image\tcaption\na.jpg\tA\nb.jpg\tB\tC\n", "row 2 has more cells"),
+    ],
+)
+def test_tables_whose_captions_would_be_cut_or_joined(text, words, tmp_path):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        captions.read_table(tmp_path / "t.csv", "image", "caption")
+
+
+def test_what_was_missing_is_tried_again_when_it_is_there(tmp_path):
+    there = []
+
+    def make(item):
+        if not there:
+            raise _write.BadSample(f"{item} is not there", "without image")
+        return red(item)
+
+    with pytest.raises(ValueError, match="nothing could be prepared.*0 is not there"):
+        _write.prepare(tmp_path, {"train": [0, 1]}, make)
+    there.append(True)
+    assert _write.prepare(tmp_path, {"train": [0, 1]}, make)["counts"] == {"train": 2}
+
+
+def test_folders_of_others_and_damaged_manifests_are_left_alone(tmp_path):
+    (tmp_path / "train-000000.tar").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="holds train-000000.tar without a manifest.json"):
+        _write.prepare(tmp_path, {"train": [0]}, red)
+    assert (tmp_path / "train-000000.tar").read_bytes() == b"mine"
+    for text in ("[]", "{", '{"fingerprint": "x", "complete": true, "shards": [1]}'):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match="manifest.json is damaged"):
+            _write.prepare(tmp_path, {"train": [0]}, red)
+
+
+def test_an_address_that_no_socket_takes_is_one_bad_sample():
+    cfg = cc12m.Config("t", "o", retries=0, timeout=1.0)
+    with pytest.raises(_write.BadSample, match="http://127.0.0.1:9{20}/a"):
+        cc12m.download(f"http://127.0.0.1:{'9' * 20}/a", cfg)
+
+
+@pytest.mark.parametrize("flag, value", [("--timeout", "0"), ("--timeout", "nan"), ("--limit", "-1")])
+def test_numbers_of_cc12m(flag, value, tmp_path):
+    (tmp_path / "t.tsv").write_text("http://127.0.0.1:9/a\tA\n")
+    user_error(inside(cc12m, "--table", tmp_path / "t.tsv", "--out", tmp_path / "o", flag, value), flag)

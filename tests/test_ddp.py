@@ -5,6 +5,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,3 +177,60 @@ def test_one_process_is_the_identity():
         ddp.Env(0, 2, "cpu").share(7)
     with pytest.raises(ValueError, match="step 4 on rank 0"):
         ddp.check_finite({"loss": float("nan")}, 4)
+
+
+# By hand ---------------------------------------------------------------------------------------------------------------
+
+
+def test_randomness_depends_on_seed_rank_and_step():
+    def draw(*key):
+        ddp.reseed(*key)
+        return tuple(torch.rand(4).tolist())
+
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)]
+    assert len({draw(*k) for k in keys}) == 5 and draw(0, 0, 1) == draw(0, 0, 1)
+
+
+def test_parts_of_batches_and_of_micro_batches():
+    env = ddp.Env(1, 2, torch.device("cpu"))
+    assert env.share(12) == 6 and env.share(12, accum=3) == 2 and not env.is_main
+    with pytest.raises(ValueError, match="--accum 4 micro-batches"):
+        env.share(12, accum=4)
+    with pytest.raises(ValueError, match="pictures 7 cannot be divided by 2"):
+        env.share(7, "pictures")
+
+
+def test_a_compiled_model_is_taken_off_its_wrapper():
+    model = nn.Linear(1, 1)
+    assert ddp.raw(SimpleNamespace(_orig_mod=model)) is model
+
+
+def test_lists_are_joined_in_rank_order(monkeypatch):
+    monkeypatch.setattr(ddp, "world_size", lambda: 2)
+    monkeypatch.setattr(ddp.dist, "all_gather_object", lambda parts, own: parts.__setitem__(slice(None), [own, [8, 9]]))
+    assert ddp.gather_lists([1, 2]) == [1, 2, 8, 9]
+
+
+def test_one_process_looks_for_signals_at_each_step_and_infinity_is_not_finite():
+    ddp.start(0)
+    assert not ddp.interrupted(False) and not ddp.asked_to_stop()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert ddp.asked_to_stop() and ddp.interrupted(False)
+    ddp.start(0)
+    ddp.check_finite({"loss": 1.0, "norm": 1e38}, 0)
+    for bad in (float("inf"), -float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="^norm is not finite"):
+            ddp.check_finite({"loss": 1.0, "norm": bad}, 0)
+
+
+def _norm(env, x):
+    layer = ddp.SyncBatchNorm(x.shape[1])
+    return layer(x.chunk(env.world)[env.rank]), layer.running_var
+
+
+def test_batch_norm_of_numbers_far_from_zero(tmp_path):
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 1e3, -1e4])
+    want = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
+    parts = in_processes(2, _norm, x, path=tmp_path)
+    torch.testing.assert_close(torch.cat([y for y, _ in parts]).double(), want, atol=2e-3, rtol=0)
+    torch.testing.assert_close(parts[0][1].double(), 0.9 + 0.1 * x.double().var(0), atol=1e-3, rtol=0)

@@ -472,3 +472,85 @@ def test_radii_of_tight_clusters_are_float64s():
     x[30:] += 100.0
     far = torch.cdist(x, x).square().fill_diagonal_(torch.inf)
     torch.testing.assert_close(M.knn_radius(x, 5, block=16), far.kthvalue(5, 1).values, rtol=1e-6, atol=0)
+
+
+# By hand ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_linear_probe_minimises_its_loss():
+    """The penalty is half the squared weights, not those of the bias: the gradient of exactly this loss is zero."""
+    y = torch.tensor([0, 0, 0, 0, 0, 1])
+    f = gauss(6, 2).double().float()
+    probe = M.linear_probe(f, y, 0.5)
+    b = probe(f.mean(0, keepdim=True))[0]
+    W = torch.stack([probe((f.mean(0) + f.std(0) * e)[None])[0] - b for e in torch.eye(2)], 1).requires_grad_()
+    b.requires_grad_()
+    (F.cross_entropy((f - f.mean(0)) / f.std(0) @ W.T + b, y) + 0.25 * W.square().sum()).backward()
+    assert W.grad.abs().max() < 1e-4 and b.grad.abs().max() < 1e-4 and b.detach().abs().max() > 0.3
+
+
+def test_votes_of_neighbours_do_not_depend_on_lengths():
+    f, y = torch.tensor([[1.0, 0], [0.8, 0.6], [0, 1]]), torch.tensor([0, 1, 1])
+    test, want = torch.tensor([[0.99, 0.1]]), torch.tensor([0])
+    for length in (1e-3, 1, 1e3):
+        assert M.knn_accuracy(f, y, length * test, want, 3, tau=0.07) == 100
+        assert M.knn_accuracy(torch.tensor([[5.0], [1], [0.1]]) * f, y, test, want, 3, tau=10) == 0  # two votes against one
+
+
+def test_frechet_infinity_is_the_intercept_of_the_line_through_its_subsets():
+    x, y, g = gauss(60, 3), gauss(40, 3, seed=1), torch.Generator().manual_seed(7)
+    sizes = [4, 22, 40]
+    d = [M.frechet_distance(x, y[torch.randperm(40, generator=g)[:m]]) for m in sizes]
+    slope, intercept = np.polyfit([1 / m for m in sizes], d, 1)
+    assert M.frechet_infinity(x, y, points=3, seed=7) == pytest.approx(intercept, rel=1e-6)
+    assert M.frechet_infinity(x, y, points=3, seed=8) != pytest.approx(intercept, rel=1e-3)
+
+
+def test_random_subsets_follow_the_seed():
+    x, y = gauss(30, 4), gauss(30, 4, seed=1)
+    a, b = (M.kernel_distance(x, y, 2, 8, seed) for seed in (0, 1))
+    assert a == M.kernel_distance(x, y, 2, 8) and a != b
+    logits = gauss(40, 4)
+    a, b = (M.inception_score(logits, 2, seed)[0] for seed in (2020, 1))
+    assert a == M.inception_score(logits, 2)[0] and a != b
+
+
+def test_sizes_of_inputs():
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    assert M.clip_input([wide], 32).shape == M.dino_input([wide], size=32).shape == (1, 3, 32, 32)
+    assert torch.equal(M.clip_input([wide], 40), M._normalised([wide.crop((10, 0, 50, 40))], "clip"))
+    assert M.dino_input([wide], crop=True, size=28).shape == (1, 3, 28, 28)
+    want = wide.resize((48, 32), Image.BICUBIC).crop((10, 2, 38, 30))  # 32 = 28 * 8 / 7
+    assert torch.equal(M.dino_input([wide], crop=True, size=28), M._normalised([want], "dino"))
+
+
+def test_clean_resizing_is_bicubic_clipped_and_not_rounded():
+    x = torch.randint(0, 2, (1, 3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8) * 255
+    v = M.resize_299(x, "clean") * 128 + 128
+    want = np.asarray(Image.fromarray(x[0, 0].numpy().astype(np.float32)).resize((299, 299), Image.BICUBIC))
+    assert want.min() < -5 and want.max() > 260  # bicubic overshoots at edges
+    torch.testing.assert_close(v[0, 0], torch.from_numpy(want.clip(0, 255)), atol=1e-3, rtol=0)
+
+
+def test_moments_without_rows_join():
+    x = gauss(9, 3)
+    joined = M.Moments.join([M.Moments(), M.Moments().update(x[:4]), M.Moments(), M.Moments().update(x[4:])])
+    torch.testing.assert_close(joined.scatter / 8, torch.cov(x.T.double()))
+    assert joined.n == 9 and M.Moments.join([M.Moments(), M.Moments()]).n == 0
+
+
+def test_the_smallest_subset_is_a_tenth_but_no_more_than_5000_rows(monkeypatch):
+    seen, update = [], M.Moments.update
+    monkeypatch.setattr(M.Moments, "update", lambda self, x: seen.append(len(x)) or update(self, x))
+    for rows, first in ((60_000, 5000), (200, 20), (9, 2)):
+        M.frechet_infinity(gauss(10, 1), gauss(rows, 1), points=3)
+        assert (seen[1], seen[3]) == (first, rows)
+        seen.clear()
+
+
+def test_features_that_are_no_numbers_are_refused_part_by_part():
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="hold NaN or infinity"):
+            M.Moments().update(torch.tensor([[0.0, 1], [bad, 0]]))
+        with pytest.raises(ValueError, match="hold NaN or infinity"):
+            M.frechet_infinity(torch.rand(9, 2), torch.full((9, 2), bad))

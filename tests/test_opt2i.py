@@ -2,9 +2,11 @@
 
 import http.server
 import json
+import re
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -792,3 +794,229 @@ def test_wrong_input_ends_in_one_sentence(flags, words, tmp_path):
 def test_dry_run_spends_nothing(tmp_path, capsys):
     M.run(M.Config(prompts="3", dry_run=True, out_dir=str(tmp_path / "r")))
     assert "2,304 pictures" in capsys.readouterr().out and not (tmp_path / "r").exists()
+
+
+# By hand ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_ends_at_its_first_perfect_prompt_within_an_iteration():
+    best, trace = M.optimise("a", *made_up(TABLE), iterations=5, candidates=4, target=0.55)
+    assert best.prompt == "e" and [s.prompt for s in trace[-1]] == ["e"]  # f, g and h were proposed with it
+
+
+def test_dsg_of_nothing_of_cycles_and_of_parents_that_come_later():
+    assert np.isnan(M.dsg_score({}, {}))
+    assert M.dsg_score({1: True, 2: True, 3: True}, {1: [1], 2: [3], 3: [2]}) == 1
+    assert M.dsg_score({1: True, 2: True, 3: False}, {1: [2], 2: [3]}) == 0
+    assert M.dsg_score({1: True, 2: False, 3: True}, {1: [2], 2: [1]}) == pytest.approx(1 / 3)
+
+
+def test_noun_phrases_of_paintings_and_of_black_and_white():
+    text = "An old oil painting of the moon and a black and white cat, with its kitten"
+    assert M.noun_phrases(text) == ["moon", "black-and-white cat", "kitten"]
+    assert M.noun_phrases("there is a red ring above a ring and a red ring") == ["red ring", "ring"]  # each once
+
+
+def test_options_reach_the_message_and_a_second_one_shows_what_was_given():
+    replies, sent = ["<PROMPT>one</PROMPT>", "<PROMPT>two</PROMPT><PROMPT>three</PROMPT><PROMPT>four</PROMPT>"], []
+    model = SimpleNamespace(chat=lambda system, user, room=1: sent.append((system, user)) or replies[len(sent) - 1])
+    cfg = M.Config(score="dcs", conciseness=False, prioritise=False, reasoning=True, structure=True)
+    history = [M.Scored("tried", 0.2, [("cat", 0.2)])]
+    assert M.HttpProposer(model, cfg).propose("a cat", history, 3) == ["one", "two", "three"]
+    assert sent[0] == M.meta_prompt("a cat", history, 3, "dcs", False, False, True, True) and "visual element" in sent[0][1]
+    assert sent[1][0] == sent[0][0] and sent[1][1].startswith(sent[0][1])
+    assert "<PROMPT>one</PROMPT>" in sent[1][1] and "Give 2 others" in sent[1][1]
+    sent.clear()
+    M.HttpProposer(model, cfg).propose("a cat", [], 1)
+    assert sent == [M.paraphrase_prompt("a cat", 1)]
+
+
+def test_offline_proposers_start_from_the_best_prompt_and_its_weakest_element(monkeypatch):
+    history = [M.Scored("worst", 0.1, [("E?", 0.0)]), M.Scored("best", 0.6, [("A?", 1.0), ("B?", 0.0), ("C?", 1.0)])]
+    calls = []
+
+    def reworded(text, weak, rng):
+        calls.append((text, weak))
+        return f"{text} {len(calls)}"
+
+    monkeypatch.setattr(M.zoo, "reworded", reworded)
+    monkeypatch.setattr(M.zoo, "same_meaning", lambda a, b: True)
+    assert len(M.Grammar(0).propose("p0", history, 200)) == 200 and {t for t, _ in calls} == {"best", "p0"}
+    assert 0.6 < np.mean([t == "best" for t, _ in calls]) < 0.8
+    assert np.mean([w == "B?" for t, w in calls if t == "best"]) > 0.95 and {w for t, w in calls if t == "p0"} == {""}
+
+    class Read(Exception):
+        pass
+
+    def ids(tok, *words):
+        raise Read(*words)
+
+    monkeypatch.setattr(M.zoo, "rewriter_ids", ids)
+    lm = object.__new__(M.LmProposer)
+    lm.tok = None
+    for some, want in ((history, ("p0", "best", "B?")), ([], ("p0", "p0", ""))):
+        with pytest.raises(Read) as caught:
+            lm.propose("p0", some, 3)
+        assert caught.value.args == want
+
+
+def test_tables_give_the_first_caption_of_a_picture_and_the_first_prompts_of_each_challenge(tmp_path):
+    (tmp_path / "coco.csv").write_text("image_id,caption\n7,a cat\n7,one cat\n5,a dog\n5,one dog\n")
+    assert [t.prompt for t in M.read_tasks(tmp_path / "coco.csv", 9)] == ["a cat", "a dog"]
+    assert [t.prompt for t in M.read_tasks(tmp_path / "coco.csv", 1)] == ["a cat"]
+    rows = ["Prompt\tCategory\tChallenge", "a1\tx\tA", "b1\tx\tB", "a2\tx\tA", "b2\tx\tB", "a3\tx\tA"]
+    (tmp_path / "parti.tsv").write_text("\n".join(rows))
+    assert [t.prompt for t in M.read_tasks(tmp_path / "parti.tsv", 2, "B,A")] == ["b1", "b2", "a1", "a2"]
+
+
+def test_generated_prompts_name_what_they_are_asked_for():
+    for task in M.make_tasks(M.Config(prompts="20")):
+        assert task.prompt.startswith("on a ") and M.zoo.ground_first(task.prompt.split(", ")[0]) != task.prompt
+        assert set(task.parents) == set(task.questions) and {p for some in task.parents.values() for p in some} <= set(
+            task.questions
+        )
+        for text in task.questions.values():
+            if " background " in text:
+                assert text.split()[-1].strip("?") in task.prompt
+            elif text.startswith("Is there a "):
+                assert text[len("Is there a ") : -1] in task.prompt
+            else:
+                assert not re.search(r"solid|at the|centre", text) and text.split()[2] in task.prompt
+
+
+def test_each_picture_of_a_server_or_command_has_a_seed_of_its_own(monkeypatch):
+    monkeypatch.setattr(M, "by_endpoint", lambda client, prompt, seed: (prompt, seed))
+    monkeypatch.setattr(M, "by_command", lambda cfg, prompt, seed: (prompt, seed))
+    for cfg in (M.Config(image_url="http://x"), M.Config(image_command="x")):
+        draw = M.make_generator(cfg, "cpu")
+        assert draw("p", 3, 2) == [("p", 2000), ("p", 2001), ("p", 2002)] and draw("p", 1, 0) == [("p", 0)]
+
+
+def test_a_command_that_fails_once_is_tried_again(tmp_path):
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "made.png")
+    (tmp_path / "draw.sh").write_text(f'cd {tmp_path}\n[ -e tried ] && cp made.png "$1"\ntouch tried\n')
+    cfg = M.Config(image_command=f"sh {tmp_path}/draw.sh {{out}}")
+    assert M.by_command(cfg, "x", 0).getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_dsg_scores_each_picture_by_the_rule_and_elements_by_their_own_answers():
+    task = M.Task("p", {"1": "A?", "2": "B?", "3": "C?"}, {"2": ["1"], "3": ["2"]})
+    scorer = object.__new__(M.Scorer)
+    scorer.answers = lambda task, images: [{"1": False, "2": True, "3": True}, {"1": True, "2": True, "3": False}]
+    for official, each in ((False, [0, 2 / 3]), (True, [1 / 3, 2 / 3])):
+        scorer.cfg = M.Config(official_dsg=official)
+        score, elements, got = scorer(task, [None, None])
+        assert got == pytest.approx(each) and score == pytest.approx(np.mean(each))
+        assert elements == [("A?", 0.5), ("B?", 1.0), ("C?", 0.5)]
+
+
+def test_dcs_scores_each_picture_over_phrases_and_elements_over_pictures():
+    f_img, f_txt = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])
+    asked, scorer = [], object.__new__(M.Scorer)
+    scorer.cfg, scorer.device, sizes = M.Config(score="dcs"), "cpu", SimpleNamespace(image_size=8, context=9)
+    scorer.tok = lambda texts, context: asked.append(texts) or torch.ones(len(texts), 2, dtype=torch.long)
+    scorer.clip = SimpleNamespace(
+        visual=sizes, text=sizes, encode_image=lambda x: f_img[: len(x)], encode_text=lambda ids: f_txt
+    )
+    score, elements, each = scorer(M.Task("a cat, the dog and a bird"), torch.zeros(2, 3, 8, 8))
+    assert asked == [["cat", "dog", "bird"]]  # the user's phrases
+    assert [e for e, _ in elements] == asked[0] and [v for _, v in elements] == pytest.approx([0.8, 0.4, -0.8])
+    assert each == pytest.approx([0, 0.8 / 3]) and score == pytest.approx(0.4 / 3)
+
+
+def test_other_seeds_are_the_best_pictures_of_all_and_a_refusal_among_them_ends_nothing():
+    cfg, task = M.Config(steps=1, candidates=2, images=2, target=2.0, seed=4), M.Task("a red star")
+    drawn = {4: [0.1, 0.2], 6: [0.9, 0.3]}
+
+    def draw(p, n, seed):
+        if seed not in drawn:
+            raise M.Refused("no")
+        return torch.tensor(drawn[seed])
+
+    def scorer(task, x):
+        return float(x.mean()), [], x.tolist()
+
+    found = M.search("seeds", task, draw, scorer, None, cfg)
+    assert found.pictures == pytest.approx([0.1, 0.2, 0.9, 0.3]) and found.best.score == pytest.approx(0.6)
+    assert found.best.prompt == task.prompt and found.trace[0][0].score == pytest.approx(0.15)
+    drawn.pop(4)  # the user's prompt itself
+    with pytest.raises(M.Refused):
+        M.search("seeds", task, draw, scorer, None, cfg)
+
+
+def test_a_search_has_the_history_and_the_target_that_were_asked_for():
+    task, shown = M.Task("p"), []
+
+    def propose(prompt, history, n):
+        shown.append(len(history))
+        return [f"{len(shown)} {i}" for i in range(n)]
+
+    def scorer(task, x):
+        return 0.5, [], [0.5] * len(x)
+
+    for target, history, want in ((2.0, 1, [1, 1, 1]), (2.0, 3, [1, 3, 3]), (0.5, 3, [])):
+        shown.clear()
+        cfg = M.Config(steps=3, candidates=2, images=1, history=history, target=target)
+        M.search("opt2i", task, lambda p, n, seed: torch.zeros(n), scorer, SimpleNamespace(propose=propose), cfg)
+        assert shown == want
+
+
+def test_prompts_without_a_picture_are_worth_least():
+    task, proposer = M.Task("p"), SimpleNamespace(propose=lambda prompt, history, n: ["q"])
+
+    def draw(p, n, seed):
+        if p == "q":
+            raise M.Refused("no")
+        return torch.zeros(n)
+
+    for kind, own in (("dsg", 0.0), ("dcs", -0.5)):
+        cfg = M.Config(steps=1, candidates=1, score=kind)
+        found = M.search("opt2i", task, draw, lambda task, x, own=own: (own, [], [own] * len(x)), proposer, cfg)
+        assert found.best.prompt == "p" and found.trace[1][0].score == (0 if kind == "dsg" else -1)
+        assert len(found.pictures) == cfg.images
+
+
+def test_set_metrics_compare_first_and_best_prompts_on_fresh_seeds():
+    cfg, seeds = M.Config(methods="seeds,opt2i", fresh=4, seed=3), set()
+
+    class Judge(torch.nn.Linear):
+        def features(self, x, grid):
+            return x[:, :, 0, :4].flatten(1)
+
+    def draw(p, n, seed):
+        seeds.add(seed)
+        out = torch.zeros(n, 3, 32, 32)
+        out[range(n), 0, 0, range(n) if p == "best" else [0] * n] = 1.0
+        return out
+
+    results = [{"methods": {"opt2i": {"prompt": "best"}}}] * 2
+    out = M.set_metrics([M.Task("first")] * 2, results, draw, Judge(1, 1), cfg)
+    assert out["first_diversity"] == pytest.approx(0) and out["best_diversity"] == pytest.approx(1)  # 1 - mean cosine of pairs
+    assert out["first_fd"] != out["best_fd"] and seeds == {500_003}
+
+
+def test_busy_and_early_statuses_cost_a_retry():
+    with Server() as server:
+        server.plan[:] = [(408, {}), (409, {}), (425, {}), (200, said("at last"))]
+        assert client(server).chat("s", "u") == "at last" and len(server.seen) == 4
+
+
+def test_a_prompt_that_lacks_its_last_method_alone_is_finished(tmp_path):
+    args = ["--preset", "smoke", "--proposer", "grammar", "--methods", "opt2i,paraphrase", "--out_dir", tmp_path]
+    assert inside(M, *args).returncode == 0
+    path = sorted(tmp_path.rglob("0*.json"))[0]
+    state = json.loads(path.read_text())
+    del state["methods"]["paraphrase"]
+    path.write_text(json.dumps(state))
+    before = json.loads((tmp_path / "metrics.json").read_text())
+    (tmp_path / "metrics.json").unlink()
+    done = inside(M, *args)
+    assert done.returncode == 0 and json.loads((tmp_path / "metrics.json").read_text()) == before, done.stderr
+
+
+@pytest.mark.parametrize(
+    "url, key, words", [("http://a b/v1", "", "no server's address"), ("http://a/v1", "schl\u00fcssel", "no header")]
+)
+def test_addresses_and_keys_that_cannot_be_sent(url, key, words):
+    with pytest.raises(ValueError, match=words):
+        M.ChatClient(url, key=key)

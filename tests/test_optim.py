@@ -83,3 +83,21 @@ def test_lars_resumes():
     for _ in range(2):
         step(r, last)
     assert torch.equal(p, r)
+
+
+# By hand ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_average_is_restored_and_frozen_parameters_do_not_decay():
+    model = nn.Linear(3, 2)
+    ema, other = O.Ema(model, 0.5), O.Ema(nn.Linear(3, 2), 0.5)
+    other.load_state_dict({k: v.clone() for k, v in ema.state_dict().items()})
+    assert all(torch.equal(v, other.shadow[k]) for k, v in ema.shadow.items())
+    model.weight.requires_grad_(False)
+    decay, none = O.decay_groups(model, 0.3)
+    assert decay["params"] == [] and none["params"] == [model.bias] and decay["weight_decay"] == 0.3
+
+
+def test_the_rate_stays_at_its_end():
+    assert O.warmup_cosine(150, 100, 0, 1.0, lr_end=0.1) == O.warmup_cosine(99, 100, 0, 1.0, lr_end=0.1) == pytest.approx(0.1)
+    assert O.warmup_cosine(50, 101, 0, 1.0) == pytest.approx(0.5)

@@ -1,6 +1,8 @@
 """common/cli.py, log.py, ckpt.py, plot.py: the parts that every run leans on."""
 
 import json
+import math
+import os
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,8 +11,9 @@ import torch
 from torch import nn
 
 from common import ckpt, cli, plot
+from common import log as common_log
 from common.ddp import Env
-from common.log import RunLog, history, table
+from common.log import RunLog, history, table, write_json
 
 ENV = Env(0, 1, torch.device("cpu"))
 
@@ -205,3 +208,152 @@ def test_pictures_have_the_right_pixels(tmp_path):
     plot.save(chart, tmp_path / "c.png")
     assert [p.name for p in tmp_path.iterdir()] == ["c.png"]
     plot.lines({})
+
+
+# By hand ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluated(Config):
+    eval_data: str = ""  # changes what is tested, not what is trained
+
+
+def test_files_are_synced_before_they_get_their_names(tmp_path, monkeypatch):
+    calls, fsync, move = [], os.fsync, os.replace
+
+    def kind(f):
+        return "folder" if os.path.isdir(f"/proc/self/fd/{f}") else "file"
+
+    monkeypatch.setattr(os, "fsync", lambda f: calls.append(kind(f)) or fsync(f))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append("rename") or move(a, b))
+    ckpt.export(tmp_path / "m.safetensors", {"a": torch.zeros(2)})
+    assert calls == ["file", "rename", "folder"]
+    calls.clear()
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert calls == ["file", "rename"]
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+def test_exports_are_readable_by_the_group_and_equal_for_equal_settings(tmp_path):
+    before = os.umask(0o027)
+    try:
+        for name, meta in (("a", dict(x=1, y=2)), ("b", dict(y=2, x=1))):
+            ckpt.export(tmp_path / name, {"a": torch.zeros(2)}, **meta)
+            assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+    finally:
+        now = os.umask(before)
+    assert now == 0o027 and (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_run_that_is_done_is_read_back_and_any_other_begins(tmp_path):
+    cfg = Evaluated(out_dir=str(tmp_path))
+
+    def begins(cfg, **changes):
+        return ckpt.once(lambda cfg: {"new": 1}, replace(cfg, **changes)) == {"new": 1}
+
+    assert begins(cfg)
+    write_json(tmp_path / "metrics.json", {"old": 1})
+    write_json(tmp_path / "config.json", {**cfg.__dict__, "processes": 1})
+    assert ckpt.once(None, cfg) == {"old": 1} and not begins(cfg)
+    assert begins(cfg, lr=0.2) and begins(cfg, eval_data="other") and begins(cfg, resume=False)
+    write_json(tmp_path / "config.json", {k: v for k, v in cfg.__dict__.items() if k != "lr"})
+    assert begins(cfg)  # a field that the old run did not have yet
+    model = nn.Linear(3, 2)
+    ckpt.save(tmp_path / "last.pt", 3, cfg, model=model)
+    assert ckpt.resume(tmp_path / "last.pt", replace(cfg, eval_data="other"), model=model)[0] == 3  # trained the same
+
+
+def test_ranges_and_choices():
+    cfg = Config(lr=math.nan)
+    for value, words in ((math.nan, "nan"), (math.inf, "inf"), (-1.0, "at least 0")):
+        with pytest.raises(ValueError, match=words):
+            cli.within(replace(cfg, lr=value), "steps lr", 0)
+    with pytest.raises(ValueError, match="--lr 3.0 must be 0 to 2"):
+        cli.within(Config(lr=3.0), "lr", 0, 2)
+    cli.within(Config(lr=2.0), "steps lr", 0, 5)
+    for argv, words in ((["--batch_size", "0"], "--batch_size 0 must be at least 1"), (["--lr", "nan"], "--lr nan")):
+        with pytest.raises(ValueError, match=words):
+            cli.parse(Config, None, argv)
+    cli.choose(Config(data="a,b"), "data", data=("a", "b", "c"))
+    for data, lists in (("a,x", "data"), ("a,b", "")):
+        with pytest.raises(ValueError, match=f"--data {'x' if lists else 'a,b'} is unknown; choose from a, b"):
+            cli.choose(Config(data=data), lists, data=("a", "b"))
+
+
+def test_how_a_run_ends(monkeypatch, capsys):
+    def raising(error):
+        def run(cfg):
+            raise error
+
+        return run
+
+    with pytest.raises(SystemExit) as stop:
+        cli.main(raising(KeyboardInterrupt()), Config, None, [])
+    assert stop.value.code == 130 and "goes on from what is saved" in capsys.readouterr().err
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(raising(RuntimeError("[gloo] Connection closed by peer")), Config, None, [])
+    assert stop.value.code == 1 and "another process of this run has died" in capsys.readouterr().err
+    for text in ("NCCL error: out of memory", "shapes do not fit"):
+        with pytest.raises(RuntimeError, match=text):
+            cli.main(raising(RuntimeError(text)), Config, None, [])
+
+
+def test_speed_is_that_of_this_start_and_results_of_an_older_one_are_gone(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(common_log.time, "monotonic", lambda: clock[0])
+    write_json(tmp_path / "metrics.json", {"a": 1})
+    log = RunLog(Config(out_dir=str(tmp_path), steps=20), ENV, start=10)
+    assert not (tmp_path / "metrics.json").exists()
+    clock[0] = 104.0
+    log.write(13, loss=1.0)
+    log.write(13, accuracy=2.0)
+    log.close()
+    line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert (line["items_per_s"], line["seconds"]) == (2.0, 4.0)  # four steps of two items in four seconds
+    assert history(tmp_path, "loss", "accuracy") == {"loss": ([13], [1.0]), "accuracy": ([13], [2.0])}
+
+
+def test_parts_of_pictures():
+    red, blue = np.full((4, 4, 3), (255, 0, 0), np.uint8), np.full((4, 4, 3), (0, 0, 255), np.uint8)
+    three = plot.grid([red, blue, blue], 2, cell=40)
+    assert (
+        three.size == (10 + 2 * 50, 10 + 2 * 50)
+        and three.getpixel((30, 80)) == (0, 0, 255)
+        and three.getpixel((80, 80)) == plot.PAPER
+    )
+    assert plot.distinct(torch.tensor([[1], [2], [1], [3]], dtype=torch.uint8), torch.tensor([2, 0, 1, 3]), 2) == [2, 1]
+    assert plot.wrap("aa bb", 1, plot.font(13)) == ["aa", "bb"] and plot.wrap("aa bb", 1e3, plot.font(13)) == ["aa bb"]
+    small, large = plot.Image.new("RGB", (5, 9), "red"), plot.Image.new("RGB", (7, 4), "blue")
+    side = plot.row([small, large, small])
+    assert side.size == (17, 9) and side.getpixel((11, 2)) == (0, 0, 255) and side.getpixel((12, 2)) == (255, 0, 0)
+    assert plot.below(small, ["a", "b"]).size == (5, 9 + 2 * 19 + 10)
+    for low, high, want in (
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (-3, 7, [-2, 0, 2, 4, 6]),
+        (0, 12, [0, 2.5, 5, 7.5, 10]),
+        (5, 5, [5]),
+    ):
+        assert plot._ticks(low, high) == pytest.approx(want)
+
+
+def test_colours_and_fronts_of_charts():
+    names, size = ["one", "two"], (520, 420)
+    axes = plot._Axes(np.array([0.0, 4]), np.array([0.0, 4]), "", "", "", size, names, margin=0.12)
+
+    def ink(img, a, b):
+        """How far the darkest pixel around a place of the data is from white."""
+        x, y = (round(v / 2) for v in axes.at(a, b))
+        return (255 - np.asarray(img).astype(int)[y - 1 : y + 2, x - 1 : x + 2].min(2)).max()
+
+    points = {"one": [(0, 4, "", True, (0, 0)), (4, 0, "", True, (0, 0))], "two": [(2, 2, "", True, (1, 0.2))]}
+    img = plot.scatter(points, {}, front=[(1, 3), (3, 1)], size=size)
+    assert ink(img, 1, 2.5) > 60 and ink(img, 2, 1) > 60  # down from the first, then right to the second
+    assert (
+        ink(img, 3, 2.5) < 60 and ink(img, 2, 3) < 60 and ink(img, 1.2, 2) > 60 and ink(img, 2, 2.6) < 60
+    )  # the cross is as wide as dx
+    for i in range(2):
+        x, y = round(axes.box[2] / 2) + 20, round(axes.box[1] / 2) + 20 * i
+        assert np.abs(np.asarray(img)[y, x].astype(int) - plot.PALETTE[i]).max() < 30

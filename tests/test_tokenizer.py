@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.tokenizer import Tokenizer, pieces
+from tests.helpers import clip_merges
 
 GOLDEN = {
     "hello world": [3306, 1002], "hello   world\n": [3306, 1002], "a photo of a cat": [320, 1125, 539, 320, 2368],
@@ -109,3 +110,53 @@ def test_only_the_first_48894_lines_of_the_long_file_count(shared):
     path = shared / "clip" / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.open(path, "rt", encoding="utf-8").read().split("\n")
     assert len(lines) > 200_000 and len(Tokenizer.from_clip(path).merges) == 48894
+
+
+# By hand ---------------------------------------------------------------------------------------------------------------
+
+
+def test_ids_of_bytes_and_the_order_of_merges():
+    plain = Tokenizer([])
+    assert [plain.encode(t) for t in ("!", "a", "!a", "\u00ad")] == [
+        [256],
+        [320],
+        [256, 320],
+        [126, 511],
+    ]  # the last: bytes C2 AD
+    merges = [("b", "c"), ("a", "b"), ("a", "bc"), ("x", "y</w>")]
+    tok = Tokenizer(merges)
+    assert tok.encode("abcd") == [514, 64 + 3 + 256] and tok.encode("abcxy") == [514, 515]  # b c first, although a b is known
+    assert tok.encode("abd") == [513, 64 + 3 + 256] and tok.encode("abab") == [513, 64, 65 + 256]
+    assert (
+        tok.encode("abcdabcdabcda") != tok.encode("abcdabcdabcd") == Tokenizer(merges).encode("abcdabcdabcd")
+    )  # remembered whole
+    assert (tok.start, tok.end, len(tok)) == (516, 517, 518)
+
+
+def test_cleaning_by_hand():
+    clean = Tokenizer([]).clean
+    assert clean("  A\tRed\n&amp;amp; dog ") == "a red & dog" and clean("&amp;lt;b&gt;") == "<b>"
+    assert clean("< &amp;amp; x") == "< & x"  # twice
+    assert clean("\u2018a\u2019 \u201ab\u201b \u201cc\u201d \ufb01sh \uff21\u3000b") == "'a' 'b' \"c\" fish a b"
+    assert clean("cafe\u0301") == clean("caf\u00e9") == "caf\u00e9"
+
+
+def test_a_long_text_keeps_its_beginning_and_its_end_token():
+    tok = Tokenizer([])
+    ids = tok(["abcdef", "a", "abc"], 5)
+    assert ids.tolist() == [[512, 64, 65, 66, 513], [512, 320, 513, 0, 0], [512, 64, 65, 66 + 256, 513]]
+    assert tok.decode([512, 320, 513, 321]) == "a" and tok.decode([320, 321]) == "a b"
+
+
+def test_training_counts_words_and_breaks_ties_in_order():
+    assert Tokenizer.train(["ab ab ab cd", "cd ef"], 600).merges == [("a", "b</w>"), ("c", "d</w>")]  # no pair of "ef" twice
+    assert Tokenizer.train(["zy zy ab ab"], 515).merges == [("a", "b</w>")]  # of equal ones the first; then it is full
+    assert Tokenizer.train(["i've i've"], 600).merges == [("'", "v"), ("'v", "e</w>")]
+    assert Tokenizer.train(["aaa aaa"], 600).merges == [("a", "a"), ("aa", "a</w>")]
+
+
+def test_merges_behind_clips_last_one_are_not_read(tmp_path):
+    clip_merges(tmp_path / "m.txt")
+    with open(tmp_path / "m.txt", "a") as f:
+        f.write("zz zz\nqq q\n")
+    assert len(Tokenizer.from_clip(tmp_path / "m.txt")) == 49408

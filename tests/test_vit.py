@@ -10,7 +10,22 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from common.vit import CLIP, Attention, Block, TextTransformer, ViT, load_clip, load_dino, quick_gelu, resize_positions, trim
+from common import ckpt
+from common import vit as V
+from common.vit import (
+    ACTS,
+    CLIP,
+    Attention,
+    Block,
+    SwiGLU,
+    TextTransformer,
+    ViT,
+    load_clip,
+    load_dino,
+    quick_gelu,
+    resize_positions,
+    trim,
+)
 
 
 def tiny_clip(act="quick_gelu"):
@@ -371,3 +386,127 @@ def test_a_training_file_of_dino_and_a_classifier(tmp_path):
     torch.save({**state, "head.weight": torch.zeros(10, 64)}, tmp_path / "timm.pth")
     with pytest.raises(ValueError, match="classifier"):
         load_dino(tmp_path / "timm.pth")
+
+
+# By hand ---------------------------------------------------------------------------------------------------------------
+
+
+def moved(module):
+    """Every number off its start, so that a forgotten or swapped part is seen."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return module.eval()
+
+
+def test_antialiased_positions_and_pictures_that_are_no_squares():
+    pos = torch.randn(1, 1 + 64, 6, generator=torch.Generator().manual_seed(0))
+    grid = pos[:, 1:].view(1, 8, 8, 6).permute(0, 3, 1, 2)
+    want = F.interpolate(grid, size=(3, 5), mode="bicubic", antialias=True).permute(0, 2, 3, 1).reshape(1, 15, 6)
+    torch.testing.assert_close(resize_positions(pos, (3, 5), "antialias")[:, 1:], want)
+    model = moved(ViT(32, 8, 16, 0, 1, norm_pre=True))
+    with torch.no_grad():
+        model.patch_embed.weight.zero_()
+        got = model.tokens(torch.zeros(1, 3, 16, 24))  # two rows of three patches
+        x = resize_positions(model.pos_embed, (2, 3), "antialias")
+        x[:, :1] += model.cls_token
+        x[:, 1:] += model.patch_embed.bias
+        torch.testing.assert_close(got, model.norm(model.norm_pre(x)))
+        assert not torch.allclose(
+            resize_positions(model.pos_embed, (3, 2), "antialias"), resize_positions(model.pos_embed, (2, 3), "antialias")
+        )
+
+
+def test_a_block_by_hand():
+    x, block = torch.randn(2, 3, 8), moved(Block(8, 2, 32, layer_scale=True))
+    with torch.no_grad():
+        one, two = block.ls1.clone(), block.ls2.clone()
+        block.ls2.zero_()
+        torch.testing.assert_close(block(x), x + one * block.attn(block.norm1(x)))
+        block.ls1.zero_()
+        block.ls2.copy_(two)
+        torch.testing.assert_close(block(x), x + two * block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x)))))
+        mlp = moved(SwiGLU(4, 6))
+        gate, value = mlp.w12(x[..., :4])[..., :6], mlp.w12(x[..., :4])[..., 6:]
+        torch.testing.assert_close(mlp(x[..., :4]), mlp.w3(gate * gate.sigmoid() * value))
+    v = torch.linspace(-4, 4, 50, dtype=torch.double)
+    torch.testing.assert_close(ACTS["gelu"](v), v / 2 * (1 + torch.erf(v / 2**0.5)))  # exact, not by tanh
+
+
+def test_text_tower_by_hand_and_its_start():
+    net, ids = moved(TextTransformer(10, 6, 8, 0, 1)), torch.tensor([[3, 4, 9, 0]])
+    torch.testing.assert_close(net.hidden(ids), net.norm(net.token_embed.weight[ids] + net.pos_embed[:4]))
+    torch.testing.assert_close(net(ids), net.hidden(ids)[:, 2])
+    torch.manual_seed(0)
+    net = TextTransformer(600, 300, 64, 8, 4, 64)
+    block = net.blocks[3]
+    assert block.norm1.eps == net.norm.eps == 1e-5 and block.mlp.act is quick_gelu
+    for w, std in ((net.token_embed.weight, 0.02), (net.pos_embed, 0.01), (block.attn.qkv.weight, 1 / 8), (net.proj.weight, 1 / 8),
+                   (block.attn.proj.weight, 1 / 32), (block.mlp.fc1.weight, 128**-0.5), (block.mlp.fc2.weight, 1 / 32)):  # fmt: skip
+        assert w.std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_the_joint_forward_gives_unit_features_and_the_scale():
+    model = moved(tiny_clip())
+    img, ids = torch.randn(2, 3, 32, 32), torch.tensor([[5, 99, 0], [6, 7, 99]])
+    a, b, scale = model(img, ids)
+    for unit, f in ((a, model.encode_image(img)), (b, model.encode_text(ids))):
+        torch.testing.assert_close(unit, f / f.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(scale, torch.tensor(math.e) ** model.logit_scale)
+    assert CLIP(model.visual, model.text, logit_bias=True).logit_bias.item() == -10 and model.logit_bias is None
+
+
+def test_what_only_some_clip_files_have(tmp_path):
+    """Half precision, SigLIP's bias, layer scale, exact GELU by open_clip's settings, heads by Hugging Face's."""
+    torch.manual_seed(0)
+    model, path = tiny_clip(), tmp_path / "m.safetensors"
+    model.visual = moved(ViT(32, 8, 64, 2, 1, 256, "gelu", 1e-5, 48, False, True, layer_scale=True))
+    state = to_openai(model) | {"logit_bias": torch.tensor(-3.5)}
+    for i, j in ((0, 1), (0, 2), (1, 1), (1, 2)):
+        state[f"visual.transformer.resblocks.{i}.ls_{j}.gamma"] = getattr(model.visual.blocks[i], f"ls{j}").detach()
+    save_file({k: v.half() for k, v in state.items()}, path)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 48}}))
+    got = load_clip(path)
+    assert got.logit_bias.item() == -3.5 and got.visual.blocks[0].mlp.act is got.text.blocks[0].mlp.act is ACTS["gelu"]
+    assert got.visual.norm.eps == got.visual.blocks[0].norm1.eps == got.text.norm.eps == 1e-5
+    for k, v in model.visual.state_dict().items():
+        assert torch.equal(got.visual.state_dict()[k], v.half().float()), k
+    (tmp_path / "open_clip_config.json").unlink()
+    save_file(to_hf(to_openai(tiny_clip())), path)
+    towers = {f"{t}_config": {"hidden_act": "quick_gelu", "num_attention_heads": n} for t, n in (("vision", 4), ("text", 8))}
+    (tmp_path / "config.json").write_text(json.dumps(towers))
+    got = load_clip(path)
+    assert (got.visual.blocks[0].attn.heads, got.text.blocks[0].attn.heads) == (4, 8)
+
+
+def test_which_network_and_names_of_a_dino_file(tmp_path):
+    (model, state), x = dino("backbone"), torch.randn(1, 3, 28, 28)
+    student = {k: v + 1 for k, v in state.items()}
+    torch.save({"student": {f"module.backbone.{k}": v for k, v in student.items()}, "teacher": state}, tmp_path / "d.pth")
+    assert torch.equal(load_dino(tmp_path / "d.pth").norm.bias, state["norm.bias"])
+    assert torch.equal(load_dino(tmp_path / "d.pth", "student").norm.bias, state["norm.bias"] + 1)
+    torch.save(
+        {k.replace("blocks.", "blocks.0."): v for k, v in state.items()}, tmp_path / "chunks.pth"
+    )  # blocks.0.0, blocks.0.1
+    assert torch.equal(load_dino(tmp_path / "chunks.pth")(x), model(x))
+    hf = {}  # transformers' ViTModel, in which DINO's first version is published there
+    for k, v in state.items():
+        for a, b in (("patch_embed.proj", "embeddings.patch_embeddings.projection"), ("cls_token", "embeddings.cls_token"),
+                     ("pos_embed", "embeddings.position_embeddings"), ("blocks.", "encoder.layer."), (".norm1.", ".layernorm_before."),
+                     (".norm2.", ".layernorm_after."), ("attn.proj", "attention.output.dense"), ("mlp.fc1", "intermediate.dense"),
+                     ("mlp.fc2", "output.dense")):  # fmt: skip
+            k = k.replace(a, b)
+        k = "layernorm" + k[4:] if k.startswith("norm.") else k
+        parts = zip(("query", "key", "value"), v.chunk(3)) if ".attn.qkv." in k else [(None, v)]
+        hf |= {k.replace("attn.qkv", f"attention.attention.{c}") if c else k: part for c, part in parts}
+    torch.save(hf, tmp_path / "hf.pth")
+    assert torch.equal(load_dino(tmp_path / "hf.pth")(x), model(x))
+
+
+def test_a_folder_may_hold_our_own_export(tmp_path):
+    clip = V.CLIP(V.ViT(16, 8, 32, 1, 2, out_dim=8, norm_pre=True), V.TextTransformer(50, 9, 32, 1, 2, 8))
+    ckpt.export(tmp_path / "model.safetensors", clip.state_dict(), act="gelu", heads={"visual": 2, "text": 2})
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        got = V.load_clip(path).state_dict()
+        assert all(torch.equal(got[k], v) for k, v in clip.state_dict().items())

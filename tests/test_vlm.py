@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -800,3 +801,294 @@ def test_sugarcrepe_on_coco(tmp_path, shared):
     flat = json.loads((tmp_path / "r/metrics.json").read_text())
     assert flat["infonce SugarCrepe rows"] == 134 and 20 < flat["infonce cosine: SugarCrepe"] < 80
     assert 20 < flat["infonce cosine: blind SugarCrepe"] < 80 and "infonce, blind" in done.stdout
+
+
+# By hand ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_random_word_in_place_of_a_hidden_one_is_any_word_and_no_special_token():
+    u = torch.stack([torch.zeros(1, 5000), torch.linspace(0.8, 0.8999, 5000)[None]], 2).double()
+    noisy, target = M.hide_words(torch.full((1, 5000), 3), u, 10, torch.zeros(1, 5000, dtype=torch.bool))
+    assert set(noisy[0].tolist()) == set(range(8)) and (target == 3).all()  # 8 and 9 are start and end, 10 is the mask
+
+
+def test_a_hidden_patch_leaves_nothing_of_its_pixels():
+    torch.manual_seed(0)
+    vision, x, hidden = M.Vision(CFG, masks=True).eval(), torch.randn(2, 3, 32, 32), torch.zeros(2, 16, dtype=torch.bool)
+    hidden[:, 5] = True  # second row, second column
+    y = x.clone()
+    y[:, :, 8:16, 8:16] = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(vision(x, hidden=hidden), vision(y, hidden=hidden))  # the convolutions tell nothing, either
+    assert not torch.allclose(vision(x), vision(y), atol=1e-3)
+    vision.mask_token.data.fill_(3.0)
+    torch.testing.assert_close(vision(x, hidden=hidden, layers=0)[:, 6], (3 + vision.pos_embed[:, 6]).expand(2, -1))
+
+
+def test_kept_patches_have_their_own_places_and_registers_follow_the_class_token():
+    torch.manual_seed(0)
+    vision, x, keep = M.Vision(CFG, registers=3).eval(), torch.randn(2, 3, 32, 32), torch.tensor([[1, 4, 9], [0, 2, 15]])
+    whole, part = vision(x, layers=0), vision(x, keep=keep, layers=0)
+    assert whole.shape[1] == 1 + 3 + 16 and part.shape[1] == 1 + 3 + 3
+    torch.testing.assert_close(whole[:, 1:4], vision.register_tokens.expand(2, -1, -1))
+    torch.testing.assert_close(part[:, :4], whole[:, :4])
+    for i in range(2):
+        torch.testing.assert_close(part[i, 4:], whole[i, 4 + keep[i]])
+
+
+def test_llip_mixes_the_class_token_and_the_registers_alone(world):
+    model = model_of("llip", world[1])
+    seen, f_txt = model.see(torch.randn(2, 3, 32, 32)), unit(3, CFG.embed_dim).float()
+    assert model.vision.registers == CFG.mixtures - 1
+    patches, register = seen.clone(), seen.clone()
+    patches[:, CFG.mixtures :] = 0
+    register[:, CFG.mixtures - 1] = 0
+    torch.testing.assert_close(model.compare(patches, f_txt), model.compare(seen, f_txt))
+    assert not torch.allclose(model.compare(register, f_txt), model.compare(seen, f_txt))
+
+
+def test_the_contrastive_arms_begin_and_use_their_scale_bias_and_negatives(world):
+    for arm, scale, bias in (("infonce", 1 / 0.07, None), ("siglip", 10, -10), ("llip", 10, -10)):
+        model, b = model_of(arm, world[1]), batch_of(world, "negclip")
+        assert model.log_scale.exp().item() == pytest.approx(scale, rel=1e-5)
+        assert model.bias is None if bias is None else model.bias.item() == bias
+        f_neg, cos = M.unit(model.text(b["negative"])), model.cosines(model.see(b["image"]), b["ids"])
+        if arm == "infonce":
+            hard = scale * M.unit(model.img_proj(model.see(b["image"])[:, 0])) @ f_neg.T
+            own = torch.arange(len(cos))
+            want = (F.cross_entropy(torch.cat([scale * cos, hard], 1), own) + F.cross_entropy(scale * cos.T, own)) / 2
+        else:
+            sign = 2 * torch.eye(len(cos)) - 1
+            want = -F.logsigmoid(sign * (10 * cos - 10)).sum() / len(cos)
+        torch.testing.assert_close(model(b)[0], want)
+
+
+def test_flavas_heads_read_the_places_of_what_they_restore(world, monkeypatch):
+    tok, model, b, got, hide = world[1], model_of("mask", world[1]), batch_of(world, "mask"), {}, M.hide_words
+    for name in ("vision", "words", "fusion", "mim", "mlm", "mmm_img", "mmm_txt"):  # the first call of each: masked inputs
+
+        def note(module, given, out, name=name):
+            got.setdefault(name, (given[0], out))
+
+        getattr(model, name).register_forward_hook(note)
+    never = []
+    monkeypatch.setattr(
+        M, "hide_words", lambda ids, u, m, special, share: never.append(special) or hide(ids, u, m, special, share)
+    )
+    _, parts = model(b)
+    x, fused = got["fusion"]
+    seen, words = got["vision"][1], got["words"][1]
+    torch.testing.assert_close(x, torch.cat([model.cls.expand(8, -1, -1), model.img_in(seen), model.txt_in(words)], 1))
+    assert torch.equal(got["mim"][0], seen[:, 1:]) and torch.equal(got["mlm"][0], words)
+    assert torch.equal(got["mmm_img"][0], fused[:, 2:18]) and torch.equal(got["mmm_txt"][0], fused[:, 18:])  # 16 patches
+    assert torch.equal(never[0], ~M.lengths(b["ids"]) | (b["ids"] == tok.start) | (b["ids"] == tok.end))
+    seen = model.see(b["image"])
+    fits = model.match(seen, b["maybe"])
+    torch.testing.assert_close(parts["itm"], -F.logsigmoid(torch.where(b["right"], fits, -fits)).mean())
+    counted = b["qa_counted"] & (b["qa"] != tok.end)
+    logp = model.cloze(seen, b["qa"], counted).log_softmax(2).gather(2, b["qa"][..., None])[..., 0]
+    torch.testing.assert_close(parts["qa"], -logp[counted].mean())
+    other = b["qa"].masked_fill(counted, 7)  # the hidden answer is not read
+    torch.testing.assert_close(model.cloze(seen, other, counted), model.cloze(seen, b["qa"], counted))
+
+
+def test_codes_are_the_nearest_patches_and_centres_lie_where_patches_are(world):
+    model, own = model_of("mask", world[1]), torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    images = F.fold(model.codebook[own].T[None], (32, 32), 8, stride=8)
+    assert model.targets(images, torch.ones(1, 16, dtype=torch.bool))[0].tolist() == own.tolist()
+    image = torch.full((4, 3, 32, 32), 20, dtype=torch.uint8)
+    image[2:] = 230
+    centres = M.codebook(SimpleNamespace(pictures={"image": image}), replace(CFG, codes=8))
+    patches = F.unfold(M.normalised(image), 8, stride=8).transpose(1, 2).flatten(0, 1)
+    assert torch.cdist(patches, centres).amin(1).max() < 1e-2
+
+
+def test_boxes_are_measured_by_hand_and_belong_to_the_named_object(world):
+    a, b = torch.tensor([[0.5, 0.5, 0.2, 0.2]]), torch.tensor([[0.6, 0.5, 0.2, 0.2]])
+    assert M.box_loss(a, b).item() == pytest.approx(0.1 + 1 - 1 / 3, abs=1e-5)  # they share a third, and their hull is full
+    spotted, ring = scenes.Thing("star", "red", "large", "spotted", 0), scenes.Thing("ring", "blue", "small", "solid", 3)
+    box = M.box_of(scenes.Scene((spotted, ring), "dark", "plain", grid=2), 1, 64)
+    assert box[:2].tolist() == pytest.approx([0.75, 0.75], abs=0.03)
+    model, batch = model_of("mask+boxes", world[1]), batch_of(world, "mask+boxes")
+    got = model.box(model.pooled(model.see(batch["image"]), batch["phrase"])).sigmoid()
+    torch.testing.assert_close(model(batch)[1]["box"], M.box_loss(got, batch["box"]))
+    some = world[0].scenes[:6]
+    true = torch.stack([M.box_of(s, j, 32) for s in some for j in range(len(s.things))])
+    for shift, want in ((0.0, 100), (0.3, 100), (0.35, 0)):  # of the width: an IoU of 1, .54 and .48
+        moved = true.clone()
+        moved[:, 0] += shift * true[:, 2]
+        knows = SimpleNamespace(pooled=lambda seen, ids: None, box=lambda _, moved=moved: moved.logit())
+        score = SimpleNamespace(model=knows, ids=lambda texts: (None, None))
+        assert M.grounding(score, some, torch.zeros(6, 1, 1), CFG) == want
+
+
+def test_coca_compares_one_query_writes_from_the_others_and_counts_no_padding(world):
+    model, b = model_of("coca", world[1]), batch_of(world, "coca")
+    model.queries.data.normal_()  # far from each other, and what is read of them counts
+    model.upper.layers[0].cross.out_proj.weight.data.mul_(20)
+    seen, ids = model.see(b["image"]), torch.cat([b["ids"], torch.zeros(8, 2, dtype=torch.long)], 1)
+    first, rest = seen.clone(), seen.clone()
+    first[:, 0], rest[:, 1:] = 0, 0
+    torch.testing.assert_close(model.logits(first, ids), model.logits(seen, ids))
+    torch.testing.assert_close(model.cosines(rest, ids), model.cosines(seen, ids))
+    assert not torch.allclose(model.cosines(first, ids), model.cosines(seen, ids))
+    logp = model.logits(seen, ids)[:, :-1].log_softmax(2).gather(2, ids[:, 1:, None])[..., 0]
+    words = [logp[i, : int(row.argmax())] for i, row in enumerate(ids)]  # up to the end token
+    torch.testing.assert_close(model({**b, "ids": ids})[1]["caption"], -torch.cat(words).mean())
+
+
+def test_the_frozen_family_is_told_captions_and_answers(world):
+    model, b = model_of("frozen", world[1]), batch_of(world, "frozen")
+    seen = model.see(b["image"])
+    told, qa = (M.caption_loss(model.logits(seen, b[k]), b[k], b[f"{k}_counted"]) for k in ("told", "qa"))
+    torch.testing.assert_close(model(b)[0], told + qa)
+    torch.testing.assert_close(
+        model({"features": model.features(b["image"]), **{k: b[k] for k in b if k != "image"}})[0], told + qa
+    )
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_loras_scale_is_two_whatever_its_rank(rank):
+    lora, x = M.LoRA(torch.nn.Linear(6, 5), rank), torch.randn(3, 6)
+    before = lora(x)
+    torch.nn.init.normal_(lora.B)
+    torch.testing.assert_close(lora(x) - before, 2 * x @ lora.A.T @ lora.B.T)
+
+
+def test_photographs_are_asked_for_objects_and_their_negatives_exchange_two_words():
+    here, classes = [["horse", "person"], []], ["horse", "person", "zebra"]
+    pairs = M.Pairs({}, [["a man rides a brown horse"], ["a dog"]], here, [], classes, ["0", "1"], np.zeros(2, bool))
+    asked = {pairs.question(0, np.random.default_rng(i)) for i in range(40)}
+    assert asked == {(f"Is there a {n}?", "yes" if n in here[0] else "no", "object") for n in classes}
+    assert all(pairs.question(1, np.random.default_rng(i)) is None for i in range(9))  # of which nothing is known
+    words = pairs.captions[0][0].split()
+    for i in range(20):
+        wrong = pairs.negative(0, pairs.captions[0][0], np.random.default_rng(i)).split()
+        moved = [w for w, v in zip(words, wrong) if w != v]
+        assert Counter(wrong) == Counter(words) and len(moved) == 2 and all(len(w) > 3 for w in moved)
+    assert pairs.negative(1, "a dog", np.random.default_rng(0)) == "nothing"
+
+
+def test_shares_of_wrong_captions_and_of_dropped_patches_are_what_was_asked_for(world):
+    right = batch_of(world, "mask", 64, cfg=replace(CFG, wrong=0.1))["right"]
+    assert 0.8 < right.float().mean() < 1
+    keep = batch_of(world, "flip", cfg=replace(CFG, drop_tokens=0.75))["keep"]
+    assert keep.shape == (8, 4) and (keep.diff() > 0).all() and keep.max() < 16
+
+
+def test_the_language_models_texts_do_not_depend_on_how_a_batch_is_split(world):
+    pairs, tok = world
+    whole = batch_of(world, "lm")["packed"]
+    cut = [{k: v[i:j] for k, v in pairs.pictures.items()} for i, j in ((0, 2), (2, 8))]
+    parts = [M.make_batch(pairs, part, "lm", tok, CFG, 0, first, "cpu")["packed"] for part, first in zip(cut, (0, 2))]
+    assert len(whole) == 2 and torch.equal(torch.cat(parts), whole)
+
+
+def test_winograds_text_and_image_scores_are_told_apart():
+    s = torch.tensor([[[3.0, 4.0], [2.0, 5.0]]])  # each picture prefers its caption, the first caption the other picture
+    assert M.winoground(s) == (1, 0, 0) and M.winoground(s.transpose(1, 2)) == (0, 1, 0)
+
+
+def test_cider_by_hand():
+    """Each n-gram is in one of three pictures, also one in both captions of a picture, so that all weigh log 3."""
+    given, references = ["a b", "f f f", "x"], [["a b c", "a d"], ["f g"], ["e"]]
+    short = math.exp(-1 / 72)  # one word too few, or too many
+    first = ((2 / math.sqrt(6) + 1 / math.sqrt(2)) * short + 1 / 2) / 2  # a b c: words, pairs of words; a d: words
+    assert M.cider_d(given, references) == pytest.approx(10 / 4 * (first + short / (3 * math.sqrt(2))) / 3)
+
+
+def test_pope_asks_for_three_objects_of_a_picture_at_most():
+    asked = M.pope_questions([list("abcd")], list("abcdefghij"), "random", np.random.default_rng(0))
+    assert Counter(there for *_, there in asked) == {True: 3, False: 3} and len({n for _, n, _ in asked}) == 6
+
+
+def test_questions_are_scored_against_a_blind_reader_and_the_commonest_answer():
+    objects = [["cat"], ["dog"], ["cat", "dog"], ["cat"], ["bird"], ["cat"]]
+
+    class Reader:
+        model, blank, tie = None, torch.full((1, 1, 1), -1.0), False
+
+        def answers(self, seen, texts, candidates, **options):
+            best = []
+            for place, q in zip(seen.expand(len(texts), -1, -1)[:, 0, 0].long().tolist(), texts):
+                no = place < 0 or (int(q[1:]) % 3 == 0 if q[0] == "q" else q[len("Is there a ") : -1] not in objects[place])
+                best.append(-1 if self.tie else int(no))
+            return best, [0.9] * len(texts)
+
+    test = SimpleNamespace(objects=objects, classes=["bird", "cat", "dog", "fox"], scenes=[],
+                           question=lambda row, rng: (f"q{row}", "yes" if row % 3 else "no", "object"))  # fmt: skip
+    seen = torch.arange(6.0).view(6, 1, 1)
+    out = M.questions(Reader(), test, range(6), seen, CFG)
+    got = [out[f"VQA{k}, yes/no"] for k in ("", " blind", " majority")]
+    assert got == pytest.approx([100, 100 / 3, 200 / 3]) and out["answered at 5 % risk"] == out["reliability"] == 100
+    for setting in ("random", "popular", "adversarial"):
+        assert out[f"POPE {setting} accuracy"] == 100 and out[f"POPE {setting} yes"] == 50
+        assert out[f"POPE blind {setting} accuracy"] == 50 and out[f"POPE blind {setting} recall"] == 0
+    Reader.tie = True
+    out = M.questions(Reader(), test, range(6), seen, CFG)
+    assert out["VQA, yes/no"] == out["POPE random accuracy"] == out["POPE blind random accuracy"] == 0
+
+
+def test_captions_are_scored_beside_those_of_a_grey_picture_and_where_objects_are_known():
+    score = SimpleNamespace(prompt="", blank=torch.zeros(1, 1, 1))
+    score.write = lambda seen, prompts: ["a zebra"] if seen is score.blank else ["a dog runs away", "a cat"]
+    test = SimpleNamespace(captions=[["a dog runs away"], ["something else is here"]], objects=[["dog"], []], scenes=[],
+                           classes=["cat", "dog", "zebra"])  # fmt: skip
+    out = M.captions(score, torch.ones(2, 1, 1), test, [0, 1])
+    assert out["CHAIR_i"] == out["CHAIR_s"] == 0 and out["words"] == 3 and out["distinct"] == 100  # of the cat nothing is known
+    assert out["CIDEr-D"] == pytest.approx(5) and out["blind CIDEr-D"] < 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arm", ["infonce", "llip", "mask", "coca", "frozen"])
+def test_scores_of_all_pictures_with_all_texts_hold_those_of_the_pairs(world, arm):
+    pairs, tok = world
+    score = M.Scorer(model_of(arm, tok), tok, CFG, torch.device("cpu"))
+    seen, texts = score.see(pairs.pictures["image"][:3]), [pairs.captions[i][0] for i in range(5)]
+    every, own = score.pairs(seen, texts, every=True), score.pairs(seen, texts[:3])
+    assert set(every) == set(own) == set(score.model.heads)
+    for head in own:
+        assert every[head].shape == (3, 5)
+        torch.testing.assert_close(every[head].diagonal(), own[head], atol=1e-5, rtol=1e-4)
+
+
+def test_sugarcrepe_is_read_by_name_and_counted_by_kind(tmp_path):
+    rows = ["swap_att,000001.jpg,a right one,a wrong one", "swap_att,000002.jpg,a right one,a wrong one",
+            "add_obj,000002.jpg,a wrong one,a right one", "add_obj,000009.jpg,a right one,a wrong one"]  # fmt: skip
+    (tmp_path / "s.csv").write_text("\n".join(["kind,file,caption,negative_caption", *rows]))
+    score = SimpleNamespace(blank=torch.zeros(1, 1, 1))
+    score.pairs = lambda seen, texts: {
+        "cosine": torch.tensor([float("right" in t) * float(x) for x, t in zip(seen[:, 0, 0], texts)])
+    }
+    seen = torch.tensor([1.0, 0.0]).view(2, 1, 1)  # the second picture looks grey
+    out = M.sugarcrepe(score, seen, ["000001", "000002.png"], SimpleNamespace(sugarcrepe=str(tmp_path / "s.csv")))
+    assert out == {"cosine: SugarCrepe": pytest.approx(100 / 3), "cosine: SugarCrepe, ties": pytest.approx(200 / 3),
+                   "cosine: blind SugarCrepe": 0, "cosine: SugarCrepe swap_att": 50, "cosine: SugarCrepe add_obj": 0,
+                   "SugarCrepe rows": 3}  # fmt: skip
+
+
+def test_the_scale_is_held_below_a_hundred_in_training(world, tmp_path, monkeypatch):
+    build = M.build
+
+    def hot(*args):
+        model = build(*args)
+        model.log_scale.data.fill_(9.0)
+        return model
+
+    monkeypatch.setattr(M, "build", hot)
+    monkeypatch.setattr(M, "evaluate", lambda *args: {})
+    monkeypatch.setattr(M, "world_of", lambda *args: (world[0], *world))
+    M.train(replace(CFG, arms="infonce", steps=1, lr=0.0, out_dir=str(tmp_path)))
+    assert M.read_tensors(tmp_path / "model.safetensors")[0]["log_scale"].item() == pytest.approx(math.log(100), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text, want", [("No, not really.", "no"), ("Yes, nothing else", "yes"), ("Not yes", ""), ("well I say no", "")]
+)
+def test_first_words_decide(text, want):
+    assert M.yes_or_no(text) == want
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    user_error(
+        inside(M, "--preset", "smoke", "--arms", "infonce", "--pairs", 4, "--out_dir", tmp_path), "is more than the 4 pairs"
+    )

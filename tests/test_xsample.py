@@ -785,10 +785,8 @@ def quick(monkeypatch):
     M.open_world.cache_clear()
 
 
-SHORT = M.Config(
-    **M.PRESETS["smoke"] | dict(batch_size=8, accum=2, warmup=0, steps=3, log_every=1, save_every=1, image_size=16)
-)
-SHORT = replace(SHORT, optimiser="lars", lr=0.1, wd=0.0, method="xclr")
+SHORT = M.Config(**M.PRESETS["smoke"] | dict(batch_size=8, accum=2, warmup=0, steps=3, log_every=1, save_every=1, image_size=16,
+                                             optimiser="lars", lr=0.1, wd=0.0, method="xclr"))  # fmt: skip
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import metrics, scenes, zoo
+from common import ckpt, metrics, scenes, zoo
+from common.dit import read_tensors
 from common.vit import load_clip
 from data_prep import cache_latents, train_clip, train_judge, train_reader, train_rewriter, train_vae, train_vqa
 from tests.helpers import both, clip_merges, inside, user_error
@@ -293,3 +294,142 @@ def test_the_vqa_stand_in_reads_pictures_and_questions():
     assert [len(row) for row in said] == [len(some) for some in asked] and np.mean([all(row) for row in said]) > 0.9
     other = vqa.answer(pictures(world[::-1]), [[q["text"] for q in some] for some in asked])
     assert np.mean([v for row in other for v in row]) < 0.6
+
+
+# By hand ---------------------------------------------------------------------------------------------------------------
+
+
+def test_meanings_by_hand():
+    text = "a large red star at the top left and a small blue ring below a moon on a dark lined background"
+    things, relations, tones, strange = zoo.meaning(text)
+    assert things == {
+        ("star", frozenset({"large", "red"}), "topleft"),
+        ("ring", frozenset({"small", "blue"}), ""),
+        ("moon", frozenset(), ""),
+    }
+    assert relations == {("moon", "above", "ring")} and tones == {"dark", "lined"} and strange == ()
+    for a, b in (("above", "below"), ("to the left of", "to the right of")):
+        assert zoo.same_meaning(f"a star {a} a ring", f"a ring {b} a star") and not zoo.same_meaning(
+            f"a star {a} a ring", f"a star {b} a ring"
+        )
+    for other in (text.replace("dark", "pale"), text.replace("top left", "top"), text.replace("lined ", "")):
+        assert not zoo.same_meaning(text, other)
+    assert zoo.ground_first("a star on a dark background") == "on a dark background, a star"
+
+
+def test_paraphrases_by_rules_mostly_keep_the_meaning():
+    rng = np.random.default_rng(0)
+    pairs = [(scenes.caption(scenes.scene(i, 4, (1, 3), grid=2)), i) for i in range(60)]
+    for text, i in pairs:
+        weak = scenes.questions(scenes.scene(i, 4, (1, 3), grid=2))[i % 5]["text"]
+        assert zoo.same_meaning(zoo.reworded(text, weak, rng), text)
+        assert zoo.same_meaning(zoo.reworded(zoo.ground_first(text), "", rng), text)
+    user = {train_rewriter.text(scenes.scene(1, 4, grid=2), order)[:3] for order in (0, 1)}
+    assert len(user) == 2 and "on " in user
+
+
+class Fixed(zoo.Rewriter):
+    """Always the same odds: 0.5, 0.3, 0.2 for the ids 3, 4, 5."""
+
+    def after(self, ids, first, cache):
+        return torch.tensor([0, 0, 0, 0.5, 0.3, 0.2]).log().expand(len(ids), -1)
+
+
+def test_writing_by_known_odds():
+    net, g = Fixed(6, 8, 1, 1, context=12), torch.Generator().manual_seed(0)
+
+    def shares(**options):
+        ids = net.write([1, 2], 4000, 0, g, longest=1, **options)
+        return [(ids == i).float().mean().item() for i in (3, 4, 5)]
+
+    assert shares(top_p=1.0) == pytest.approx([0.5, 0.3, 0.2], abs=0.03)
+    assert shares(top_p=0.6) == pytest.approx([0.625, 0.375, 0], abs=0.03)  # the one that reaches the share still counts
+    assert shares(top_p=0.4) == [1, 0, 0]
+    squares = np.array([0.25, 0.09, 0.04])
+    assert shares(top_p=1.0, temperature=0.5) == pytest.approx((squares / squares.sum()).tolist(), abs=0.03)
+    assert net.write([1, 2], 3, 0, g, longest=4).shape == (3, 4) and net.write([1] * 9, 3, 0, g, longest=8).shape == (3, 3)
+    ids = net.write([1, 2], 2, 3, g, longest=10)  # until every row has the stop
+    rows = (ids == 3).int().cumsum(1)
+    assert rows[:, -1].all() and not rows[:, -2].all()
+
+
+def test_words_of_questions_stand_at_the_right():
+    vqa = zoo.load_vqa()
+    a, b = vqa.ids(["Is there a star?", "Is the star red?"]).tolist()
+    assert a[:-4] == b[:-4] == [0] * (vqa.longest - 4) and 0 not in a[-4:] + b[-4:] and a[-1] == b[-2] == vqa.number["star"]
+
+
+def test_starting_points_of_the_painter_differ_and_guidance_of_one_is_none():
+    painter = zoo.load_painter()
+    two = painter.noise(2, 5)
+    assert (
+        not torch.equal(two[0], two[1])
+        and torch.equal(painter.noise(3, 5)[:2], two)
+        and not torch.equal(painter.noise(2, 6), two)
+    )
+    prompt = ["a large red star at the top left on a dark background"]
+    context, z = painter.read(prompt), painter.noise(1, 0)
+    with torch.no_grad():
+        want = painter.vae.decode(z - painter.dit(z, torch.full((1,), 999.0), context=context))  # one step of Euler's method
+        null = painter.vae.decode(z - painter.dit(z, torch.full((1,), 999.0), context=painter.null.expand_as(context)))
+    torch.testing.assert_close(painter.draw(prompt, guidance=1, steps=1), want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(painter.draw(prompt, guidance=0, steps=1), null, atol=1e-4, rtol=1e-4)
+
+
+def test_adopted_weights_are_half_as_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    tensors = {"a.x": torch.tensor([1.0, 1 / 3]), "b.x": torch.ones(2), "n": torch.tensor([7])}
+    zoo.ckpt.export(tmp_path / "run.safetensors", tensors, lm=dict(width=3))
+    zoo.adopt(tmp_path / "run.safetensors", "new", ("b.",))
+    state, meta = zoo.vae.read_tensors(tmp_path / "new.safetensors")
+    assert meta == {"lm": {"width": 3}} and state.keys() == {"a.x", "n"} and state["n"].tolist() == [7]
+    assert state["a.x"].float().tolist() == [1, torch.tensor(1 / 3).half().float().item()]
+
+
+def test_what_the_judge_and_the_reader_are_taught():
+    s = scenes.Scene(
+        (scenes.Thing("star", "red", "large", "striped", 3), scenes.Thing("ring", "blue", "small", "solid", 0)),
+        "pale",
+        "lined",
+        grid=2,
+    )
+    truth = train_judge.truth(s)
+    A = zoo.ANSWERS
+    assert [A["shape"][i] for i in truth["shape"]] == ["ring", "nothing", "nothing", "star"] and truth["colour"][1:3] == [
+        -1,
+        -1,
+    ]
+    assert [A["tone"][i] for i in truth["tone"]] == ["pale"] * 4 and A["texture"][truth["texture"][3]] == "striped"
+    x = torch.zeros(2, 3, 5, 5)
+    x[:, :, 2, 2] = 16
+    soft = train_judge.blurred(x, torch.tensor([0.0, 1.0]))
+    assert torch.equal(soft[0], x[0]) and soft[1, 0, 1:4, 1:4].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
+    tok = zoo.load_tokenizer()
+    _, truth = train_reader.batch(0, 40, 3, tok)
+    for i in range(40):
+        things = sorted(scenes.scene(i, 3, (1, 3), grid=2).things, key=lambda t: scenes.SHAPES.index(t.shape))
+        for p, (a, b) in enumerate(((0, 1), (0, 2), (1, 2))):
+            want = scenes.relation(things[a], things[b], 2) if b < len(things) else "nothing"
+            assert zoo.RELATIONS[truth["relation"][i, p]] == want
+    some = train_vqa.world(30, 3)
+    for row, text, yes, _ in zip(*train_vqa.asked(some, 200, 3)):
+        if found := [q for q in scenes.questions(some[row]) if q["text"] == text]:
+            assert yes == 1 and scenes.answer(some[row], found[0])
+        elif not text.startswith("Is there"):
+            assert yes == 0 or text.count("the") > 1
+
+
+def test_other_files_are_no_stand_ins(tmp_path):
+    path = tmp_path / "m.safetensors"
+    for state, meta, words in (
+        ({"x": torch.zeros(1)}, {}, "does not say its 'visual'"),
+        ({"x": torch.zeros(1)}, {"visual": {"width": 4}, "text": {}}, "is no stand-in model of this kind"),
+        (
+            {"x": torch.zeros(1)},
+            read_tensors(zoo.WEIGHTS / "clip.safetensors")[1],
+            "is no stand-in model of this kind.*Missing",
+        ),
+    ):
+        ckpt.export(path, state, **meta)
+        with pytest.raises(ValueError, match=words):
+            zoo.load_clip(path)
