@@ -17,7 +17,7 @@ Symbols    B_u, B_l unlabelled and labelled pictures of a batch; V views, 2 of t
 Run        python methods/semisup_cluster.py [--preset smoke]                       (CPU, no data; 4.0 min on two quiet cores)
            torchrun --nproc_per_node=8 methods/semisup_cluster.py --preset paper --data data/imagenet --init SWAV.pth.tar
 Data       generated, or shards by data_prep/cifar100.py, imagenet.py; --labels of each class keep their label
-Expect     laptop: 52.4 supervised only, 63.1 Suave (+10.7 +- 6.0, 8 seeds; later +0.3 +- 14.3, 3); probe on SwAV's output 86.
+Expect     laptop, 8 seeds: 54.8 supervised only, 58.3 Suave (+3.5 +- 6.5), by the backbone probe 50.8, 61.1 (+10.4 +- 6.7).
            CIFAR-100, 25 labels a class, WRN-28-2, one seed: 39.1 supervised only, 44.8 Suave before its last tenth
 Differs    from the paper: settings for CIFAR-100 are ours. Crops are cut on the device from a square; tests see whole pictures
            squeezed to a square. FixMatch has our views, network, budget, 2 to 3 unlabelled rows a labelled (there 7), no EMA.
