@@ -9,10 +9,13 @@ at full size, a tenth of it with --max_side 256.
 The lists are Google's (free use with acknowledgement); the pictures belong to their owners.
 """
 
+import contextlib
 import gzip
 import http.client
 import math
+import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -61,6 +64,53 @@ def read_table(path, limit) -> list[tuple[int, str, str]]:
     return rows
 
 
+class Head:
+    """A connection that waits `timeout` seconds for the head of the answer: a socket's own limit is for each packet, so that a
+    server which sends a byte now and then would hold up its whole shard."""
+
+    def getresponse(self):
+        late, held = threading.Event(), self.sock
+
+        def cut():
+            late.set()
+            with contextlib.suppress(OSError):  # it may be closed already
+                held.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(self.timeout, cut)
+        timer.start()
+        try:
+            return super().getresponse()
+        finally:
+            timer.cancel()
+            if late.is_set():
+                raise TimeoutError
+
+
+class Plain(Head, http.client.HTTPConnection):
+    pass
+
+
+class Secure(Head, http.client.HTTPSConnection):
+    pass
+
+
+class Http(urllib.request.HTTPHandler):
+    def http_open(self, request):
+        return self.do_open(Plain, request)
+
+
+class Https(urllib.request.HTTPSHandler):
+    def https_open(self, request):
+        return self.do_open(Secure, request)
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req, fp, code, msg, headers, new):
+        if not new.startswith(("http://", "https://")):
+            raise urllib.error.HTTPError(new, code, "redirect to another scheme", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, new)
+
+
 def download(url: str, cfg: Config) -> bytes:
     """One address -> bytes, or BadSample whose kind is the reason."""
     agent = {"User-Agent": "Mozilla/5.0 (compatible; dataset preparation)"}
@@ -102,14 +152,7 @@ def run(cfg: Config) -> dict:
     cli.within(cfg, "limit", 0)
     if not 0 < cfg.timeout < math.inf:
         raise ValueError(f"--timeout {cfg.timeout} must be a number of seconds above 0")
-
-    class Http(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, req, fp, code, msg, headers, new):
-            if not new.startswith(("http://", "https://")):
-                raise urllib.error.HTTPError(new, code, "redirect to another scheme", headers, fp)
-            return super().redirect_request(req, fp, code, msg, headers, new)
-
-    urllib.request.install_opener(urllib.request.build_opener(Http))
+    urllib.request.install_opener(urllib.request.build_opener(Redirects, Http, Https))
 
     def make(item):
         row, url, caption = item

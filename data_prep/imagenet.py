@@ -64,9 +64,9 @@ def run(cfg: Config) -> dict:
     found = [(*n.split("/")[-3:-1], n) for n in files.names if Path(n).suffix.lower() in IMAGE_TYPES and n.count("/") >= 2]
     splits = {s: [(c, n) for split, c, n in found if split == s] for s in cfg.splits.split(",")}
     rng = np.random.default_rng(0)  # classes come one after the other: shuffled, so that every shard is a fair sample
-    splits = {s: [items[i] for i in rng.permutation(len(items))] for s, items in splits.items() if items}
-    if not splits:
-        raise ValueError(f"{cfg.images} holds no images as SPLIT/CLASS/file for the splits {cfg.splits}")
+    if absent := [s for s, items in splits.items() if not items]:
+        raise ValueError(f"{cfg.images} holds no images as {absent[0]}/CLASS/file; leave it out of --splits {cfg.splits}")
+    splits = {s: [items[i] for i in rng.permutation(len(items))] for s, items in splits.items()}
     folders = sorted({c for items in splits.values() for c, _ in items})
     label = {c: i for i, c in enumerate(folders)}
     names = read_names(cfg.names) if cfg.names else {}

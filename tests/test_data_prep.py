@@ -376,6 +376,12 @@ class Web(http.server.BaseHTTPRequestHandler):
             return self.end_headers()
         if kind == "hang":
             return self.connection.close()
+        if kind == "dawdle":  # the head, a byte at a time
+            for b in b"HTTP/1.1 200 OK\r\nX: " + b"a" * 100:
+                self.wfile.write(bytes([b]))
+                self.wfile.flush()
+                time.sleep(0.1)
+            return
         body = {"page": b"<html>not here</html>", "empty": b"", "huge": GOOD + b"\0" * 300_000, "half": GOOD[: len(GOOD) // 2],
                 "tiny": picture((1, 1, 1), (1, 1))}.get(kind, GOOD)  # fmt: skip
         self.send_response(200)
@@ -405,7 +411,7 @@ def web(monkeypatch):
 
 
 def test_cc12m_counts_every_kind_of_failure(web, tmp_path):
-    kinds = ["good", "flaky", "404", "500", "slow", "cut", "half", "page", "empty", "huge", "tiny", "redirect", "hang", "drip"]
+    kinds = "good flaky 404 500 slow cut half page empty huge tiny redirect hang drip dawdle".split()
     lines = [f"{web}/{k}_{i}\tcaption {k}\n" for i, k in enumerate(kinds)] + [
         "no address here\n",
         f"caption first\t{web}/good_x\n",
@@ -416,7 +422,7 @@ def test_cc12m_counts_every_kind_of_failure(web, tmp_path):
     m = cc12m.run(cfg)
     assert time.monotonic() - began < 60
     assert m["counts"] == {"train": 3}
-    assert m["bad"] == {"HTTP 404": 1, "HTTP 500": 1, "timed out": 2, "cut short": 1, "damaged": 3, "too large": 1,
+    assert m["bad"] == {"HTTP 404": 1, "HTTP 500": 1, "timed out": 3, "cut short": 1, "damaged": 3, "too large": 1,
                         "too small": 1, "HTTP 302": 1, "no connection": 1}  # fmt: skip
     assert Web.seen["/404_2"] == 1 and Web.seen["/500_3"] == 2 and Web.seen["/flaky_1"] == 2  # gone is gone; errors are retried
     source = data.Shards(tmp_path / "o")
@@ -691,3 +697,10 @@ def test_an_address_that_no_socket_takes_is_one_bad_sample():
 def test_numbers_of_cc12m(flag, value, tmp_path):
     (tmp_path / "t.tsv").write_text("http://127.0.0.1:9/a\tA\n")
     user_error(inside(cc12m, "--table", tmp_path / "t.tsv", "--out", tmp_path / "o", flag, value), flag)
+
+
+def test_a_split_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "in/train/a").mkdir(parents=True)
+    (tmp_path / "in/train/a/1.png").write_bytes(picture((9, 9, 9)))
+    with pytest.raises(ValueError, match="no images as tset/CLASS/file; leave it out of --splits train,tset"):
+        imagenet.run(imagenet.Config(str(tmp_path / "in"), str(tmp_path / "o"), splits="train,tset"))
