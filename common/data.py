@@ -512,7 +512,7 @@ def load(source, rows, size: int, env, gb: float, workers: int = 0, max_bad: flo
 
 
 def report_damaged(subset: Subset, read, max_bad: float, env):
-    """Of one pass over a Subset, that gave the rows `read`: what is missing is said, and too much of it a ValueError."""
+    """After a pass over a Subset in which the rows `read` could be read: the others are said, too many a ValueError."""
     lost = np.setdiff1d(subset.rows, read)
     what = f"{subset.source.folder}: {len(lost)} of {len(subset.rows)} pictures are damaged"
     if len(lost) > max_bad * max(len(subset.rows), 1000) or len(lost) == len(subset.rows):

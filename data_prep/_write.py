@@ -145,17 +145,18 @@ def prepare(folder, splits: dict[str, list], make, per_shard: int = 1000, mapper
     if path.exists():
         try:
             old = json.loads(path.read_text("utf-8"))
-            old = {"fingerprint": old["fingerprint"], "complete": bool(old["complete"]), **old}
-            [s["name"] + s["split"] for s in old["shards"]]
+            same = old["fingerprint"] == manifest["fingerprint"]
+            there = [s for s in old["shards"] if (folder / s["name"]).exists()]
+            finished = old["complete"] and len(there) == len(old["shards"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); choose another --out") from error
-        if old["fingerprint"] != manifest["fingerprint"]:
+        if not same:
             raise ValueError(f"{folder} holds data prepared from other input or settings; choose another --out")
-        if old["complete"] and all((folder / s["name"]).exists() for s in old["shards"]):
+        if finished:
             return old
-        manifest["shards"] = [s for s in old["shards"] if (folder / s["name"]).exists()]
-    elif there := [n for n in names if (folder / n).exists()]:
-        raise ValueError(f"{folder} holds {there[0]} without a manifest.json; choose another --out")
+        manifest["shards"] = there
+    elif foreign := [n for n in names if (folder / n).exists()]:
+        raise ValueError(f"{folder} holds {foreign[0]} without a manifest.json; choose another --out")
     write_json(path, manifest)  # from here on these shards are ours
     done = {s["name"] for s in manifest["shards"]}
     bar = tqdm(total=sum(map(len, splits.values())), unit="image")

@@ -771,10 +771,10 @@ def check_arms(arms, env) -> None:
             raise ValueError("--method clip needs captions, and some samples have none; leave it out of the list")
         if arm.method == "clip" and arm.tokenizer:
             Tokenizer.from_clip(arm.tokenizer)
-        of_classes = "--text_of classes" if (arm.graph, arm.text_of) == ("text", "classes") else f"--graph {arm.graph}"
-        if (arm.graph in ("class", "tree", "rand_class") or "classes" in of_classes) and not world.classes:
-            raise ValueError(f"{'--method supcon' if arm.method == 'supcon' else of_classes} needs labels, and the samples of "
-                             f"{arm.data} have none")  # fmt: skip
+        names = (arm.graph, arm.text_of) == ("text", "classes")
+        if (names or arm.graph in ("class", "tree", "rand_class")) and not world.classes:
+            asked = "--method supcon" if arm.method == "supcon" else "--text_of classes" if names else f"--graph {arm.graph}"
+            raise ValueError(f"{asked} needs labels, and the samples of {arm.data} have none")
         make_graph(arm, world, env.device)
         many = len(world.train["row"]) if isinstance(world.train, dict) else sum(world.train.sizes)
         if arm.method != "untrained" and arm.batch_size // arm.accum > many:
